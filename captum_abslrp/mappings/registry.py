@@ -1,0 +1,175 @@
+"""What a mapping is, and the register of those that are known by name."""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from captum_abslrp.interception import Call
+from captum_abslrp.rules import Rule
+
+__all__ = [
+    "At",
+    "Key",
+    "Mapping",
+    "find_mapping",
+    "get_mapping",
+    "list_mappings",
+    "register_mapping",
+]
+
+
+@dataclass(frozen=True)
+class At:
+    """Matches calls by where they are made.
+
+    Args:
+        pattern: path of the module that makes the call, with shell-style wildcards. The path is
+            relative to the module that the mapping was found for; that module itself is ``""``.
+        call: name of the call; None matches every call that is made there.
+
+    Example:
+        >>> At("*pos_drop")
+        At(pattern='*pos_drop', call=None)
+    """
+
+    pattern: str
+    call: str | None = None
+
+
+Key = str | type[nn.Module] | At
+"""A call by its name (``"add"``), the calls of a layer type (``nn.Dropout``) or place (:class:`At`)."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """An ordered table from calls to rules; the first entry that matches a call wins.
+
+    Args:
+        name: for messages and the register.
+        entries: pairs of a :data:`Key`, or a tuple of keys, and the rule for what they match.
+        base: the mapping to ask where no entry matches.
+
+    Example:
+        >>> mapping = get_mapping("vit").extended({"erf": TwinRule(), nn.Dropout: PassThroughRule()})
+        >>> mapping.name
+        'vit (extended)'
+    """
+
+    name: str
+    entries: Sequence[tuple[Key | tuple[Key, ...], Rule]]
+    base: Mapping | None = None
+
+    def rule_of_call(self, call: Call) -> Rule | None:
+        """The rule for a call, or None."""
+        for keys, rule in self.entries:
+            for key in keys if isinstance(keys, tuple) else (keys,):
+                if _matches(key, call):
+                    return rule
+        return self.base.rule_of_call(call) if self.base is not None else None
+
+    def extended(self, entries: collections.abc.Mapping[Key | tuple[Key, ...], Rule]) -> Mapping:
+        """A mapping whose entries win over those of this one.
+
+        Args:
+            entries: keys and rules, in order of precedence.
+        """
+        return Mapping(f"{self.name} (extended)", tuple(entries.items()), base=self)
+
+
+_MAPPINGS: dict[str, Mapping] = {}
+_ARCHITECTURES: dict[str, Mapping] = {}
+
+
+def register_mapping(
+    mapping: Mapping, *, architectures: Sequence[str] = (), overwrite: bool = False
+) -> Mapping:
+    """Make a mapping known by its name, and as the mapping of architectures.
+
+    Args:
+        mapping: the mapping.
+        architectures: qualified class names of the models it is for, for example
+            ``"timm.models.vgg.VGG"``. Subclasses are found, too. The classes are not imported.
+        overwrite: replace what is registered already.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        ValueError: if the name or an architecture is taken and ``overwrite`` is not set.
+
+    Example:
+        >>> mine = register_mapping(Mapping("mine", [("erf", TwinRule())], base=get_mapping("vit")))
+        >>> get_mapping("mine") is mine
+        True
+    """
+    taken = [mapping.name] if mapping.name in _MAPPINGS else []
+    taken += [a for a in architectures if a in _ARCHITECTURES]
+    if taken and not overwrite:
+        raise ValueError(
+            f"Expected a mapping of a new name for new architectures, but got {taken}, which "
+            f"are registered already. Pass `overwrite=True` to replace them."
+        )
+    _MAPPINGS[mapping.name] = mapping
+    _ARCHITECTURES.update(dict.fromkeys(architectures, mapping))
+    return mapping
+
+
+def get_mapping(name: str = "generic") -> Mapping:
+    """The mapping of a name.
+
+    Raises:
+        ValueError: if there is none; the message lists near names.
+
+    Example:
+        >>> get_mapping("vit").name
+        'vit'
+    """
+    if name not in _MAPPINGS:
+        near = difflib.get_close_matches(name, _MAPPINGS, n=3, cutoff=0.5) or list_mappings()
+        raise ValueError(
+            f"Expected `mapping` to be one of {list_mappings()}, but got {name!r}. Did you mean "
+            f"{' or '.join(map(repr, near))}?"
+        )
+    return _MAPPINGS[name]
+
+
+def list_mappings() -> list[str]:
+    """Names of the registered mappings.
+
+    Example:
+        >>> {"generic", "resnet", "vgg", "vit"} <= set(list_mappings())
+        True
+    """
+    return sorted(_MAPPINGS)
+
+
+def find_mapping(module: nn.Module) -> Mapping | None:
+    """The mapping that is registered for the class of a module or a class it derives from.
+
+    Example:
+        >>> import timm
+        >>> find_mapping(timm.create_model("test_vit")).name
+        'vit'
+    """
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            return None
+        mapping = _ARCHITECTURES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if mapping is not None:
+            return mapping
+    return None
+
+
+def _matches(key: Key, call: Call) -> bool:
+    if isinstance(key, str):
+        return key == call.name
+    if isinstance(key, At):
+        here = fnmatch.fnmatchcase(call.local_path, key.pattern)
+        return here and key.call in (None, call.name)
+    return isinstance(call.module, key)

@@ -1,0 +1,11 @@
+"""ResNet: the generic rules; the residual addition and batch norm are what matters here."""
+
+from captum_abslrp.mappings.generic import GENERIC
+from captum_abslrp.mappings.registry import Mapping, register_mapping
+
+__all__ = ["RESNET"]
+
+RESNET = register_mapping(
+    Mapping("resnet", [], base=GENERIC),
+    architectures=["timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet"],
+)

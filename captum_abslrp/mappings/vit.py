@@ -1,0 +1,28 @@
+"""Vision Transformer: as published, dropout is the twin of the identity even where it does nothing,
+apart from the dropout behind the position embedding."""
+
+from captum_abslrp.mappings.generic import GENERIC
+from captum_abslrp.mappings.registry import At, Mapping, register_mapping
+from captum_abslrp.rules import DropoutRule, HeadSumRule, PassThroughRule
+
+__all__ = ["VIT", "VIT_DISTILLED"]
+
+VIT = register_mapping(
+    Mapping(
+        "vit",
+        [
+            ((At("*pos_drop"), At("*encoder.dropout")), PassThroughRule()),
+            ("dropout", DropoutRule()),
+        ],
+        base=GENERIC,
+    ),
+    architectures=[
+        "timm.models.vision_transformer.VisionTransformer",
+        "torchvision.models.vision_transformer.VisionTransformer",
+    ],
+)
+
+VIT_DISTILLED = register_mapping(
+    Mapping("vit_distilled", [(At("", call="add"), HeadSumRule())], base=VIT),
+    architectures=["timm.models.deit.VisionTransformerDistilled"],
+)

@@ -1,0 +1,315 @@
+"""The absLRP rules as Captum ``PropagationRule`` subclasses.
+
+A rule answers calls: it runs the call and says how relevance of its output is handed to its inputs.
+:class:`captum_abslrp.AbsLRP` asks the mapping of the model for the rule of each call. A rule that is
+set on a module, ``module.rule = AbsLRPRule()``, wins over every mapping there, and it works in the same
+place under Captum's own ``captum.attr.LRP``.
+
+Each rule lists its closed forms, one per kind of call; the mathematics is in
+:mod:`captum_abslrp.functional`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from captum.attr._utils.lrp_rules import PropagationRule
+from torch import Tensor, nn
+
+from captum_abslrp import forms
+from captum_abslrp.interception import Answer, Call, Interception
+
+__all__ = [
+    "AbsLRPRule",
+    "AdditionRule",
+    "AttentionRule",
+    "BatchNormRule",
+    "DropoutRule",
+    "HeadSumRule",
+    "LayerNormRule",
+    "MatmulRule",
+    "MaxPoolRule",
+    "PassThroughRule",
+    "ProductRule",
+    "Rule",
+    "SoftmaxRule",
+    "TwinRule",
+]
+
+
+class Rule(PropagationRule):
+    """Base class of the absLRP rules.
+
+    A subclass lists its closed forms in :attr:`closed_forms`, by the canonical name of the call that each
+    one answers, or overrides :meth:`answer`.
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {}
+
+    def answer(self, call: Call) -> Any:
+        """Run a call and say how relevance goes from its output to its inputs.
+
+        Args:
+            call: the call. History is not recorded while it is answered.
+
+        Returns:
+            An :class:`~captum_abslrp.interception.Answer`.
+
+        Raises:
+            TypeError: if the rule has no form for this kind of call.
+        """
+        form = self.closed_forms.get(call.name)
+        if form is None:
+            raise TypeError(
+                f"Expected {type(self).__name__} to be used for one of {sorted(self.closed_forms)}, but "
+                f"got {call}. Use `AbsLRPRule()` or `TwinRule()` there."
+            )
+        return form(call, *call.args, **call.kwargs)
+
+    def forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        """Entry for Captum's ``LRP``, which registers this as the module's forward hook.
+
+        Args:
+            module: a module with one input tensor of shape (B, ...).
+            inputs: its inputs.
+            outputs: its output, which is known already and not computed again.
+
+        Returns:
+            The output, with a history whose backward pass is this rule.
+        """
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        # Calls of torch's own leaf modules are single, so their result is the module's.
+        own = type(module).__module__.startswith("torch.nn.") and not list(module.children())
+        with Interception(
+            lambda call: self,
+            batch_size=inputs[0].shape[0],
+            result=outputs if own and isinstance(outputs, Tensor) else None,
+        ):
+            return module.forward(*(x.view_as(x) for x in inputs))
+
+    def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Captum's place to change weights: these rules need none of it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class TwinRule(Rule):
+    r"""The definition of absLRP, for any differentiable call.
+
+    :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle` with
+    :math:`s = R / (|z| + \epsilon)` (the paper's rule, section 1 of the method): the call and
+    its *twin*, the same call on absolute input and parameters. It costs two more forward passes of the
+    call; the other rules are its closed forms.
+
+    Args:
+        divide: whether relevance is divided by the magnitude of the output. Without, :math:`s = R`.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = TwinRule()
+        >>> AbsLRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, *, divide: bool = True) -> None:
+        self.divide = divide
+
+    def answer(self, call: Call) -> Answer:
+        return forms.answer_twin(call, divides=self.divide)
+
+    def __repr__(self) -> str:
+        return f"TwinRule({'' if self.divide else 'divide=False'})"
+
+
+class PassThroughRule(Rule):
+    """Relevance moves with its element: reshape, scaling by a constant, dropout in evaluation mode.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> layer.rule = PassThroughRule()
+        >>> model = nn.Sequential(nn.Linear(3, 2), layer).eval()
+        >>> AbsLRP(model).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def answer(self, call: Call) -> Answer:
+        return forms.answer_passed(call)
+
+
+class MaxPoolRule(Rule):
+    """Max pooling: the twin rule, the maximum of ``x`` and of ``|x|`` in every window.
+
+    Args:
+        divide: whether relevance is divided by the magnitude of the output, as everywhere else.
+            The published VGG mapping does not.
+
+    Example:
+        >>> layer = nn.MaxPool2d(2)
+        >>> layer.rule = MaxPoolRule(divide=False)
+        >>> AbsLRP(nn.Sequential(layer, nn.Flatten())).attribute(torch.rand(4, 3, 2, 2), 0).shape
+        torch.Size([4, 3, 2, 2])
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.MAX_POOLS
+
+    def __init__(self, *, divide: bool = True) -> None:
+        self.divide = divide
+
+    def answer(self, call: Call) -> Answer:
+        if call.name not in self.closed_forms:
+            return super().answer(call)
+        return forms.answer_max_pool(call, *call.args, divides=self.divide, **call.kwargs)
+
+    def __repr__(self) -> str:
+        return f"MaxPoolRule({'' if self.divide else 'divide=False'})"
+
+
+class BatchNormRule(Rule):
+    """Batch norm in evaluation mode: a weight per channel, :func:`functional.diagonal`."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {"batch_norm": forms.answer_batch_norm}
+
+
+class LayerNormRule(Rule):
+    """Layer norm and RMS norm: the statistics of a sample are constants of the call.
+
+    See :func:`captum_abslrp.functional.layer_norm` and :func:`captum_abslrp.functional.rms_norm`.
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
+        "layer_norm": forms.answer_layer_norm,
+        "rms_norm": forms.answer_rms_norm,
+    }
+
+
+class SoftmaxRule(Rule):
+    """Softmax: maximum and denominator are constants, :func:`captum_abslrp.functional.softmax`."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {"softmax": forms.answer_softmax}
+
+
+class MatmulRule(Rule):
+    """Product of two tensors of the network: each argument with the other one fixed."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.MATMULS
+
+
+class AdditionRule(Rule):
+    r"""Sum of two tensors: :math:`2 x^+ s` and :math:`2 y^+ s` (residuals, position embedding)."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {"add": forms.answer_addition}
+
+
+class HeadSumRule(AdditionRule):
+    r"""Sum of the outputs of two linear heads (distilled DeiT): :math:`|x| s` and :math:`|y| s`.
+
+    Two linear layers whose outputs are added are one linear layer on both inputs. This is the share
+    at which each of them takes part in the rule of that layer: positive contributions are sought in
+    the heads' inputs, not in their outputs, so that a class with two negative logits is explained,
+    too. A sum with a constant (the position embedding) is left to :class:`AdditionRule`.
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {"add": forms.answer_head_sum}
+
+
+class ProductRule(Rule):
+    r"""Elementwise product, :math:`2 (x y)^+ s` for each factor (gates, LayerScale); scaling by a
+    constant, also as a divisor, passes relevance through."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
+        "mul": forms.answer_product,
+        "div": forms.answer_division,
+    }
+
+
+class DropoutRule(Rule):
+    r"""Dropout as in the published Vision Transformer mapping: the twin of the identity,
+    :math:`2 x^+ s`, which lets relevance through where the activation is positive."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.DROPOUTS
+
+
+class AttentionRule(Rule):
+    """Attention in one call: run again part by part, so that each part meets its own rule."""
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.ATTENTION
+
+
+class AbsLRPRule(Rule):
+    """The absLRP rule: picks the closed form of the call itself.
+
+    Affine layers (linear, convolution, transposed convolution), pooling, mean and sum, batch norm,
+    layer norm, activations, softmax, products and sums have a closed form; every other
+    differentiable call is answered by its definition, :class:`TwinRule`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> for layer in model:
+        ...     layer.rule = AbsLRPRule()
+        >>> captum.attr.LRP(model).attribute(torch.rand(5, 3), target=1).shape
+        torch.Size([5, 3])
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
+        "linear": forms.answer_linear,
+        **forms.CONVOLUTIONS,
+        **forms.LINEAR_MAPS,
+        **forms.ELEMENTWISE,
+        **forms.MAX_POOLS,
+        **forms.MATMULS,
+        **forms.ATTENTION,
+        **BatchNormRule.closed_forms,
+        **LayerNormRule.closed_forms,
+        **SoftmaxRule.closed_forms,
+        **AdditionRule.closed_forms,
+        **ProductRule.closed_forms,
+        **DropoutRule.closed_forms,
+    }
+
+    def answer(self, call: Call) -> Any:
+        return super().answer(call) if call.name in self.closed_forms else forms.answer_twin(call)
+
+
+def answer_by_captum_rule(
+    rule: PropagationRule, module: nn.Module, inputs: Sequence[Any], output: Tensor
+) -> Answer:
+    """Let a rule of Captum's (or one written for it) answer a module.
+
+    The rule is run as ``captum.attr.LRP`` runs it, on copies of the module and of the rule, since
+    it changes weights and keeps state on both.
+
+    Args:
+        rule: ``module.rule``.
+        module: the module, with one output.
+        inputs: its positional inputs, as they came.
+        output: its output, of any shape.
+    """
+    kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+    at = [i for i, x in enumerate(inputs) if forms.is_source(x)]
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        layer = copy.deepcopy(module)
+        own = copy.copy(rule)
+        own.relevance_input = defaultdict(list)
+        own.relevance_output = {}
+        layer.activations = {}  # type: ignore[assignment]  # Captum keeps them on the module
+        with torch.no_grad():
+            own.forward_hook_weights(
+                layer,
+                tuple(kept),
+                layer(*(x.clone() if isinstance(x, Tensor) else x for x in kept)),
+            )
+        with torch.enable_grad():
+            leaves = {i: kept[i].clone().requires_grad_() for i in at}
+            given = tuple(leaves[i].clone() if i in leaves else x for i, x in enumerate(kept))
+            result = own.forward_hook(layer, given, layer(*given))
+            return list(
+                torch.autograd.grad(result, list(leaves.values()), relevance.to(result.dtype))
+            )
+
+    return Answer(output.detach(), [inputs[i] for i in at], propagate, scaled=False)
