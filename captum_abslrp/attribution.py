@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from captum._utils.common import _format_additional_forward_args, _format_tensor_into_tuples
 from captum.attr._utils.attribution import GradientAttribution
+from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_abslrp.contrast import (
@@ -95,6 +96,7 @@ class AbsLRP(GradientAttribution):
         self.normalization = normalization
         self.output = output
 
+    @log_usage()  # NoiseTunnel looks for what this decorator leaves on a method
     def attribute(  # type: ignore[override]
         self,
         inputs: Any,

@@ -204,6 +204,16 @@ def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> 
     return Answer(output, [input], lambda relevance: [factor() * relevance])
 
 
+def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Answer:
+    """The twin rule of ReLU is the identity, up to the scale of a sample, where the output is positive.
+
+    Where the output is zero, so is the relevance that arrives there: the call that handed it over has
+    multiplied by that zero. A rule that does not (Captum's ``IdentityRule``) is passed on as it is,
+    as under Captum's own ``LRP``; the literal twin would divide it by the stabiliser.
+    """
+    return Answer(call.run(lambda: torch.relu(input)), [input], lambda relevance: [relevance])
+
+
 def answer_max_pool(
     call: Call, input: Tensor, *args: Any, divides: bool = True, **kwargs: Any
 ) -> Answer:
@@ -533,10 +543,11 @@ LINEAR_MAPS: dict[str, Form] = dict.fromkeys(
     answer_linear_map,
 )
 ELEMENTWISE: dict[str, Form] = dict.fromkeys(
-    "relu relu6 gelu silu sigmoid tanh elu celu selu softplus mish hardswish hardsigmoid hardtanh "
+    "relu6 gelu silu sigmoid tanh elu celu selu softplus mish hardswish hardsigmoid hardtanh "
     "leaky_relu logsigmoid softsign".split(),
     answer_elementwise,
 )
+ELEMENTWISE["relu"] = answer_relu
 MAX_POOLS: dict[str, Form] = dict.fromkeys(
     "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d".split(),

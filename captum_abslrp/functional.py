@@ -310,7 +310,7 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
 
     Example:
         >>> layer_norm(torch.tensor([[1.0, -1.0]]), 1, torch.ones(2), 1.0)
-        tensor([[ 1.7071, 0.2929]])
+        tensor([[1.7071, 0.2929]])
     """
     dims = list(range(-normalized_dims, 0))
 

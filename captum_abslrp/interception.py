@@ -57,6 +57,17 @@ PASS_THROUGH = frozenset(
 )
 """Calls that only move, copy or cast elements: relevance moves with its element."""
 
+CONSTANT = frozenset(
+    """
+    size dim numel nelement ndimension stride storage_offset element_size get_device is_contiguous
+    is_floating_point is_complex is_same_size detach item tolist numpy argmax argmin argsort eq ne
+    lt le gt ge isnan isinf isfinite isneginf isposinf all any sign new_zeros new_ones new_empty
+    new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like equal allclose
+    data_ptr untyped_storage backward register_hook retain_grad has_names names requires_grad_
+    """.split()
+)
+"""Calls whose result carries no relevance."""
+
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From the relevance of the output to that of each source, before it is scaled."""
 
@@ -191,7 +202,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name, in_place, reflected = _canonical_name(func)
-        if in_place or "out" in kwargs or _in_place_argument(func, args, kwargs):
+        if in_place or kwargs.get("out") is not None or _in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
         if not any(map(carries_relevance, _tensors((args, kwargs)))):
             return _untracked(func, args, kwargs)
@@ -206,7 +217,9 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if name in PASS_THROUGH or not torch.is_grad_enabled():
+        is_property = getattr(func, "__name__", "") == "__get__"
+        moves = name in PASS_THROUGH
+        if moves or is_property or name in CONSTANT or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         module, path, local_path = self._modules.innermost
         call = Call(name, func, args, kwargs, module, path, local_path, self)
@@ -249,12 +262,14 @@ class Interception(TorchFunctionMode):
         if any(_storage(output) == _storage(s) for s in answer.sources):
             output = output.clone()
 
+        # The closure must not hold the output, whose history it becomes: memory would be freed late.
+        rule, scaled = answer.propagate, answer.scaled
         shapes = [(s.shape, s.dtype) for s in answer.sources]
 
         def propagate(relevance: Tensor) -> list[Tensor]:
             relevance = in_full_precision(relevance)
-            relevances = answer.propagate(relevance)
-            if answer.scaled:
+            relevances = rule(relevance)
+            if scaled:
                 relevances = self.normalize(relevance, relevances)
             return [
                 r.reshape(shape).to(dtype)
@@ -300,7 +315,9 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any],
     ) -> Any:
         """An in-place call: the out-of-place call, answered as ever, and a copy into the target."""
-        target = kwargs["out"] if "out" in kwargs else args[0] if args else kwargs["input"]
+        target = kwargs.get("out")
+        if target is None:
+            target = args[0] if args else kwargs["input"]
         if not isinstance(target, Tensor):
             return _untracked(func, args, kwargs)
         if not any(map(carries_relevance, _tensors((args, kwargs)))):
@@ -414,11 +431,12 @@ class _ModuleStack:
             return None
         mapping = find_mapping(module) if self._interception.find_rule is None else None
         foreign = self._foreign_rule(module) is not None
-        foreign &= any(map(carries_relevance, _tensors(args)))
-        self._stack.append((module, mapping, args if foreign else None))
-        if not foreign:
-            return None
-        return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        with torch._C.DisableTorchFunction():  # the hooks run under the mode
+            foreign = foreign and any(map(carries_relevance, _tensors(args)))
+            self._stack.append((module, mapping, args if foreign else None))
+            if not foreign:
+                return None
+            return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != self._thread or not self._stack:
@@ -429,7 +447,8 @@ class _ModuleStack:
             return None
         from captum_abslrp.rules import answer_by_captum_rule
 
-        return self._interception.attach(answer_by_captum_rule(rule, module, sources, output))
+        with torch._C.DisableTorchFunction():
+            return self._interception.attach(answer_by_captum_rule(rule, module, sources, output))
 
     def _foreign_rule(self, module: nn.Module) -> PropagationRule | None:
         from captum.attr._utils.lrp_rules import PropagationRule

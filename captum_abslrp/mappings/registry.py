@@ -56,6 +56,7 @@ class Mapping:
         base: the mapping to ask where no entry matches.
 
     Example:
+        >>> from captum_abslrp.rules import PassThroughRule, TwinRule
         >>> mapping = get_mapping("vit").extended({"erf": TwinRule(), nn.Dropout: PassThroughRule()})
         >>> mapping.name
         'vit (extended)'
@@ -104,6 +105,7 @@ def register_mapping(
         ValueError: if the name or an architecture is taken and ``overwrite`` is not set.
 
     Example:
+        >>> from captum_abslrp.rules import TwinRule
         >>> mine = register_mapping(Mapping("mine", [("erf", TwinRule())], base=get_mapping("vit")))
         >>> get_mapping("mine") is mine
         True

@@ -1,0 +1,16 @@
+"""Names that the examples in docstrings use without importing them."""
+
+import captum
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captum_abslrp import AbsLRP
+
+
+@pytest.fixture(autouse=True)
+def _names_for_doctests(doctest_namespace: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    doctest_namespace.update(AbsLRP=AbsLRP, F=F, captum=captum, nn=nn, timm=timm, torch=torch)

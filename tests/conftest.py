@@ -1,0 +1,66 @@
+"""Shared by all tests: golden cases and devices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = ["vgg", "vgg_bn", "resnet_basic", "resnet_bottleneck", "vit"]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A stored reference result: a small model, its inputs and float64 relevances."""
+
+    model: nn.Module
+    x: Tensor
+    target: Tensor
+    logits: Tensor
+    relevance_target: Tensor
+    relevance_rest: Tensor
+    relevance: Tensor
+
+
+def load_golden(name: str, dtype: torch.dtype = torch.float64) -> Golden:
+    import timm.models.resnet
+    import timm.models.vgg
+    import timm.models.vision_transformer
+
+    file = np.load(GOLDEN / f"{name}.npz")
+    modules = (timm.models.vgg, timm.models.resnet, timm.models.vision_transformer)
+    module = next(m for m in modules if hasattr(m, str(file["model"])))
+    config = json.loads(str(file["config"]))
+    for key in {"block", "norm_layer"} & config.keys():
+        config[key] = getattr(module, config[key], None) or getattr(nn, config[key])
+    model = getattr(module, str(file["model"]))(**config)
+    prefix = "state/"
+    model.load_state_dict(
+        {k.removeprefix(prefix): torch.from_numpy(file[k]) for k in file if k.startswith(prefix)}
+    )
+    arrays = ("logits", "relevance_target", "relevance_rest", "relevance")
+    return Golden(
+        model.eval().to(dtype),
+        torch.from_numpy(file["x"]).to(dtype),
+        torch.from_numpy(file["target"]),
+        *(torch.from_numpy(file[a]) for a in arrays),
+    )
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error over all elements."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

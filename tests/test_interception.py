@@ -1,0 +1,250 @@
+"""How calls meet their rules: in-place calls, views, reuse, and what comes from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_abslrp import AbsLRP
+from tests.conftest import relative_error
+
+
+class Calls(nn.Module):
+    """A linear layer, some calls, and a linear layer."""
+
+    def __init__(self, calls: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.calls = calls
+        self.first, self.last = nn.Linear(6, 8).double(), nn.LazyLinear(3, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.calls(self.first(x)))
+
+
+def explain(calls: Callable[[Tensor], Tensor], normalization: str = "separate") -> Tensor:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = Calls(calls)
+    with torch.no_grad():
+        model(x)  # shapes of the lazy layer
+    model.last.reset_parameters()
+    torch.manual_seed(2)
+    nn.init.normal_(model.last.weight)
+    relevance: Tensor = AbsLRP(model, normalization=normalization).attribute(x, 1)
+    together = torch.cat(
+        [AbsLRP(model, normalization=normalization).attribute(i[None], 1) for i in x]
+    )
+    assert relative_error(relevance, together) < 1e-9
+    return relevance
+
+
+def inplace_add(x: Tensor) -> Tensor:
+    y = x.clone()
+    y += x.tanh()
+    return y
+
+
+def inplace_on_a_slice(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :4].relu_()
+    return y
+
+
+def assigned_slice(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :4] = x[:, :4].relu()
+    y[:, 4:] = x[:, 4:]
+    return y
+
+
+def inplace_after_use(x: Tensor) -> Tensor:
+    y = x.sigmoid()
+    kept = F.gelu(y)
+    y.mul_(x)
+    return torch.cat([kept, y], 1)
+
+
+def out_of_place(x: Tensor) -> Tensor:
+    y = x.sigmoid()
+    return torch.cat([F.gelu(y), y * x], 1)
+
+
+def use_after_inplace(x: Tensor) -> Tensor:
+    F.relu(x, inplace=True)
+    return x + x.tanh()
+
+
+def outputs_given(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    torch.add(x, x.tanh(), out=out)
+    return out
+
+
+SAME = {
+    "in-place addition": (inplace_add, lambda x: x + x.tanh()),
+    "in-place on a slice": (
+        inplace_on_a_slice, lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], 1),
+    ),
+    "assigned slices": (assigned_slice, lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], 1)),
+    "in-place after use": (inplace_after_use, out_of_place),
+    "use after in-place": (use_after_inplace, lambda x: x.relu() + x.relu().tanh()),
+    "method and function": (lambda x: x.softmax(1), lambda x: F.softmax(x, dim=1)),
+    "reflected operators": (lambda x: 2.0 * x + 0.0 * x, lambda x: x * 2.0 + x * 0.0),
+    "matmul operators": (
+        lambda x: (x[:, None] @ x[:, :, None])[:, 0],
+        lambda x: torch.bmm(x[:, None], x[:, :, None])[:, 0],
+    ),
+    "keyword arguments": (lambda x: torch.add(input=x, other=x.tanh()), lambda x: x + x.tanh()),
+    "subclasses of Identity": (lambda x: nn.Identity()(x), lambda x: x),
+    "transpose and back": (lambda x: x.T.T, lambda x: x),
+    "scaling by a constant": (lambda x: x * 3.0, lambda x: x),
+    "scaling by a tensor of one element": (lambda x: x * torch.tensor(3.0), lambda x: x * 3.0),
+    "dropout": (lambda x: F.dropout(x, 0.5, False), lambda x: x),
+    "out argument": (outputs_given, lambda x: x + x.tanh()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+@pytest.mark.parametrize("name", SAME)
+def test_two_ways_to_write_the_same_agree(name: str, normalization: str) -> None:
+    one, other = SAME[name]
+    torch.testing.assert_close(explain(one, normalization), explain(other, normalization))
+
+
+def test_a_tensor_used_twice_gets_both_shares() -> None:
+    doubled = explain(lambda x: torch.cat([x, x], 1))
+    stacked = explain(lambda x: x.unsqueeze(1).expand(-1, 2, -1).flatten(1))
+    torch.testing.assert_close(doubled, stacked)
+
+
+def test_a_module_used_twice_is_explained_twice() -> None:
+    layer = nn.Linear(5, 5).double()
+    x = torch.rand(3, 5, dtype=torch.float64)
+    reused = AbsLRP(nn.Sequential(layer, nn.ReLU(), layer)).attribute(x, 1)
+    twin = nn.Linear(5, 5).double()
+    twin.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(
+        reused, AbsLRP(nn.Sequential(layer, nn.ReLU(), twin)).attribute(x, 1)
+    )
+
+
+def test_calls_without_relevance_run_untouched() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 5))
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            position = torch.erfinv(self.table.cos().clamp(-0.9, 0.9)).cumsum(1)
+            return self.layer(x + position)
+
+    relevance = AbsLRP(Table().double()).attribute(torch.rand(2, 5).double(), 1)
+    assert bool(torch.isfinite(relevance).all())
+
+
+def self_attention(**kwargs: object) -> nn.Module:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, **kwargs)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x if kwargs.get("batch_first") else x.transpose(0, 1)
+            y = self.attention(y, y, y)[0]
+            return self.head(y if kwargs.get("batch_first") else y.transpose(0, 1)).mean(1)
+
+    return Attention().eval().double()
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_multi_head_attention_is_the_same_written_out(normalization: str) -> None:
+    x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = self_attention(batch_first=True)
+
+    class WrittenOut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a = model.attention
+            qkv = F.linear(x, a.in_proj_weight, a.in_proj_bias)
+            q, k, v = (t.reshape(len(x), 6, 2, 4).transpose(1, 2) for t in qkv.chunk(3, -1))
+            y = (q * 0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+            return model.head(a.out_proj(y.transpose(1, 2).reshape(len(x), 6, 8))).mean(1)
+
+    # One product of three chunks and three products share their relevance differently; in the
+    # module each of query, key and value has its own input.
+    of_module = AbsLRP(model, normalization=normalization).attribute(x, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(WrittenOut()(x), model(x))
+    sequence_first = self_attention()
+    sequence_first.load_state_dict(model.state_dict())
+    assert (
+        relative_error(
+            AbsLRP(sequence_first, normalization=normalization).attribute(x, 1), of_module
+        )
+        < 1e-9
+    )
+    one_by_one = [AbsLRP(model, normalization=normalization).attribute(i[None], 1) for i in x]
+    assert relative_error(torch.cat(one_by_one), of_module) < 1e-9
+
+
+def test_masked_attention_hands_nothing_to_what_it_does_not_see() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0, 2])
+
+    x = torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    relevance = AbsLRP(Causal().double()).attribute(x, 1)
+    assert bool(torch.isfinite(relevance).all())
+    assert bool((relevance[:, :, 3:] == 0).all())
+    assert bool((relevance[:, :, :3] != 0).any())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformer_encoder_layer(masked: bool) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[:, -1] = masked
+            return self.head(self.layer(x, src_key_padding_mask=padding)[:, 0])
+
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = Encoder().eval().double()
+    relevance = AbsLRP(model).attribute(x, 1)
+    one_by_one = torch.cat([AbsLRP(model).attribute(i[None], 1) for i in x])
+    assert relative_error(relevance, one_by_one) < 1e-9
+    assert bool((relevance[:, -1] == 0).all()) is masked
+
+
+def test_memory_is_freed_without_the_garbage_collector() -> None:
+    import gc
+    import weakref
+
+    model = Calls(lambda x: x.relu())
+    x = torch.rand(2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    seen: list[weakref.ref[Tensor]] = []
+    model.calls = lambda x: seen.append(weakref.ref(x)) or x.relu()  # type: ignore[func-returns-value]
+    gc.collect()
+    gc.disable()
+    try:
+        AbsLRP(model).attribute(x, 1)
+        assert seen and all(ref() is None for ref in seen)
+    finally:
+        gc.enable()

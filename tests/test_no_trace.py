@@ -1,0 +1,173 @@
+"""The model is not touched: after success, a bad target, and a crash forward or backward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.modules.module as module_internals
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from captum_abslrp import AbsLRP
+from captum_abslrp.rules import AbsLRPRule, Rule
+from tests.conftest import load_golden
+
+GLOBAL_HOOKS = [name for name in vars(module_internals) if name.startswith("_global_")]
+
+
+def trace(model: nn.Module) -> dict[str, object]:
+    """All that could be left on a model, comparable with ``==``."""
+    state: dict[str, object] = {
+        name: repr(getattr(module_internals, name)) for name in GLOBAL_HOOKS
+    }
+    state["modes"] = len(_get_current_function_mode_stack())
+    state["grad mode"] = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    for path, module in model.named_modules():
+        state[f"{path} keys"] = sorted(module.__dict__)
+        state[f"{path} class"] = type(module)
+        state[f"{path} training"] = module.training
+        for key, value in module.__dict__.items():
+            if "hook" in key:
+                state[f"{path}.{key}"] = repr(value)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        state[name] = (
+            tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.grad,
+            tensor.detach().clone().flatten().tolist(), sorted(vars(tensor)), tensor._backward_hooks,
+        )  # fmt: skip
+    return state
+
+
+@contextmanager
+def no_trace(model: nn.Module, *, versions: bool = True) -> Iterator[None]:
+    before = trace(model)
+    yield
+    after = trace(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        if isinstance(value, tuple) and not versions:
+            assert after[key][0] == value[0] and after[key][2:] == value[2:], key  # type: ignore[index]
+        else:
+            assert after[key] == value, key
+
+
+class Crash(RuntimeError):
+    pass
+
+
+class CrashForward(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise Crash
+
+
+class CrashBackward(Rule):
+    def answer(self, call: object) -> object:
+        answer = AbsLRPRule().answer(call)  # type: ignore[arg-type]
+
+        def propagate(relevance: Tensor) -> list[Tensor]:
+            raise Crash
+
+        return answer._replace(propagate=propagate)
+
+
+NAMES = ["vgg_bn", "resnet_basic", "vit"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_success(name: str) -> None:
+    golden = load_golden(name)
+    with no_trace(golden.model):
+        AbsLRP(golden.model).attribute(golden.x, golden.target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_a_bad_target(name: str) -> None:
+    golden = load_golden(name)
+    with no_trace(golden.model), pytest.raises(IndexError, match="target"):
+        AbsLRP(golden.model).attribute(golden.x, 99)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_a_crash_in_the_middle_of_the_forward_pass(name: str) -> None:
+    golden = load_golden(name)
+    middle = list(golden.model.children())[-2]
+    wrapped = nn.Sequential(golden.model, CrashForward())
+    with no_trace(wrapped), pytest.raises(Crash):
+        AbsLRP(wrapped).attribute(golden.x, golden.target)
+    middle.forward = CrashForward().forward
+    with no_trace(golden.model), pytest.raises(Crash):
+        AbsLRP(golden.model).attribute(golden.x, golden.target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_a_crash_in_the_middle_of_the_backward_pass(name: str) -> None:
+    golden = load_golden(name)
+    first = next(m for m in golden.model.modules() if isinstance(m, nn.Conv2d))
+    first.rule = CrashBackward()
+    with no_trace(golden.model), pytest.raises(Crash):
+        AbsLRP(golden.model).attribute(golden.x, golden.target)
+
+
+def test_a_crash_in_a_hook_of_the_model_leaves_no_trace() -> None:
+    golden = load_golden("vit")
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        raise Crash
+
+    golden.model.blocks[1].register_forward_hook(hook)
+    with no_trace(golden.model), pytest.raises(Crash):
+        AbsLRP(golden.model).attribute(golden.x, golden.target)
+
+
+@pytest.mark.filterwarnings("ignore:Expected the model to be in evaluation mode")
+def test_buffers_of_a_model_in_training_mode_are_put_back() -> None:
+    golden = load_golden("resnet_basic")
+    golden.model.train()
+    with no_trace(golden.model, versions=False):
+        AbsLRP(golden.model).attribute(golden.x, golden.target)
+
+
+def test_gradients_of_the_model_are_left_alone() -> None:
+    golden = load_golden("vgg")
+    golden.model(golden.x).sum().backward()
+    before = {name: p.grad.clone() for name, p in golden.model.named_parameters()}
+    golden.model.features[0].weight.requires_grad_(False)
+    AbsLRP(golden.model).attribute(golden.x, golden.target)
+    for name, parameter in golden.model.named_parameters():
+        assert torch.equal(parameter.grad, before[name]), name
+    assert not golden.model.features[0].weight.requires_grad
+
+
+def in_threads(*functions: Callable[[], Tensor]) -> list[Tensor]:
+    results: dict[int, Tensor] = {}
+
+    def run(i: int) -> None:
+        results[i] = functions[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[i] for i in range(len(functions))]
+
+
+def test_threads_that_share_a_model_do_not_meet() -> None:
+    golden = load_golden("resnet_basic")
+    attributor = AbsLRP(golden.model)
+    alone = [attributor.attribute(golden.x, k) for k in range(3)]
+    with torch.no_grad():
+        logits = golden.model(golden.x)
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            for _ in range(20):
+                output: Tensor = golden.model(golden.x)
+        return output
+
+    together = in_threads(*(lambda k=k: attributor.attribute(golden.x, k) for k in range(3)), plain)
+    for expected, got in zip([*alone, logits], together, strict=True):
+        torch.testing.assert_close(got, expected)

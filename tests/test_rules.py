@@ -1,0 +1,182 @@
+"""Rules on modules: under Captum's own LRP, and mixed with Captum's rules inside AbsLRP."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from captum.attr import LRP
+from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule
+from torch import Tensor, nn
+
+from captum_abslrp import AbsLRP
+from captum_abslrp.attribution import _propagate
+from captum_abslrp.rules import (
+    AbsLRPRule,
+    BatchNormRule,
+    LayerNormRule,
+    MaxPoolRule,
+    PassThroughRule,
+    Rule,
+    SoftmaxRule,
+    TwinRule,
+)
+from tests.conftest import relative_error
+
+
+def vgg_style() -> nn.Sequential:
+    torch.manual_seed(0)
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 4),
+        ).eval().double()
+    )  # fmt: skip
+
+
+def images(n: int = 3) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def with_rules(model: nn.Sequential, rule: type[Rule] = AbsLRPRule) -> nn.Sequential:
+    for layer in model:
+        layer.rule = rule()
+    return model
+
+
+@pytest.mark.parametrize("rule", [AbsLRPRule, TwinRule], ids=lambda r: r.__name__)
+def test_under_captums_lrp_the_map_is_that_of_abslrp_but_for_a_factor_per_sample(
+    rule: type[Rule],
+) -> None:
+    x, target = images(), [0, 3, 2]
+    model = vgg_style()
+    ours = AbsLRP(model, "generic").attribute(x, target, contrast=None)
+    # The literal twin takes batch norm by its biased parameters apart: it is left to its closed form.
+    model = with_rules(model, rule)
+    model[4].rule = BatchNormRule()
+    captums = LRP(model).attribute(x.clone(), target=target)
+    factors = captums.flatten(1).sum(1) / ours.flatten(1).sum(1)
+    assert relative_error(captums, ours * factors.view(-1, 1, 1, 1)) < 1e-6
+    with torch.no_grad():
+        outputs = vgg_style()(x)[range(3), target]
+    torch.testing.assert_close(factors, outputs)
+
+
+def test_captums_lrp_leaves_the_weights_as_they_were() -> None:
+    model = with_rules(vgg_style())
+    before = copy.deepcopy(model.state_dict())
+    LRP(model).attribute(images(), target=1)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_rules_of_other_layers_work_under_captums_lrp() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4), nn.Softmax(1)
+    )
+    ours = AbsLRP(model.double()).attribute(images()[:, 0, 0, :6], 2, contrast=None)
+    rules = (AbsLRPRule(), LayerNormRule(), TwinRule(), AbsLRPRule(), SoftmaxRule())
+    for layer, rule in zip(model, rules):
+        layer.rule = rule
+    captums = LRP(model).attribute(images()[:, 0, 0, :6].contiguous(), target=2)
+    scaled = captums / captums.sum(1, keepdim=True)
+    assert relative_error(scaled, ours) < 1e-6
+
+
+def square_layers() -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    linear = [nn.Linear(5, 5) for _ in range(3)]
+    model = nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU(), linear[2]).double()
+    return model, torch.rand(3, 5, dtype=torch.float64)
+
+
+def epsilon(layer: nn.Module, x: Tensor, relevance: Tensor, eps: float) -> Tensor:
+    """The epsilon rule, written out."""
+    leaf = x.clone().requires_grad_()
+    z = layer(leaf)
+    stabilised = z + torch.where(z < 0, -eps, eps)
+    return x * torch.autograd.grad(z, leaf, relevance / stabilised)[0]
+
+
+def test_a_rule_of_captums_wins_over_the_mapping_and_stays() -> None:
+    model, x = vgg_style(), images()
+    plain = AbsLRP(model).attribute(x, 1, contrast=None)
+    last = model[-1]
+    last.rule = EpsilonRule(0.5)
+    mixed = AbsLRP(model).attribute(x, 1, contrast=None)
+    assert isinstance(last.rule, EpsilonRule)
+    assert relative_error(mixed, plain) > 1e-3
+    assert torch.equal(mixed, AbsLRP(model).attribute(x, 1, contrast=None))
+
+    del last.rule
+    hidden = model[:-1](x)
+    one = torch.zeros(3, 4, dtype=torch.float64)
+    one[:, 1] = 1
+    relevance = epsilon(last, hidden, one, 0.5)
+    trunk = model[:-1]
+    # The trunk's map for that relevance: maps are linear in it up to the scale of each sample.
+    leaf = x.clone().requires_grad_()
+    output = AbsLRP(trunk)._forward([leaf], ())
+    (expected,) = _propagate(output, [leaf], relevance, retain_graph=False)
+    assert relative_error(mixed, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rule", [EpsilonRule(), GammaRule(), Alpha1_Beta0_Rule()], ids=lambda r: type(r).__name__
+)
+def test_captums_rules_mix_with_ours_as_under_captums_lrp(rule: object) -> None:
+    model, x = square_layers()
+    reference = copy.deepcopy(model)
+    reference[0].rule, reference[2].rule, reference[4].rule = (
+        AbsLRPRule(),
+        copy.copy(rule),
+        AbsLRPRule(),
+    )
+    captums = LRP(reference).attribute(x.clone(), target=2)
+    model[2].rule = copy.copy(rule)
+    ours = AbsLRP(model).attribute(x, 2, contrast=None)
+    weights = copy.deepcopy(model.state_dict())
+    scaled = captums / captums.sum(1, keepdim=True)
+    assert relative_error(ours, scaled) < 1e-6
+    assert type(model[2].rule) is type(rule)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert not hasattr(model[2], "activations")
+
+
+def test_captums_identity_rule_hands_relevance_on() -> None:
+    # Captum's own LRP loses it at a ReLU in front, so the reference is our rule of the same meaning.
+    model, x = square_layers()
+    model[2].rule = IdentityRule()
+    of_captums_rule = AbsLRP(model).attribute(x, 2)
+    model[2].rule = PassThroughRule()
+    torch.testing.assert_close(of_captums_rule, AbsLRP(model).attribute(x, 2))
+
+
+def test_our_rule_on_a_module_wins_over_the_mapping() -> None:
+    model, x = vgg_style(), images() - 0.5
+    plain = AbsLRP(model, "generic").attribute(x, 1)
+    model[0] = nn.MaxPool2d(1)
+    model[3] = nn.Conv2d(3, 8, 3, padding=1).double()
+    model[2].rule = MaxPoolRule(divide=False)
+    undivided = AbsLRP(model, "generic").attribute(x, 1)
+    assert torch.equal(undivided, AbsLRP(model, "vgg").attribute(x, 1)) is False
+    model[0].rule = MaxPoolRule(divide=False)
+    assert torch.equal(
+        AbsLRP(model, "generic").attribute(x, 1), AbsLRP(model, "vgg").attribute(x, 1)
+    )
+    assert plain.shape == undivided.shape
+
+
+def test_pass_through_hands_relevance_on() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double(), torch.rand(2, 5).double()
+    model[1].rule = PassThroughRule()
+    torch.testing.assert_close(AbsLRP(model).attribute(x, 2), AbsLRP(model[:1]).attribute(x, 2))
+
+
+def test_rules_have_readable_names() -> None:
+    assert repr(AbsLRPRule()) == "AbsLRPRule()"
+    assert repr(MaxPoolRule(divide=False)) == "MaxPoolRule(divide=False)"
+    assert repr(TwinRule()) == "TwinRule()"
