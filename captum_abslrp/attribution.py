@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from captum._utils.common import _format_additional_forward_args, _format_tensor_into_tuples
+from captum._utils.common import _format_additional_forward_args
 from captum.attr._utils.attribution import GradientAttribution
+from captum.attr._utils.lrp_rules import PropagationRule
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from captum_abslrp.alignment import Misaligned
 from captum_abslrp.contrast import (
     Contrast,
     Target,
@@ -26,9 +30,9 @@ from captum_abslrp.mappings import Mapping, get_mapping
 
 __all__ = ["AbsLRP"]
 
-TOTAL = 4096.0
+TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
-keeps the relevance of single elements within the range of float16, too."""
+keeps the relevance of single elements and of sums over branches within the range of float16, too."""
 
 
 class AbsLRP(GradientAttribution):
@@ -90,6 +94,13 @@ class AbsLRP(GradientAttribution):
             raise ValueError(
                 f'Expected `normalization` to be "separate" or "joint", but got {normalization!r}.'
             )
+        if not (mapping is None or isinstance(mapping, (str, Mapping))):
+            raise TypeError(
+                f"Expected `mapping` to be a Mapping, the name of one or None, but got "
+                f"{type(mapping).__name__}."
+            )
+        # A compiled model is explained by the module that it was made from.
+        model = getattr(model, "_orig_mod", model)
         super().__init__(model)
         self.model = model
         self.mapping = get_mapping(mapping) if isinstance(mapping, str) else mapping
@@ -146,7 +157,7 @@ class AbsLRP(GradientAttribution):
             >>> why_2_rather_than_0 = AbsLRP(model).attribute(x, target=2, contrast=0)
         """
         is_tuple = isinstance(inputs, tuple)
-        given: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+        given: tuple[Tensor, ...] = inputs if is_tuple else (inputs,)
         batch_size = _check_inputs(given)
         check_contrast(contrast)
         targets = expand_target(target, batch_size)
@@ -156,24 +167,18 @@ class AbsLRP(GradientAttribution):
             else expand_target(contrast, batch_size, name="contrast")
         )
         extra = _format_additional_forward_args(additional_forward_args) or ()
+        extra = tuple(a.detach() if isinstance(a, Tensor) else a for a in extra)
         step = batch_size if internal_batch_size is None else internal_batch_size
-        if step < 1:
+        if not isinstance(step, int) or step < 1:
             raise ValueError(
-                f"Expected `internal_batch_size` to be at least 1, but got {internal_batch_size}."
+                f"Expected `internal_batch_size` to be an int of at least 1, but got {step!r}."
             )
-        _warn_about_training(self.model)
-        chunks = []
-        for start in range(0, batch_size, step):
-
-            def part(value: Any, rows: slice = slice(start, start + step)) -> Any:
-                whole = isinstance(value, Tensor) and value.dim() and len(value) == batch_size
-                return value[rows] if whole else value
-
-            chunks.append(
-                self._attribute_chunk(
-                    tuple(map(part, given)), part(targets), tuple(map(part, extra)), part(contrasts)
-                )
-            )
+        _check_model(self.model)
+        run = partial(self._attribute_in_chunks, given, targets, extra, contrasts)
+        try:
+            chunks = run(step)
+        except Misaligned:  # samples are not kept apart in the leading dimension somewhere
+            chunks = run(1)
         relevances = tuple(torch.cat(parts) for parts in zip(*(c[0] for c in chunks), strict=True))
         attributions = relevances if is_tuple else relevances[0]
         if return_convergence_delta:
@@ -187,6 +192,30 @@ class AbsLRP(GradientAttribution):
     def multiplies_by_inputs(self) -> bool:
         return True
 
+    def _attribute_in_chunks(
+        self,
+        inputs: tuple[Tensor, ...],
+        target: Tensor | None,
+        extra: tuple[Any, ...],
+        contrast: Any,
+        step: int,
+    ) -> list[tuple[list[Tensor], Tensor]]:
+        """Results of :meth:`_attribute_chunk` for ``step`` samples at a time."""
+        batch_size = len(inputs[0])
+
+        def rows_of(value: Any, rows: slice) -> Any:
+            by_sample = isinstance(value, Tensor) and value.dim() and len(value) == batch_size
+            return value[rows] if by_sample else value
+
+        chunks = []
+        for start in range(0, batch_size, step):
+            part = partial(rows_of, rows=slice(start, start + step))
+            given = tuple(map(part, inputs))
+            chunks.append(
+                self._attribute_chunk(given, part(target), tuple(map(part, extra)), part(contrast))
+            )
+        return chunks
+
     def _attribute_chunk(
         self,
         inputs: tuple[Tensor, ...],
@@ -195,20 +224,21 @@ class AbsLRP(GradientAttribution):
         contrast: Any,
     ) -> tuple[list[Tensor], Tensor]:
         """Relevance of the inputs and convergence delta of samples that are run together."""
-        with torch.inference_mode(False), torch.enable_grad(), _unchanged_buffers(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), _unchanged(self.model):
             leaves = [x.clone().detach().requires_grad_() for x in inputs]
             output = self._forward(leaves, extra)
             values = output.detach()
             seed = target_seed(values, target)
             held_against = contrast_seed(values, seed, contrast)
             relevances = _propagate(output, leaves, seed, retain_graph=held_against is not None)
-            delta = -seed.float().flatten(1).sum(1) if seed.dim() > 1 else -seed.float()
+            exact = torch.promote_types(inputs[0].dtype, torch.float32)
+            started_with = 1.0
             if held_against is not None:
                 others = _propagate(output, leaves, held_against, retain_graph=False)
                 relevances = [r - o for r, o in zip(relevances, others, strict=True)]
-                delta = torch.zeros_like(delta)
-            for r in relevances:
-                delta = delta + r.flatten(1).sum(1).to(delta)
+                started_with = 0.0
+            arrived = [r.to(exact).reshape(len(r), -1).sum(1) for r in relevances]
+            delta = torch.stack(arrived).sum(0) - started_with
         return [r.to(x.dtype) for r, x in zip(relevances, inputs, strict=True)], delta
 
     def _forward(self, leaves: Sequence[Tensor], extra: tuple[Any, ...]) -> Tensor:
@@ -223,7 +253,11 @@ class AbsLRP(GradientAttribution):
             joint=self.normalization == "joint",
             total=TOTAL,
         ):
-            output = self.model(*given, *extra)
+            try:
+                output = self.model(*given, *extra)
+            except Exception as error:
+                _explain_missing_batch_dimension(self.model, leaves[0], error)
+                raise
             if self.output is not None:
                 output = self.output(output)
         if not isinstance(output, Tensor):
@@ -261,6 +295,8 @@ def _propagate(
 
 def _check_inputs(inputs: tuple[Any, ...]) -> int:
     """The batch size; raises where inputs cannot be explained."""
+    if not inputs:
+        raise ValueError("Expected `inputs` to hold at least one tensor, but got an empty tuple.")
     for x in inputs:
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -283,44 +319,88 @@ def _check_inputs(inputs: tuple[Any, ...]) -> int:
                 f"Expected all `inputs` to have the same number of samples, but got "
                 f"{[len(i) for i in inputs]}."
             )
-    if not inputs:
-        raise ValueError("Expected `inputs` to hold at least one tensor, but got an empty tuple.")
     return len(inputs[0])
 
 
-_STOCHASTIC_IN_TRAINING = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._NormBase,
-)
+def _explain_missing_batch_dimension(model: nn.Module, x: Tensor, error: Exception) -> None:
+    """Raise a clear error where a model of images failed on something that looks like one image."""
+    if isinstance(error, (Misaligned, UnsupportedCallError)):
+        return
+    takes_images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if x.dim() == 1 or (x.dim() == 3 and takes_images):
+        raise ValueError(
+            f"Expected `inputs` to have a batch dimension, (B, ...), but got samples of shape "
+            f"{tuple(x.shape[1:])}, on which the model failed. Add the batch dimension to `inputs`: "
+            f"`x.unsqueeze(0)`."
+        ) from error
 
 
-def _warn_about_training(model: nn.Module) -> None:
+def _check_model(model: nn.Module) -> None:
+    """Raise where a rule is none; warn about layers in training mode."""
+    training = ""
     for name, module in model.named_modules():
-        if module.training and isinstance(module, _STOCHASTIC_IN_TRAINING):
-            warnings.warn(
-                f"Expected the model to be in evaluation mode, but `{name}` ({type(module).__name__}) "
-                f"is in training mode: results differ from call to call or between batches. Call "
-                f"`model.eval()` first.",
-                stacklevel=3,
+        rule = getattr(module, "rule", None)
+        if rule is not None and not isinstance(rule, PropagationRule):
+            raise TypeError(
+                f"Expected `rule` of `{name}` to be an instance of a PropagationRule, such as "
+                f"`AbsLRPRule()`, but got {rule!r}."
             )
-            return
+        if module.training and not training and _differs_in_training(module):
+            training = f"`{name}` ({type(module).__name__})"
+    if training:
+        warnings.warn(
+            f"Expected the model to be in evaluation mode, but {training} is in training mode: results "
+            f"differ from call to call or between batches. Call `model.eval()` first.",
+            stacklevel=4,
+        )
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    known = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    return isinstance(module, known) or type(module).__name__.startswith("Drop")
 
 
 @contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put buffers back that a model in training mode updates as it runs (batch norm statistics)."""
-    training = [m for m in model.modules() if m.training]
-    saved = [(b, b.clone()) for m in training for b in m.buffers(recurse=False)]
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back what a model changes of itself as it runs: statistics, counters, stored activations."""
+    modules = list(model.modules())
+    tables = [t for m in modules for t in (m.__dict__, m._buffers, m._parameters)]
+    entries = [dict(table) for table in tables]
+    saved = [
+        (buffer, buffer.clone(), buffer._version, module.training)
+        for module in modules
+        for buffer in module.buffers(recurse=False)
+        if not buffer.is_inference()
+    ]
     try:
         yield
     finally:
+        for table, before in zip(tables, entries, strict=True):
+            if len(table) != len(before) or any(table[k] is not v for k, v in before.items()):
+                table.clear()
+                table.update(before)
         with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+            for buffer, value, version, training in saved:
+                # Batch norm updates its statistics without telling the version.
+                if training or buffer._version != version:
+                    buffer.copy_(value)
+
+
+_MOVING_NODES = re.compile(
+    r"(AccumulateGrad|Alias|AsStrided|Broadcast\w*|Cat|Clone|CopyBackwards|CopySlices|Copy|Diagonal|"
+    r"Expand|Fill|Flip|Gather|Index|IndexCopy|IndexPut|IndexSelect|MaskedFill|\w*PadNd?|"
+    r"(Constant|Reflection|Replication)Pad\w*|Permute|PixelShuffle|PixelUnshuffle|Repeat|Reshape\w*|"
+    r"Roll|Rot90|Select|Slice|Split|SplitWithSizes|Squeeze|Stack|SwapAxes|T|TakeAlongDim|ToCopy|"
+    r"Transpose|Tril|Triu|Unbind|Unfold|UnsafeSplit\w*|UnsafeView|Unsqueeze|View|ViewAsReal|Where|"
+    r"Zero|ChannelShuffle|NativeChannelShuffle)(Backward[A-Za-z]*\d*)?"
+)
+"""Nodes that autograd makes for calls that move elements."""
 
 
 def _check_history(output: Tensor) -> None:
-    """Raise where a part of the model went past the rules: an autograd function of its own."""
+    """Raise where a part of the model went past the rules: code whose calls cannot be seen."""
     seen = set()
     stack = [output.grad_fn]
     while stack:
@@ -328,12 +408,15 @@ def _check_history(output: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            name = type(node).__name__.removesuffix("Backward")
-            if name != "_Node":
-                raise UnsupportedCallError(
-                    f"Expected every call of the model to have a rule, but got the autograd function "
-                    f"`{name}`, whose calls cannot be seen. Set a rule on the module that uses it: "
-                    f"`module.rule = rule`."
-                )
+        name = type(node).__name__
+        ours = (
+            isinstance(node, torch.autograd.function.BackwardCFunction) and name == "_NodeBackward"
+        )
+        if not ours and not _MOVING_NODES.fullmatch(name):
+            raise UnsupportedCallError(
+                f"Expected every call of the model to have a rule, but got `{name}` from code whose "
+                f"calls cannot be seen: an autograd function, a scripted part, `torch.vmap` or another "
+                f"thread. Write it as plain calls, or as a module with a rule of Captum's kind set "
+                f"on it: `module.rule = rule`."
+            )
         stack.extend(fn for fn, _ in node.next_functions)

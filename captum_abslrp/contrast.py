@@ -6,6 +6,7 @@ sum over each sample is one.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tens
     if target is None:
         return None
     if isinstance(target, Tensor):
-        if target.dim() > 1 or target.is_floating_point() or target.dtype == torch.bool:
+        integers = not (target.is_floating_point() or target.dtype == torch.bool)
+        if not integers or (target.dim() > 1 and target.numel() > 1):
             raise TypeError(
                 f"Expected `{name}` to be a tensor of integers with at most one dimension, but got "
                 f"{target.dtype} of shape {tuple(target.shape)}."
@@ -105,10 +107,10 @@ def target_seed(output: Tensor, target: Tensor | None, *, name: str = "target") 
     """
     seed = torch.zeros_like(output)
     if output[0].numel() == 1:
-        if target is not None and bool((target != 0).any() & (target != -1).any()):
+        if target is not None and bool(((target != 0) & (target != -1)).any()):
             raise IndexError(
                 f"Expected `{name}` to be 0 or None for a model with one output per sample, but got "
-                f"{target[(target != 0).any(1)][0].tolist()}."
+                f"{target[((target != 0) & (target != -1)).any(1)][0].tolist()}."
             )
         return torch.ones_like(output)
     if target is None:
@@ -196,8 +198,6 @@ def check_contrast(contrast: Any) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_floating_point()
-    return hasattr(value, "__index__")
+        return value.numel() == 1 and value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

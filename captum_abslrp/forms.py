@@ -12,14 +12,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
-from captum_abslrp.functional import divide, sum_to_size
+from captum_abslrp.calls import tensors_in
+from captum_abslrp.functional import divide
 from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
 
 Form = Callable[..., Any]
@@ -37,7 +40,7 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     if not isinstance(output, Tensor):
         raise TypeError(f"Expected the twin rule to see one output tensor, but got {call}.")
-    leaves = flat((call.args, call.kwargs))
+    func, (leaves, structure) = call.func, tree_flatten((call.args, call.kwargs))
     at = [i for i, leaf in enumerate(leaves) if is_source(leaf)]
     kept = [call.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     z = call.keep(output)
@@ -49,7 +52,9 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
 
         def of_source(i: int) -> Tensor:
             def call_with(others: list[Any], x: Tensor) -> Tensor:
-                return _call_again(call, [*others[:i], x, *others[i + 1 :]])
+                args, kwargs = tree_unflatten([*others[:i], x, *others[i + 1 :]], structure)
+                result: Tensor = func(*args, **kwargs)
+                return result
 
             return functional.twin(
                 plain[i], partial(call_with, plain), partial(call_with, absolute), s
@@ -63,7 +68,7 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
 def answer_passed(call: Call) -> Answer:
     """Relevance moves with its element."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
-    sources = [t for t in flat((call.args, call.kwargs)) if is_source(t)]
+    sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
     if not isinstance(output, Tensor) or any(s.shape != output.shape for s in sources):
         raise TypeError(
             f"Expected relevance to pass through a call that keeps the shape of its input, but got "
@@ -79,15 +84,15 @@ def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
         return Answer(
             output, [input], lambda relevance: [functional.linear(x(), w(), divide(relevance, z()))]
         )
+    wanted = [carries_relevance(t) for t in (input, weight)]
 
     def propagate(relevance: Tensor) -> list[Tensor]:
-        s = divide(relevance, z()).flatten(0, -2)
-        rows = x().flatten(0, -2)
-        of_input, of_weight = functional.matmul(rows, w().mT, s)
-        relevances = [of_input.view_as(input), of_weight.mT]
-        return relevances if carries_relevance(input) else relevances[1:]
+        s = divide(relevance, z())
+        rows, columns = x().flatten(0, -2), w().mT
+        of_input, of_weight = functional.matmul(rows, columns, s.flatten(0, -2))
+        return list(compress([of_input.view_as(x()), of_weight.mT], wanted))
 
-    return Answer(output, [t for t in (input, weight) if carries_relevance(t)], propagate)
+    return Answer(output, list(compress([input, weight], wanted)), propagate)
 
 
 def _convolution(dims: int) -> Form:
@@ -175,8 +180,10 @@ def _transposed_convolution(dims: int) -> Form:
 
 
 def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    func = call.func
+
     def run(x: Tensor) -> Tensor:
-        result: Tensor = call.func(x, *args, **kwargs)
+        result: Tensor = func(x, *args, **kwargs)
         return result
 
     output = call.run(lambda: run(input))
@@ -189,8 +196,11 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
+    func = call.func
+
     def run(x: Tensor) -> Tensor:
-        result: Tensor = call.func(x, *args, **kwargs)
+        result: Tensor = func(x, *args, **kwargs)
         return result
 
     output = call.run(lambda: run(input))
@@ -217,15 +227,14 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Answer:
 def answer_max_pool(
     call: Call, input: Tensor, *args: Any, divides: bool = True, **kwargs: Any
 ) -> Answer:
-    dims = {"max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3, "adaptive_max_pool1d": 1,
-            "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3}[call.name]  # fmt: skip
-    _check_batched(call, input, dims)
-    bound = inspect.signature(getattr(F, f"{call.name}_with_indices")).bind(input, *args, **kwargs)
+    _check_batched(call, input, int(call.name[-2]))
+    with_indices = getattr(F, f"{call.name}_with_indices")
+    bound = inspect.signature(with_indices).bind(input, *args, **kwargs)
     bound.arguments["return_indices"] = True
-    arguments = {key: value for key, value in bound.arguments.items() if key != "input"}
+    options = {key: value for key, value in bound.arguments.items() if key != "input"}
 
     def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-        maximum, indices = getattr(F, f"{call.name}_with_indices")(x, **arguments)
+        maximum, indices = with_indices(x, **options)
         return maximum, indices
 
     output = call.run(lambda: call.func(input, *args, **kwargs))
@@ -241,7 +250,14 @@ def answer_max_pool(
     )
 
 
-def answer_batch_norm(
+def answer_batch_norm(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    if call.func is torch.batch_norm:  # the order of its arguments differs
+        weight, bias, mean, var, training, momentum, eps, _ = args
+        return _answer_batch_norm(call, input, mean, var, weight, bias, training, momentum, eps)
+    return _answer_batch_norm(call, input, *args, **kwargs)
+
+
+def _answer_batch_norm(
     call: Call,
     input: Tensor,
     running_mean: Tensor | None,
@@ -273,6 +289,7 @@ def answer_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Answer:
     output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
     x, z = call.keep(input), call.keep(output)
@@ -308,53 +325,51 @@ def answer_softmax(
     call: Call,
     input: Tensor,
     dim: int | None = None,
-    _stacklevel: int = 3,
+    *options: Any,
     dtype: torch.dtype | None = None,
+    _stacklevel: int = 3,
 ) -> Answer:
+    # F.softmax(x, dim, _stacklevel, dtype); torch.softmax(x, dim, dtype)
+    dtype = next((o for o in options if isinstance(o, torch.dtype)), dtype)
     if dim is None:
         raise ValueError(f"Expected softmax to be called with its dimension, but got {call}.")
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
     x, p = call.keep(input), call.keep(output)
-    factor = _once(lambda: divide(functional.softmax(x(), p(), dim), p()))
+    factor = _once(lambda: divide(functional.softmax(x(), p(), dim), p().nan_to_num()))
     return Answer(output, [input], lambda relevance: [factor() * relevance])
 
 
 def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
-    output = call.run(lambda: torch.matmul(input, other))
     if input.dim() < 2 or other.dim() < 2:
         return answer_twin(call)
+    output = call.run(lambda: torch.matmul(input, other))
     a, b, z = call.keep(input), call.keep(other), call.keep(output)
-    sources = [t for t in (input, other) if carries_relevance(t)]
+    wanted = [carries_relevance(t) for t in (input, other)]
 
     def propagate(relevance: Tensor) -> list[Tensor]:
-        relevances = functional.matmul(a(), b(), divide(relevance, z()))
-        pairs = zip(relevances, (input, other), strict=True)
-        return [r for r, argument in pairs if carries_relevance(argument)]
+        return list(compress(functional.matmul(a(), b(), divide(relevance, z())), wanted))
 
-    return Answer(output, sources, propagate)
+    return Answer(output, list(compress([input, other], wanted)), propagate)
 
 
-def answer_addition(
-    call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1
-) -> Answer:
-    summands = (input, other if alpha == 1 else other * alpha)
-    output = call.run(lambda: torch.add(*summands))
-    return answer_summands(call, output, (input, other), summands)
+def answer_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
+    summand = other if alpha == 1 else other * alpha
+    return _answer_summands(call, (input, other), (input, summand))
 
 
-def answer_summands(
-    call: Call, output: Tensor, arguments: Sequence[Any], summands: Sequence[Any]
-) -> Answer:
+def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
+    return _answer_summands(call, (input, other), (input, -alpha * other))
+
+
+def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
+    output = call.run(lambda: summands[0] + summands[1])
     z = call.keep(output)
     pairs = [(a, call.keep(s)) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
-    factors = [_once(partial(_factor_of_summand, x, z)) for _, x in pairs]
+    factors = [_once(partial(_factor_of_summand, summand, z)) for _, summand in pairs]
     return Answer(
         output,
         [argument for argument, _ in pairs],
-        lambda relevance: [
-            sum_to_size(factor() * relevance, argument)
-            for factor, (argument, _) in zip(factors, pairs, strict=True)
-        ],
+        lambda relevance: [factor() * relevance for factor in factors],
     )
 
 
@@ -370,38 +385,41 @@ def answer_head_sum(call: Call, input: Any, other: Any) -> Answer:
 
     def propagate(relevance: Tensor) -> list[Tensor]:
         s = divide(relevance, z())
-        return [sum_to_size(x().abs() * s, input), sum_to_size(y().abs() * s, other)]
+        return [x().abs() * s, y().abs() * s]
 
     return Answer(output, [input, other], propagate)
 
 
 def answer_product(call: Call, input: Any, other: Any) -> Answer:
-    output = call.run(lambda: torch.mul(input, other))
+    output = call.run(lambda: input * other)
     sources = [t for t in (input, other) if is_source(t)]
-    if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
-        return _passed(output, sources)  # scaling by a constant
-    if len(sources) == 1 and min(input.numel(), other.numel()) == 1 and sources[0].numel() > 1:
+    if _is_scalar(input, other) or _is_scalar(other, input):
         return _passed(output, sources)
     a, b, z = call.keep(input), call.keep(other), call.keep(output)
     factor = _once(lambda: functional.diagonal(a(), b(), z()))
-    return Answer(
-        output,
-        sources,
-        lambda relevance: [sum_to_size(factor() * relevance, source) for source in sources],
-    )
+    n = len(sources)
+    return Answer(output, sources, lambda relevance: [factor() * relevance] * n)
 
 
 def answer_division(
     call: Call, input: Any, other: Any, *, rounding_mode: str | None = None
 ) -> Answer:
-    if isinstance(other, Tensor) and carries_relevance(other):
+    if is_source(other):
         return answer_twin(call)
     output = call.run(lambda: torch.div(input, other, rounding_mode=rounding_mode))
-    if not isinstance(other, Tensor) or other.numel() == 1:
+    if _is_scalar(other, input):
         return _passed(output, [input])
     x, c, z = call.keep(input), call.keep(other), call.keep(output)
     factor = _once(lambda: functional.diagonal(x(), c().reciprocal(), z()))
-    return Answer(output, [input], lambda r: [sum_to_size(factor() * r, input)])
+    return Answer(output, [input], lambda relevance: [factor() * relevance])
+
+
+def _is_scalar(value: Any, other: Any) -> bool:
+    """Whether multiplying by a value is scaling by a constant, whatever the batch size."""
+    if not isinstance(value, Tensor):
+        return True
+    single = value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
+    return single and not carries_relevance(value)
 
 
 def answer_dropout(
@@ -442,9 +460,15 @@ def answer_attention(
                 logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
             )
         # Dropout is a call even where it does nothing: as in attention that is written out.
-        return F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0) @ v
+        weights = F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0)
+        return (weights if mask is None else _without_masked_rows(weights, logits)) @ v
 
     return call.interception.composite(attention)
+
+
+def _without_masked_rows(weights: Tensor, logits: Tensor) -> Tensor:
+    """Attention of a query that may see nothing is zero, as in PyTorch's own kernels."""
+    return weights.masked_fill(logits.detach().isneginf().all(-1, keepdim=True), 0)
 
 
 def answer_multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
@@ -471,7 +495,6 @@ def _multi_head_attention(
     key_padding_mask: Tensor | None,
     need_weights: bool,
     attn_mask: Tensor | None,
-    use_separate_proj_weight: bool,
     q_proj_weight: Tensor | None,
     k_proj_weight: Tensor | None,
     v_proj_weight: Tensor | None,
@@ -498,15 +521,18 @@ def _multi_head_attention(
             )
     batched = query.dim() == 3
     q, k, v = (t.transpose(0, 1) if batched else t.unsqueeze(0) for t in (query, key, value))
-    if use_separate_proj_weight or in_proj_weight is None:
+    if in_proj_weight is None:
         weights = [w for w in (q_proj_weight, k_proj_weight, v_proj_weight) if w is not None]
     else:
         weights = list(in_proj_weight.chunk(3))
     biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
-    q, k, v = (
-        F.linear(t, w, b).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for t, w, b in zip((q, k, v), weights, biases, strict=True)
-    )
+    if query is key and key is value and in_proj_weight is not None:
+        # As in the original, one product makes all three.
+        projected = list(F.linear(q, in_proj_weight, in_proj_bias).chunk(3, -1))
+    else:
+        triples = zip((q, k, v), weights, biases, strict=True)
+        projected = [F.linear(t, w, b) for t, w, b in triples]
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in projected)
     mask: Tensor | None = None
     for given in (attn_mask, None if key_padding_mask is None else key_padding_mask):
         if given is None:
@@ -525,6 +551,8 @@ def _multi_head_attention(
     if mask is not None:
         logits = logits + mask
     attention = F.dropout(logits.softmax(-1), dropout_p, training)
+    if mask is not None and not need_weights:
+        attention = _without_masked_rows(attention, logits)
     output = F.linear((attention @ v).transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     output = output.transpose(0, 1) if batched else output.squeeze(0)
     if not need_weights:
@@ -544,7 +572,7 @@ LINEAR_MAPS: dict[str, Form] = dict.fromkeys(
 )
 ELEMENTWISE: dict[str, Form] = dict.fromkeys(
     "relu6 gelu silu sigmoid tanh elu celu selu softplus mish hardswish hardsigmoid hardtanh "
-    "leaky_relu logsigmoid softsign".split(),
+    "leaky_relu logsigmoid softsign prelu".split(),
     answer_elementwise,
 )
 ELEMENTWISE["relu"] = answer_relu
@@ -566,12 +594,8 @@ ATTENTION: dict[str, Form] = {
 
 def _passed(output: Tensor, sources: Sequence[Tensor]) -> Answer:
     """Scaling by a constant: relevance moves with its element."""
-    return Answer(
-        output,
-        sources,
-        lambda relevance: [sum_to_size(relevance, source) for source in sources],
-        scaled=False,
-    )
+    n = len(sources)
+    return Answer(output, sources, lambda relevance: [relevance] * n, scaled=False)
 
 
 def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -584,32 +608,6 @@ def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result[0]
 
     return get
-
-
-def flat(value: Any) -> list[Any]:
-    """The leaves of nested arguments, in order."""
-    if isinstance(value, (tuple, list)):
-        return [leaf for item in value for leaf in flat(item)]
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in flat(item)]
-    return [value]
-
-
-def _call_again(call: Call, leaves: Sequence[Any]) -> Tensor:
-    """Make a call again with other leaves in its arguments."""
-    rest = iter(leaves)
-
-    def refill(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            items = [refill(item) for item in value]
-            return type(value)(items) if type(value) in (tuple, list) else tuple(items)
-        if isinstance(value, dict):
-            return {key: refill(item) for key, item in value.items()}
-        return next(rest)
-
-    args, kwargs = refill((call.args, call.kwargs))
-    result: Tensor = call.func(*args, **kwargs)
-    return result
 
 
 def is_source(value: Any) -> bool:

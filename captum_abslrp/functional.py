@@ -342,7 +342,7 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
     r"""The numerator of the rule of softmax; maximum and denominator are constants of the call.
 
     :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`. Masked logits (:math:`-\infty`) take
-    no part.
+    no part; where all are masked there is no relevance.
 
     Args:
         x: logits, any shape.
@@ -359,8 +359,8 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
     """
     masked = torch.isneginf(x)
     magnitude = x.abs().masked_fill(masked, 0)
-    twin_probabilities = magnitude.masked_fill(masked, -torch.inf).softmax(dim)
-    return x.masked_fill(masked, 0) * probabilities + magnitude * twin_probabilities
+    twin_probabilities = magnitude.masked_fill(masked, -torch.inf).softmax(dim).nan_to_num()
+    return x.masked_fill(masked, 0) * probabilities.nan_to_num() + magnitude * twin_probabilities
 
 
 def twin(

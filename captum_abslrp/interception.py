@@ -17,10 +17,8 @@ Calls on tensors that carry no relevance (weights, position tables, masks) run u
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,8 +30,19 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
+from captum_abslrp.alignment import check_aligned, follow
+from captum_abslrp.calls import (
+    CONSTANT,
+    IN_PLACE_PASS_THROUGH,
+    PASS_THROUGH,
+    canonical_name,
+    has_in_place_argument,
+    out_of_place,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     from captum.attr._utils.lrp_rules import PropagationRule
@@ -41,32 +50,7 @@ if TYPE_CHECKING:
     from captum_abslrp.mappings import Mapping
     from captum_abslrp.rules import Rule
 
-__all__ = ["PASS_THROUGH", "Answer", "Call", "Interception", "UnsupportedCallError"]
-
-PASS_THROUGH = frozenset(
-    """
-    __getitem__ __setitem__ alias as_strided atleast_1d atleast_2d atleast_3d broadcast_tensors
-    broadcast_to cat channel_shuffle chunk clone column_stack concat concatenate contiguous copy
-    diagonal double dstack dsplit expand expand_as flatten flip fliplr flipud float gather half
-    hsplit hstack index_select masked_fill meshgrid moveaxis movedim narrow native_channel_shuffle numpy_T pad
-    permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll
-    rot90 select split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim
-    tensor_split tile to transpose tril triu type type_as unbind unflatten unfold unsqueeze unsafe_chunk
-    unsafe_split view view_as vsplit vstack where bfloat16 T mT H mH real
-    """.split()
-)
-"""Calls that only move, copy or cast elements: relevance moves with its element."""
-
-CONSTANT = frozenset(
-    """
-    size dim numel nelement ndimension stride storage_offset element_size get_device is_contiguous
-    is_floating_point is_complex is_same_size detach item tolist numpy argmax argmin argsort eq ne
-    lt le gt ge isnan isinf isfinite isneginf isposinf all any sign new_zeros new_ones new_empty
-    new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like equal allclose
-    data_ptr untyped_storage backward register_hook retain_grad has_names names requires_grad_
-    """.split()
-)
-"""Calls whose result carries no relevance."""
+__all__ = ["Answer", "Call", "Interception", "UnsupportedCallError"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From the relevance of the output to that of each source, before it is scaled."""
@@ -96,7 +80,8 @@ class Kept:
     __slots__ = ("tensor",)
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Outside of inference mode a tensor that was made in it cannot be used for everything.
+        self.tensor = tensor.clone() if tensor.is_inference() else tensor
 
     def __call__(self) -> Tensor:
         """The tensor, in float32 where it is of half precision."""
@@ -111,7 +96,7 @@ class Call:
         name: canonical name: no module, no dunder, no trailing underscore (``"add"`` for
             ``torch.add``, ``+``, ``+=`` and ``Tensor.add_``).
         func: the function that was called, as ``torch.overrides`` hands it over.
-        args, kwargs: its arguments, in the order of the out-of-place function.
+        args, kwargs: its arguments, without ``out`` and ``inplace``.
         module: the innermost module whose forward pass makes the call.
         path: where this module is in the model, for example ``"blocks.0.attn.proj"``.
         local_path: where it is in the part of the model that the mapping was found for.
@@ -126,6 +111,12 @@ class Call:
     path: str
     local_path: str
     interception: Interception
+    reflected: bool = False
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The positional arguments in the order of the operation: 2 and x for ``2 - x``."""
+        return self.args[::-1] if self.reflected else self.args
 
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor for the backward pass."""
@@ -200,15 +191,14 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        name, in_place, reflected = _canonical_name(func)
-        if in_place or kwargs.get("out") is not None or _in_place_argument(func, args, kwargs):
+        kwargs = dict(kwargs or {})
+        name, in_place, reflected = canonical_name(func)
+        if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
-        if not any(map(carries_relevance, _tensors((args, kwargs)))):
+        if not any(map(carries_relevance, tensors_in((args, kwargs)))):
             return _untracked(func, args, kwargs)
-        if reflected:
-            args = args[::-1]
-        return self._answer(name, func, args, kwargs)
+        kwargs.pop("out", None)
+        return self._answer(name, func, args, kwargs, reflected=reflected)
 
     def _answer(
         self,
@@ -216,17 +206,22 @@ class Interception(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        *,
+        reflected: bool = False,
     ) -> Any:
         is_property = getattr(func, "__name__", "") == "__get__"
-        moves = name in PASS_THROUGH
-        if moves or is_property or name in CONSTANT or not torch.is_grad_enabled():
+        if name in PASS_THROUGH and torch.is_grad_enabled():
+            return self._pass_through(name, func, args, kwargs)
+        if is_property or name in CONSTANT or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        module, path, local_path = self._modules.innermost
-        call = Call(name, func, args, kwargs, module, path, local_path, self)
+        frame = self._modules.innermost
+        call = Call(
+            name, func, args, kwargs, frame.module, frame.path, frame.local_path, self, reflected
+        )
         rule = self.rule_of(call)
         if rule is None:
             output = func(*args, **kwargs)
-            if any(t.requires_grad for t in _tensors(output)):
+            if any(t.requires_grad for t in tensors_in(output)):
                 raise UnsupportedCallError(
                     f"Expected every call on the way from the input to the output to have a rule, "
                     f"but got {call}, which has none. Give one to the mapping, `AbsLRP(model, "
@@ -237,17 +232,39 @@ class Interception(TorchFunctionMode):
             return output
         with torch.no_grad():
             answer = rule.answer(call)
+        if isinstance(answer, Answer):
+            for tensor in tensors_in((args, kwargs)):
+                known = any(tensor is source for source in answer.sources)
+                if carries_relevance(tensor) and not known:
+                    raise UnsupportedCallError(
+                        f"Expected only the input of {call} to depend on the explained inputs, but got "
+                        f"a weight or bias that does, too. Use `TwinRule()` for this call, which "
+                        f"hands relevance to all of them."
+                    )
         return self.attach(answer)
 
-    def rule_of(self, call: Call) -> Rule | None:
-        """The rule of a call: of its module, if the user set one there, or of the mapping."""
-        from captum_abslrp.rules import Rule
+    def _pass_through(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if any(t.is_inference() for t in tensors_in((args, kwargs))):
+            # Autograd cannot keep such a tensor, which the caller or the model made in inference mode.
+            leaves, spec = tree_flatten((args, kwargs))
+            leaves = [
+                t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in leaves
+            ]
+            args, kwargs = tree_unflatten(leaves, spec)
+        result = func(*args, **kwargs)
+        follow(name, func, args, kwargs, result, self.batch_size)
+        return result
 
-        own = getattr(call.module, "rule", None)
-        if isinstance(own, Rule):
-            return own
-        find_rule = self.find_rule or self._modules.mapping.rule_of_call
-        return find_rule(call)
+    def rule_of(self, call: Call) -> Rule | None:
+        """The rule of a call: of the innermost module that has one of its own, or of the mapping."""
+        frame = self._modules.innermost
+        if frame.rule is not None:
+            return frame.rule
+        if self.find_rule is not None:
+            return self.find_rule(call)
+        return frame.mapping.rule_of_call(call)
 
     def composite(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function of ours under this mode, so that the calls it is made of are answered."""
@@ -258,6 +275,8 @@ class Interception(TorchFunctionMode):
         """Give the output of a call the history that its rule asks for."""
         if not isinstance(answer, Answer):
             return answer
+        for source in answer.sources:
+            check_aligned(source, self.batch_size)
         output = answer.output
         if any(_storage(output) == _storage(s) for s in answer.sources):
             output = output.clone()
@@ -268,13 +287,12 @@ class Interception(TorchFunctionMode):
 
         def propagate(relevance: Tensor) -> list[Tensor]:
             relevance = in_full_precision(relevance)
-            relevances = rule(relevance)
+            relevances = [
+                r.sum_to_size(shape) for r, (shape, _) in zip(rule(relevance), shapes, strict=True)
+            ]
             if scaled:
                 relevances = self.normalize(relevance, relevances)
-            return [
-                r.reshape(shape).to(dtype)
-                for r, (shape, dtype) in zip(relevances, shapes, strict=True)
-            ]
+            return [r.to(dtype) for r, (_, dtype) in zip(relevances, shapes, strict=True)]
 
         return _Node.apply(propagate, [output], *answer.sources)
 
@@ -289,13 +307,7 @@ class Interception(TorchFunctionMode):
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """View of shape (B, -1). A leading dimension of k B holds k parts of every sample."""
-        if self.batch_size == 1 or (tensor.dim() and tensor.shape[0] % self.batch_size == 0):
-            return tensor.reshape(self.batch_size, -1)
-        raise UnsupportedCallError(
-            f"Expected the first dimension of every intermediate result to be a multiple of the "
-            f"batch size {self.batch_size}, but got shape {tuple(tensor.shape)}. Explain one "
-            f"sample at a time (`internal_batch_size=1`)."
-        )
+        return tensor.reshape(self.batch_size, -1)
 
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor for the backward pass without a copy, unless it is changed in place later."""
@@ -320,13 +332,16 @@ class Interception(TorchFunctionMode):
             target = args[0] if args else kwargs["input"]
         if not isinstance(target, Tensor):
             return _untracked(func, args, kwargs)
-        if not any(map(carries_relevance, _tensors((args, kwargs)))):
+        if not any(map(carries_relevance, tensors_in((args, kwargs)))):
             self._release(target)
             return _untracked(func, args, kwargs)
-        if name in _IN_PLACE_PASS_THROUGH:
+        if name in IN_PLACE_PASS_THROUGH:
             self._release(target)
+            for tensor in tensors_in((args, kwargs)):
+                if carries_relevance(tensor):
+                    check_aligned(tensor, self.batch_size)
             return func(*args, **kwargs)
-        func, args, kwargs = _out_of_place(name, func, args, kwargs)
+        func, args, kwargs = out_of_place(name, func, args, kwargs)
         result = self._answer(name, func, args, kwargs)
         self._release(target)
         target.copy_(result)
@@ -336,12 +351,6 @@ class Interception(TorchFunctionMode):
         """Clone what is kept of a tensor that is about to change."""
         for cell in self._kept.pop(_storage(target), []):
             cell.tensor = cell.tensor.clone()
-
-
-_IN_PLACE_PASS_THROUGH = frozenset(
-    "__setitem__ copy squeeze unsqueeze transpose t swapaxes swapdims zero fill masked_fill "
-    "index_copy detach requires_grad".split()
-)
 
 
 class _Node(torch.autograd.Function):
@@ -377,6 +386,25 @@ class _Reentered:
         TorchFunctionMode.__exit__(self._mode, *exc)
 
 
+class _Frame(NamedTuple):
+    """A running module, and what holds for the calls that it makes."""
+
+    module: nn.Module | None
+    path: str
+    root: str
+    """Path of the module that the mapping was found for."""
+    mapping: Mapping
+    rule: Rule | None
+    """The rule that the user has set on this module or one around it."""
+    sources: tuple[Any, ...] | None = None
+    """The arguments of a module that is answered as one call."""
+
+    @property
+    def local_path(self) -> str:
+        inside = self.path == self.root or self.path.startswith(f"{self.root}.")
+        return self.path[len(self.root) :].lstrip(".") if self.root and inside else self.path
+
+
 class _ModuleStack:
     """Which module of the model is running, in this thread.
 
@@ -388,12 +416,15 @@ class _ModuleStack:
     def __init__(self, interception: Interception, model: nn.Module | None) -> None:
         self._interception = interception
         self._paths = {m: name for name, m in model.named_modules()} if model is not None else {}
-        self._stack: list[tuple[nn.Module, Mapping | None, tuple[Any, ...] | None]] = []
+        self._stack: list[_Frame] = []
         self._handles: list[Any] = []
         self._thread = -1
 
     def start(self) -> None:
+        from captum_abslrp.mappings import get_mapping
+
         self._thread = threading.get_ident()
+        self._stack = [_Frame(None, "", "", get_mapping("generic"), None)]
         self._handles = [
             register_module_forward_pre_hook(self._enter),  # type: ignore[arg-type]  # may return
             register_module_forward_hook(self._leave, always_call=True),
@@ -404,59 +435,74 @@ class _ModuleStack:
             handle.remove()
         self._handles.clear()
         self._stack.clear()
+        self._paths.clear()
 
     @property
-    def innermost(self) -> tuple[nn.Module | None, str, str]:
-        """The running module, its path, and its path from the module that the mapping is for."""
-        if not self._stack:
-            return None, "", ""
-        module = self._stack[-1][0]
-        path = self._paths.get(module, type(module).__name__)
-        roots = [self._paths.get(m, "") for m, mapping, _ in self._stack if mapping is not None]
-        root = roots[-1] if roots else ""
-        return module, path, path[len(root) :].lstrip(".") if path.startswith(root) else path
-
-    @property
-    def mapping(self) -> Mapping:
-        """The mapping of the innermost running module of a registered architecture."""
-        from captum_abslrp.mappings import get_mapping
-
-        found = (mapping for _, mapping, _ in reversed(self._stack) if mapping is not None)
-        return next(found, None) or get_mapping("generic")
+    def innermost(self) -> _Frame:
+        return self._stack[-1]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        from captum_abslrp.mappings import find_mapping
-
         if threading.get_ident() != self._thread:
             return None
-        mapping = find_mapping(module) if self._interception.find_rule is None else None
-        foreign = self._foreign_rule(module) is not None
+        from captum_abslrp.mappings import find_mapping
+
         with torch._C.DisableTorchFunction():  # the hooks run under the mode
-            foreign = foreign and any(map(carries_relevance, _tensors(args)))
-            self._stack.append((module, mapping, args if foreign else None))
-            if not foreign:
+            around = self._stack[-1]
+            path = self._paths.get(module, type(module).__name__)
+            found = find_mapping(module)
+            root, mapping = (path, found) if found is not None else (around.root, around.mapping)
+            frame = _Frame(module, path, root, mapping, _own_rule(module) or around.rule)
+            foreign = _foreign_rule(module) is not None
+            if not (foreign and any(map(carries_relevance, tensors_in(args)))):
+                self._stack.append(frame)
                 return None
-            return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            self._stack.append(frame._replace(sources=args))
+            # Clones, because the module may change its input in place.
+            return tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != self._thread or not self._stack:
+        if threading.get_ident() != self._thread or len(self._stack) < 2:
             return None
-        _, _, sources = self._stack.pop()
-        rule = self._foreign_rule(module)
-        if sources is None or rule is None or not isinstance(output, Tensor):
+        frame = self._stack.pop()
+        rule = _foreign_rule(module)
+        # Without an output an exception is on its way.
+        if rule is None or output is None:
             return None
-        from captum_abslrp.rules import answer_by_captum_rule
-
         with torch._C.DisableTorchFunction():
-            return self._interception.attach(answer_by_captum_rule(rule, module, sources, output))
+            if frame.sources is None and any(map(carries_relevance, tensors_in(output))):
+                raise TypeError(
+                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to be called "
+                    f"with positional tensors, but got keyword arguments."
+                )
+            if frame.sources is None:
+                return None
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to return one "
+                    f"tensor, but got {type(output).__name__}. Set the rule on a layer inside."
+                )
+            from captum_abslrp.rules import answer_by_captum_rule
 
-    def _foreign_rule(self, module: nn.Module) -> PropagationRule | None:
-        from captum.attr._utils.lrp_rules import PropagationRule
+            return self._interception.attach(
+                answer_by_captum_rule(rule, module, frame.sources, output)
+            )
 
-        from captum_abslrp.rules import Rule
 
-        own = getattr(module, "rule", None)
-        return own if isinstance(own, PropagationRule) and not isinstance(own, Rule) else None
+def _own_rule(module: nn.Module) -> Rule | None:
+    from captum_abslrp.rules import Rule
+
+    own = getattr(module, "rule", None)
+    return own if isinstance(own, Rule) else None
+
+
+def _foreign_rule(module: nn.Module) -> PropagationRule | None:
+    """A rule that is not one of ours, such as Captum's ``EpsilonRule``."""
+    from captum.attr._utils.lrp_rules import PropagationRule
+
+    from captum_abslrp.rules import Rule
+
+    own = getattr(module, "rule", None)
+    return own if isinstance(own, PropagationRule) and not isinstance(own, Rule) else None
 
 
 def carries_relevance(tensor: Tensor) -> bool:
@@ -475,21 +521,10 @@ def in_full_precision(tensor: Tensor) -> Tensor:
 
 def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call that carries no relevance; parameters leave no history on its result."""
-    if not any(t.requires_grad for t in _tensors((args, kwargs))):
+    if not any(t.requires_grad for t in tensors_in((args, kwargs))):
         return func(*args, **kwargs)
     with torch.no_grad():
         return func(*args, **kwargs)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -499,79 +534,3 @@ def _storage(tensor: Tensor) -> int:
 def _same_view(a: Tensor, b: Tensor) -> bool:
     layout_a = (a.shape, a.dtype, a.stride(), a.storage_offset())
     return layout_a == (b.shape, b.dtype, b.stride(), b.storage_offset())
-
-
-@functools.lru_cache(maxsize=4096)
-def _canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
-    """Name without module, dunder and trailing underscore; whether in place; whether reflected."""
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":  # a property such as Tensor.T
-        return getattr(getattr(func, "__self__", None), "__name__", name), False, False
-    if name in ("__getitem__", "__setitem__"):
-        return name, name == "__setitem__", False
-    if name.startswith("__") and name.endswith("__"):
-        bare = name[2:-2]
-        if bare.startswith("i") and bare[1:] in _OPERATORS:
-            return _OPERATORS[bare[1:]], True, False
-        if bare.startswith("r") and bare[1:] in _OPERATORS:
-            return _OPERATORS[bare[1:]], False, True
-        return _OPERATORS.get(bare, name), False, False
-    if name.endswith("_") and not name.startswith("_"):
-        return _ALIASES.get(name[:-1], name[:-1]), True, False
-    return _ALIASES.get(name, name), False, False
-
-
-_ALIASES = {
-    "absolute": "abs",
-    "divide": "div",
-    "multiply": "mul",
-    "negative": "neg",
-    "special_expit": "sigmoid",
-    "special_softmax": "softmax",
-    "subtract": "sub",
-    "true_divide": "div",
-}
-_OPERATORS = {
-    "add": "add",
-    "matmul": "matmul",
-    "mul": "mul",
-    "neg": "neg",
-    "pow": "pow",
-    "sub": "sub",
-    "truediv": "div",
-    "div": "div",
-}
-
-
-@functools.lru_cache(maxsize=4096)
-def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(func)
-    except (TypeError, ValueError):  # built-in functions have none
-        return None
-
-
-def _in_place_argument(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> bool:
-    """Whether ``inplace=True`` was given, by name or position."""
-    signature = _signature(func)
-    if signature is None or "inplace" not in signature.parameters:
-        return False
-    return bool(signature.bind(*args, **kwargs).arguments.get("inplace", False))
-
-
-def _out_of_place(
-    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The call that has the same result as an in-place one and leaves its arguments alone."""
-    kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-    signature = _signature(func)
-    if signature is not None and "inplace" in signature.parameters:
-        bound = signature.bind(*args, **kwargs)
-        bound.arguments["inplace"] = False
-        return func, bound.args, bound.kwargs
-    for namespace in (torch.Tensor, torch, torch.nn.functional):
-        if hasattr(namespace, name):
-            return getattr(namespace, name), args, kwargs
-    return func, args, kwargs

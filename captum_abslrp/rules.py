@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 
+_IDEMPOTENT = (nn.ReLU, nn.modules.dropout._DropoutNd)
+"""Modules whose output may stand for their input: Captum hands over an input changed in place."""
+
+
 class Rule(PropagationRule):
     """Base class of the absLRP rules.
 
@@ -68,7 +72,7 @@ class Rule(PropagationRule):
                 f"Expected {type(self).__name__} to be used for one of {sorted(self.closed_forms)}, but "
                 f"got {call}. Use `AbsLRPRule()` or `TwinRule()` there."
             )
-        return form(call, *call.args, **call.kwargs)
+        return form(call, *call.operands, **call.kwargs)
 
     def forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
         """Entry for Captum's ``LRP``, which registers this as the module's forward hook.
@@ -82,6 +86,11 @@ class Rule(PropagationRule):
             The output, with a history whose backward pass is this rule.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        if getattr(module, "inplace", False) and not isinstance(module, _IDEMPOTENT):
+            raise ValueError(
+                f"Expected {type(module).__name__} to keep its input, which {self} needs, but got "
+                f"`inplace=True`. Set `module.inplace = False`."
+            )
         # Calls of torch's own leaf modules are single, so their result is the module's.
         own = type(module).__module__.startswith("torch.nn.") and not list(module.children())
         with Interception(
@@ -163,7 +172,7 @@ class MaxPoolRule(Rule):
     def answer(self, call: Call) -> Answer:
         if call.name not in self.closed_forms:
             return super().answer(call)
-        return forms.answer_max_pool(call, *call.args, divides=self.divide, **call.kwargs)
+        return forms.answer_max_pool(call, *call.operands, divides=self.divide, **call.kwargs)
 
     def __repr__(self) -> str:
         return f"MaxPoolRule({'' if self.divide else 'divide=False'})"
@@ -200,9 +209,15 @@ class MatmulRule(Rule):
 
 
 class AdditionRule(Rule):
-    r"""Sum of two tensors: :math:`2 x^+ s` and :math:`2 y^+ s` (residuals, position embedding)."""
+    r"""Sum of two tensors: :math:`2 x^+ s` and :math:`2 y^+ s` (residuals, position embedding).
 
-    closed_forms: ClassVar[Mapping[str, forms.Form]] = {"add": forms.answer_addition}
+    A difference is the sum with the negated tensor.
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
+        "add": forms.answer_addition,
+        "sub": forms.answer_subtraction,
+    }
 
 
 class HeadSumRule(AdditionRule):
@@ -302,14 +317,19 @@ def answer_by_captum_rule(
             own.forward_hook_weights(
                 layer,
                 tuple(kept),
-                layer(*(x.clone() if isinstance(x, Tensor) else x for x in kept)),
+                layer(*map(_copied, kept)),
             )
         with torch.enable_grad():
             leaves = {i: kept[i].clone().requires_grad_() for i in at}
             given = tuple(leaves[i].clone() if i in leaves else x for i, x in enumerate(kept))
-            result = own.forward_hook(layer, given, layer(*given))
+            # Clones, because the layer may change its input in place.
+            result = own.forward_hook(layer, given, layer(*map(_copied, given)))
             return list(
                 torch.autograd.grad(result, list(leaves.values()), relevance.to(result.dtype))
             )
 
     return Answer(output.detach(), [inputs[i] for i in at], propagate, scaled=False)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import captum
+import numpy
 import pytest
 import timm
 import torch
@@ -326,7 +327,7 @@ def test_an_autograd_function_of_the_model_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Square.apply(x)
 
-    with pytest.raises(UnsupportedCallError, match="autograd function `Square`"):
+    with pytest.raises(UnsupportedCallError, match="but got `SquareBackward` from code whose"):
         AbsLRP(nn.Sequential(mlp(), Custom())).attribute(batch(3, 6), 1)
 
 
@@ -336,7 +337,7 @@ BAD_CALLS = {
         TypeError, r"Expected `inputs` to be of a floating-point dtype, but got torch\.int64",
     ),
     "inputs that are no tensor": (
-        lambda: AbsLRP(mlp()).attribute([[1.0]], 1), (TypeError, AssertionError), "`?inputs`?",
+        lambda: AbsLRP(mlp()).attribute([[1.0]], 1), TypeError, "Expected `inputs` .*but got list",
     ),
     "inputs with NaN": (
         lambda: AbsLRP(mlp()).attribute(torch.full((2, 6), float("nan")), 1),
@@ -348,11 +349,32 @@ BAD_CALLS = {
     ),
     "no batch dimension, vector": (
         lambda: AbsLRP(mlp()).attribute(batch(6), 1),
-        ValueError, "Does `inputs` have a batch dimension",
+        ValueError, r"batch dimension.*`x\.unsqueeze\(0\)`",
     ),
     "no batch dimension, image": (
         lambda: AbsLRP(load_golden("resnet_basic").model).attribute(batch(3, 32, 32), 1),
         ValueError, r"Add the batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
+    ),
+    "no batch dimension, image for a ViT": (
+        lambda: AbsLRP(load_golden("vit").model).attribute(batch(3, 32, 32), 1),
+        ValueError, r"Add the batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
+    ),
+    "no inputs": (lambda: AbsLRP(mlp()).attribute(()), ValueError, "but got an empty tuple"),
+    "inputs that are None": (
+        lambda: AbsLRP(mlp()).attribute(None), TypeError, "Expected `inputs` .* but got NoneType",
+    ),
+    "target of numpy": (
+        lambda: AbsLRP(mlp()).attribute(batch(2, 6), numpy.array([1, 2])),
+        TypeError, "Expected `target` to be an int",
+    ),
+    "internal batch size of no int": (
+        lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, internal_batch_size=2.5),
+        ValueError, "Expected `internal_batch_size` to be an int",
+    ),
+    "mapping of no mapping": (lambda: AbsLRP(mlp(), 5), TypeError, "to be a Mapping, .*but got int"),
+    "a class for a rule": (
+        lambda: AbsLRP(with_rule(TwinRule)).attribute(batch(2, 6), 1),
+        TypeError, r"Expected `rule` of `0` to be an instance of a PropagationRule",
     ),
     "empty batch": (
         lambda: AbsLRP(mlp()).attribute(batch(0, 6), 1), ValueError, "at least one sample",
@@ -405,13 +427,19 @@ BAD_CALLS = {
     ),
     "internal batch size of zero": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, internal_batch_size=0),
-        ValueError, "Expected `internal_batch_size` to be at least 1",
+        ValueError, "Expected `internal_batch_size` to be an int of at least 1, but got 0",
     ),
     "output that does not depend on the input": (
         lambda: AbsLRP(nn.Sequential(mlp(), Detach())).attribute(batch(2, 6), 1),
         ValueError, "depend on `inputs`",
     ),
 }  # fmt: skip
+
+
+def with_rule(rule: object) -> nn.Module:
+    model = mlp()
+    model[0].rule = rule
+    return model
 
 
 class Detach(nn.Module):
@@ -431,6 +459,34 @@ def test_a_scripted_model_is_refused() -> None:
     scripted = torch.jit.script(mlp())
     with pytest.raises(TypeError, match="plain module, but got a scripted one"):
         AbsLRP(scripted)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_part_is_named() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())).double()
+    with pytest.raises(UnsupportedCallError, match="from code whose calls cannot be seen"):
+        AbsLRP(nn.Sequential(mlp(), scripted)).attribute(batch(3, 6), 1)
+
+
+def test_inputs_without_further_dimensions() -> None:
+    class Unsqueezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(inputs=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.unsqueeze(1))
+
+    relevance, delta = AbsLRP(Unsqueezed()).attribute(batch(3), 1, return_convergence_delta=True)
+    assert relevance.shape == delta.shape == (3,)
+    assert delta.dtype == torch.float64
+
+
+def test_a_compiled_or_wrapped_model_is_explained_as_the_original() -> None:
+    model, x = mlp(), batch(3, 6)
+    expected = AbsLRP(model).attribute(x, 1)
+    assert torch.equal(AbsLRP(torch.compile(model)).attribute(x, 1), expected)
+    assert torch.equal(AbsLRP(nn.DataParallel(model)).attribute(x, 1), expected)
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)], ids=repr)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP
+from captum_abslrp import AbsLRP, UnsupportedCallError
 from tests.conftest import relative_error
 
 
@@ -105,6 +105,15 @@ SAME = {
     "scaling by a tensor of one element": (lambda x: x * torch.tensor(3.0), lambda x: x * 3.0),
     "dropout": (lambda x: F.dropout(x, 0.5, False), lambda x: x),
     "out argument": (outputs_given, lambda x: x + x.tanh()),
+    "no out argument": (lambda x: torch.add(x, x.tanh(), out=None), lambda x: x + x.tanh()),
+    "difference": (lambda x: x - x.tanh(), lambda x: x + -x.tanh()),
+    "reflected difference": (lambda x: 1 - x, lambda x: -x + 1),
+    "difference with a constant": (lambda x: x - 1, lambda x: x + -1),
+    "softmax with a dtype": (
+        lambda x: torch.softmax(x, -1, torch.float64), lambda x: x.softmax(-1),
+    ),
+    "in-place SiLU": (lambda x: F.silu(x.clone(), inplace=True), F.silu),
+    "log sigmoid": (lambda x: nn.LogSigmoid()(x), lambda x: torch.nn.functional.logsigmoid(x)),
 }  # fmt: skip
 
 
@@ -176,11 +185,9 @@ def test_multi_head_attention_is_the_same_written_out(normalization: str) -> Non
             y = (q * 0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
             return model.head(a.out_proj(y.transpose(1, 2).reshape(len(x), 6, 8))).mean(1)
 
-    # One product of three chunks and three products share their relevance differently; in the
-    # module each of query, key and value has its own input.
     of_module = AbsLRP(model, normalization=normalization).attribute(x, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(WrittenOut()(x), model(x))
+    written_out = AbsLRP(WrittenOut(), normalization=normalization).attribute(x, 1)
+    assert relative_error(of_module, written_out) < 1e-6
     sequence_first = self_attention()
     sequence_first.load_state_dict(model.state_dict())
     assert (
@@ -229,6 +236,133 @@ def test_transformer_encoder_layer(masked: bool) -> None:
     one_by_one = torch.cat([AbsLRP(model).attribute(i[None], 1) for i in x])
     assert relative_error(relevance, one_by_one) < 1e-9
     assert bool((relevance[:, -1] == 0).all()) is masked
+
+
+def time_by_batch(x: Tensor) -> Tensor:
+    rows = x.unflatten(1, (4, 2)).transpose(0, 1).reshape(-1, 2)
+    return F.gelu(rows).view(4, len(x), 2).transpose(0, 1).flatten(1)
+
+
+SHUFFLED = {
+    "sequence first": lambda x: F.gelu(x.unflatten(1, (2, 4)).transpose(0, 1)).transpose(0, 1).flatten(1),
+    "time by batch": time_by_batch,
+    "concatenated": lambda x: torch.cat(F.gelu(torch.cat([x, x.flip(1)])).chunk(2), 1),
+    "transposed": lambda x: F.gelu(x.T).T,
+    "reversed": lambda x: F.gelu(x.flip(0)).flip(0),
+    "windows": lambda x: F.gelu(x.reshape(-1, 4)).reshape(-1, 8),
+    "moved there and back": lambda x: F.gelu(x.unflatten(1, (2, 4)).mT.mT.transpose(0, 1).transpose(0, 1))
+    .flatten(1),
+    "one scale per batch": lambda x: x * torch.tensor([-2.0], dtype=torch.float64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_samples_are_kept_apart_wherever_the_model_moves_them(
+    name: str, normalization: str
+) -> None:
+    relevance = explain(SHUFFLED[name], normalization)  # compares with one by one
+    assert bool(relevance.any())
+
+
+def test_an_encoder_that_is_sequence_first() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(x.transpose(0, 1)).transpose(0, 1).mean(1))
+
+    model = Encoder().eval().double()
+    for tokens in (4, 6, 8):
+        x = torch.randn(4, tokens, 8, generator=torch.Generator().manual_seed(0)).double()
+        one_by_one = torch.cat([AbsLRP(model).attribute(i[None], 1) for i in x])
+        assert relative_error(AbsLRP(model).attribute(x, 1), one_by_one) < 1e-9
+
+
+def test_a_query_that_may_see_nothing_is_finite() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(5, 5, dtype=torch.bool)
+            mask[-1] = False
+            return self.head(F.scaled_dot_product_attention(x, x, x, mask)[:, 0].mean(1))
+
+    x = torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    relevance = AbsLRP(Masked().double()).attribute(x)
+    assert bool(torch.isfinite(relevance).all())
+
+
+def test_tensors_made_in_inference_mode_take_part() -> None:
+    with torch.inference_mode():
+        mask = torch.rand(8) > 0.5
+        layer = nn.Linear(6, 8).double()
+        head = nn.Linear(8, 3).double()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, head
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = torch.where(mask, self.layer(x), 0.0)
+            return self.head(y[:, torch.arange(8)].prelu(self.head.weight[0, :1]))
+
+    relevance = AbsLRP(Model()).attribute(torch.rand(2, 6).double(), 1, mask)
+    assert bool(torch.isfinite(relevance).all())
+
+
+def test_a_weight_that_depends_on_the_input_is_not_dropped_silently() -> None:
+    with pytest.raises(UnsupportedCallError, match=r"a weight or bias that does, too.*TwinRule"):
+        explain(lambda x: F.linear(x, torch.eye(8).double(), x[0]))
+
+
+def growing_tensors(calls: Callable[[Tensor], Tensor]) -> int:
+    """Tensors that stay alive after an attribution, beyond those of the first."""
+    import gc
+
+    model, x = Calls(calls), torch.rand(4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    AbsLRP(model).attribute(x, 1)
+    before = alive()
+    for _ in range(3):
+        AbsLRP(model).attribute(x, 1)
+    return alive() - before
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_nothing_stays_in_memory(name: str) -> None:
+    assert growing_tensors(SAME[name][0]) <= 0
+
+
+def test_the_model_is_freed_with_its_last_reference() -> None:
+    import gc
+    import weakref
+
+    model = nn.Sequential(nn.Linear(6, 3))
+    AbsLRP(model).attribute(torch.rand(2, 6), 1)
+    gc.collect()
+    gc.disable()
+    try:
+        AbsLRP(model).attribute(torch.rand(2, 6), 1)
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_freed_without_the_garbage_collector() -> None:

@@ -130,6 +130,27 @@ def test_buffers_of_a_model_in_training_mode_are_put_back() -> None:
         AbsLRP(golden.model).attribute(golden.x, golden.target)
 
 
+def test_what_a_model_stores_as_it_runs_is_put_back() -> None:
+    class Storing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+            self.register_buffer("calls", torch.zeros(()))
+            self.features = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.features = self.layer(x)
+            self.extra = True
+            return self.features
+
+    model = Storing().eval()
+    with no_trace(model, versions=False):
+        AbsLRP(model).attribute(torch.rand(2, 3), 1)
+    assert model.features is None
+    assert model.calls == 0
+
+
 def test_gradients_of_the_model_are_left_alone() -> None:
     golden = load_golden("vgg")
     golden.model(golden.x).sum().backward()

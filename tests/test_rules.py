@@ -170,6 +170,65 @@ def test_our_rule_on_a_module_wins_over_the_mapping() -> None:
     assert plain.shape == undivided.shape
 
 
+def test_a_rule_on_a_container_holds_for_what_is_inside() -> None:
+    model, x = vgg_style(), images()
+    container = nn.Sequential(model[:3], model[3:])
+    container[0].rule = MaxPoolRule(divide=False)
+    with pytest.raises(TypeError, match="Expected MaxPoolRule to be used for one of"):
+        AbsLRP(container).attribute(x, 1)
+    container[0].rule = PassThroughRule()
+    with pytest.raises(TypeError, match="keeps the shape of its input"):
+        AbsLRP(container).attribute(x, 1)
+    container[0].rule = TwinRule()
+    assert (
+        relative_error(AbsLRP(container).attribute(x, 1), AbsLRP(vgg_style()).attribute(x, 1))
+        < 1e-5
+    )
+
+
+def test_a_rule_of_captums_that_cannot_be_used_is_an_error() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    model = Keywords()
+    model.layer.rule = EpsilonRule()
+    with pytest.raises(TypeError, match="Expected `layer`.*positional tensors, but got keyword"):
+        AbsLRP(model).attribute(torch.rand(2, 5), 1)
+
+    class Tuple(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.MultiheadAttention(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.layer(x, x, x)[0])[:, 0]
+
+    model = Tuple()
+    model.layer.rule = EpsilonRule()
+    with pytest.raises(TypeError, match="Expected `layer`.*to return one tensor, but got tuple"):
+        AbsLRP(model.eval()).attribute(torch.rand(2, 3, 4), 1)
+
+
+def test_in_place_layers_under_captums_rules() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Hardswish(), nn.Linear(5, 4)).double()
+    x = torch.randn(3, 5).double()
+    model[1].rule = EpsilonRule()
+    expected = AbsLRP(model).attribute(x, 1)
+    model[1].inplace = True
+    torch.testing.assert_close(AbsLRP(model).attribute(x, 1), expected)
+    model[1].rule = AbsLRPRule()
+    for layer in (model[0], model[2]):
+        layer.rule = AbsLRPRule()
+    with pytest.raises(ValueError, match=r"Expected Hardswish to keep its input.*inplace = False"):
+        LRP(model).attribute(x, target=1)
+
+
 def test_pass_through_hands_relevance_on() -> None:
     model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double(), torch.rand(2, 5).double()
     model[1].rule = PassThroughRule()

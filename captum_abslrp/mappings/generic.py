@@ -38,6 +38,7 @@ POOLING = (
 )
 ACTIVATIONS = (
     "relu",
+    "prelu",
     "relu6",
     "leaky_relu",
     "gelu",
@@ -72,6 +73,7 @@ GENERIC = register_mapping(
             (tuple(ProductRule.closed_forms), ProductRule()),
             (tuple(AttentionRule.closed_forms), AttentionRule()),
             (tuple(DropoutRule.closed_forms), PassThroughRule()),
+            ("neg", PassThroughRule()),
         ],
     )
 )

@@ -1,0 +1,93 @@
+"""Which sample an element belongs to, where a model moves the batch dimension.
+
+Rules scale relevance sample by sample. Nearly every intermediate result keeps samples in its leading
+dimension: B rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence
+first) or stack samples behind each other; as long as it moves it back before the next call with a rule,
+nothing is to be done. This module follows the calls that move elements with a small shadow, the number
+of its sample in place of every element, and says so where a rule would meet a tensor that is out of
+order. :class:`captum_abslrp.AbsLRP` then runs the samples one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["Misaligned", "check_aligned", "follow"]
+
+_SHADOW = "_abslrp_samples"
+_KEEP_ORDER = frozenset(
+    "clone contiguous to float half bfloat16 type type_as pad masked_fill where tril triu alias real".split()
+)
+
+
+class Misaligned(Exception):
+    """A call with a rule met a tensor whose samples are not in the leading dimension."""
+
+
+def check_aligned(tensor: Tensor, batch_size: int) -> None:
+    """Raise :class:`Misaligned` unless the leading dimension holds B samples, one after the other."""
+    if batch_size == 1:
+        return
+    if hasattr(tensor, _SHADOW) or tensor.dim() == 0 or tensor.shape[0] % batch_size:
+        raise Misaligned
+
+
+def follow(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    batch_size: int,
+) -> None:
+    """Mark the results of a call that moves elements if their samples are out of order.
+
+    Args:
+        name: canonical name of the call.
+        func, args, kwargs: the call.
+        result: its result, a tensor or a tuple of them.
+        batch_size: B.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    moved = any(hasattr(leaf, _SHADOW) for leaf in leaves if isinstance(leaf, Tensor))
+    if batch_size == 1 or (name in _KEEP_ORDER and not moved):
+        return
+    shadows = [_shadow(leaf, batch_size) for leaf in leaves]
+    shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
+    with torch.no_grad():
+        shadow = func(*shadow_args, **shadow_kwargs)
+    for tensor, samples in zip(tree_flatten(result)[0], tree_flatten(shadow)[0], strict=True):
+        if isinstance(tensor, Tensor) and not _in_order(samples, batch_size):
+            setattr(tensor, _SHADOW, samples)
+
+
+def _shadow(leaf: Any, batch_size: int) -> Any:
+    """The number of its sample for every element; indices and masks stay what they are."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    if hasattr(leaf, _SHADOW):
+        return getattr(leaf, _SHADOW)
+    if leaf.dim() == 0 or leaf.shape[0] % batch_size:
+        return torch.full((), -1, dtype=torch.int32, device=leaf.device).expand(leaf.shape)
+    samples = torch.arange(batch_size, dtype=torch.int32, device=leaf.device)
+    samples = samples.repeat_interleave(leaf.shape[0] // batch_size)
+    return samples.view(-1, *[1] * (leaf.dim() - 1)).expand(leaf.shape)
+
+
+def _in_order(samples: Tensor, batch_size: int) -> bool:
+    if samples.dim() == 0 or samples.shape[0] % batch_size:
+        return False
+    if samples.numel() == 0:
+        return True
+    # A view of an expanded shadow is told by its strides, without looking at the elements.
+    if any(samples.stride()[1:]) and samples.dim() > 1:
+        rows = samples.reshape(batch_size, -1)
+    else:
+        rows = samples.as_strided(samples.shape[:1], samples.stride()[:1]).reshape(batch_size, -1)
+    expected = torch.arange(batch_size, dtype=samples.dtype, device=samples.device)
+    return bool((rows == expected.unsqueeze(1)).all())

@@ -1,0 +1,142 @@
+"""What a call is, by its name: the sets of calls that need no rule, and the names themselves."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CONSTANT",
+    "IN_PLACE_PASS_THROUGH",
+    "PASS_THROUGH",
+    "canonical_name",
+    "hashas_in_place_argument",
+    "out_of_place",
+    "tensors_in",
+]
+
+PASS_THROUGH = frozenset(
+    """
+    __getitem__ __setitem__ alias as_strided atleast_1d atleast_2d atleast_3d broadcast_tensors
+    broadcast_to cat channel_shuffle chunk clone column_stack concat concatenate contiguous copy
+    diagonal double dstack dsplit expand expand_as flatten flip fliplr flipud float gather half
+    hsplit hstack index_select masked_fill meshgrid moveaxis movedim narrow native_channel_shuffle numpy_T pad
+    permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll
+    rot90 select split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim
+    tensor_split tile to transpose tril triu type type_as unbind unflatten unfold unsqueeze unsafe_chunk
+    unsafe_split view view_as vsplit vstack where bfloat16 T mT H mH real
+    """.split()
+)
+"""Calls that only move, copy or cast elements: relevance moves with its element."""
+
+CONSTANT = frozenset(
+    """
+    size dim numel nelement ndimension stride storage_offset element_size get_device is_contiguous
+    is_floating_point is_complex is_same_size detach item tolist numpy argmax argmin argsort eq ne
+    lt le gt ge isnan isinf isfinite isneginf isposinf all any sign new_zeros new_ones new_empty
+    new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like equal allclose
+    data_ptr untyped_storage backward register_hook retain_grad has_names names requires_grad_
+    """.split()
+)
+"""Calls whose result carries no relevance."""
+
+IN_PLACE_PASS_THROUGH = frozenset(
+    "__setitem__ copy squeeze unsqueeze transpose t swapaxes swapdims zero fill masked_fill "
+    "index_copy detach requires_grad".split()
+)
+"""In-place calls that move elements, or change no values."""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+@functools.lru_cache(maxsize=4096)
+def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
+    """Name without module, dunder and trailing underscore; whether in place; whether reflected."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":  # a property such as Tensor.T
+        return getattr(getattr(func, "__self__", None), "__name__", name), False, False
+    if name in ("__getitem__", "__setitem__"):
+        return name, name == "__setitem__", False
+    if name.startswith("__") and name.endswith("__"):
+        bare = name[2:-2]
+        if bare.startswith("i") and bare[1:] in _OPERATORS:
+            return _OPERATORS[bare[1:]], True, False
+        if bare.startswith("r") and bare[1:] in _OPERATORS:
+            return _OPERATORS[bare[1:]], False, True
+        return _OPERATORS.get(bare, name), False, False
+    if name.endswith("_") and not name.startswith("_"):
+        return _ALIASES.get(name[:-1], name[:-1]), True, False
+    return _ALIASES.get(name, name), False, False
+
+
+_ALIASES = {
+    "absolute": "abs",
+    "divide": "div",
+    "multiply": "mul",
+    "negative": "neg",
+    "special_expit": "sigmoid",
+    "special_softmax": "softmax",
+    "log_sigmoid": "logsigmoid",
+    "rsub": "sub",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+_OPERATORS = {
+    "add": "add",
+    "matmul": "matmul",
+    "mul": "mul",
+    "neg": "neg",
+    "pow": "pow",
+    "sub": "sub",
+    "truediv": "div",
+    "div": "div",
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(func)
+    except (TypeError, ValueError):  # built-in functions have none
+        return None
+
+
+def has_in_place_argument(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether ``inplace=True`` was given, by name or position."""
+    signature = _signature(func)
+    if signature is None or "inplace" not in signature.parameters:
+        return False
+    return bool(signature.bind(*args, **kwargs).arguments.get("inplace", False))
+
+
+def out_of_place(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The call that has the same result as an in-place one and leaves its arguments alone."""
+    kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+    signature = _signature(func)
+    if signature is not None and "inplace" in signature.parameters:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["inplace"] = False
+        return func, bound.args, bound.kwargs
+    for namespace in (torch.Tensor, torch, torch.nn.functional):
+        if hasattr(namespace, name):
+            return getattr(namespace, name), args, kwargs
+    return func, args, kwargs

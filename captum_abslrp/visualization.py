@@ -1,0 +1,437 @@
+"""Pictures of relevance. Figures are returned, never shown, and no global state is touched.
+
+Colours are symmetric around 0: red speaks for the class, blue against it, white is 0 (a pair that
+colour-blind readers can tell apart). The ends of the scale are a percentile of the magnitudes, so
+that a few extreme pixels do not turn all others white.
+
+Axes: C channels (1 or 3), H height, W width. matplotlib is imported when a figure is made.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+__all__ = [
+    "Array",
+    "colour_limit",
+    "denormalize",
+    "plot_attribution",
+    "plot_grid",
+    "plot_rows",
+    "relevance_image",
+]
+
+Array = Tensor | npt.NDArray[Any]
+
+COLOUR_MAP = "RdBu_r"
+
+_CELL_INCHES = 3.0
+_GRID_CELL_INCHES = 1.7
+
+
+def relevance_image(attribution: Array) -> npt.NDArray[np.float64]:
+    """Relevance per pixel: the sum over channels.
+
+    Args:
+        attribution: relevance, (C, H, W) with any C, or (H, W).
+
+    Returns:
+        The map, (H, W).
+
+    Raises:
+        ValueError: if the shape is another one, an axis is empty or a value is not finite.
+
+    Example:
+        >>> import torch
+        >>> relevance_image(torch.tensor([[[1.0, 2.0]], [[3.0, -4.0]]]))
+        array([[ 4., -2.]])
+    """
+    values = _to_numpy(attribution).astype(np.float64)
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise ValueError(
+            "Expected `attribution` to have shape (C, H, W) or (H, W) without empty axes, "
+            f"but got {values.shape}."
+        )
+    _require_finite(values, "attribution")
+    return values.sum(axis=0) if values.ndim == 3 else values
+
+
+def colour_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
+    """The magnitude at which the colour scale ends, on both sides.
+
+    Args:
+        relevance: values of any shape.
+        clip_percentile: percentile of the magnitudes, in (0, 100].
+
+    Returns:
+        The percentile; the largest magnitude where the percentile is 0 (a few pixels in an empty
+        map); 1.0 for a map of zeros. Always positive.
+
+    Raises:
+        ValueError: if `clip_percentile` is out of its range.
+
+    Example:
+        >>> import torch
+        >>> colour_limit(torch.tensor([-4.0, 1.0, 2.0]), 100)
+        4.0
+        >>> colour_limit(torch.zeros(2, 2))
+        1.0
+    """
+    if not 0 < clip_percentile <= 100:
+        raise ValueError(
+            f"Expected `clip_percentile` to be in (0, 100], but got {clip_percentile}."
+        )
+    magnitudes = np.abs(_to_numpy(relevance).astype(np.float64))
+    # Below the smallest normal number the scale would no longer have a range to divide by.
+    tiny = float(np.finfo(np.float64).tiny) * 2
+    for limit in (float(np.percentile(magnitudes, clip_percentile)), float(magnitudes.max())):
+        if limit > tiny:
+            return limit
+    return 1.0
+
+
+def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo ``(image - mean) / std`` and clamp to [0, 1]: the picture that a model was given.
+
+    Args:
+        image: normalised image, (..., C, H, W).
+        mean: mean per channel, C values.
+        std: standard deviation per channel, C values.
+
+    Raises:
+        ValueError: if the number of values is not C.
+
+    Example:
+        >>> import torch
+        >>> denormalize(torch.tensor([[[0.5]], [[9.0]]]), mean=[0.4, 0.5], std=[0.2, 0.2]).flatten()
+        tensor([0.5000, 1.0000])
+    """
+    channels = image.shape[-3] if image.ndim >= 3 else 0
+    if not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"Expected `mean` and `std` to have one value per channel ({channels}), "
+            f"but got {len(mean)} and {len(std)}."
+        )
+    scale, shift = (image.new_tensor(list(values))[:, None, None] for values in (std, mean))
+    return (image.detach() * scale + shift).clamp(0, 1)
+
+
+def plot_attribution(
+    image: Array,
+    attribution: Array,
+    *,
+    title: str | None = None,
+    clip_percentile: float = 99.0,
+) -> Figure:
+    """One image and what is relevant in it: input, overlay, map with colour bar.
+
+    Args:
+        image: the image as the model sees it, values in [0, 1] or uint8, (C, H, W) or (H, W).
+        attribution: relevance, (C, H, W) or (H, W); H and W as in `image`.
+        title: heading of the figure.
+        clip_percentile: percentile of the magnitudes at which the colours end.
+
+    Raises:
+        ValueError: if a shape does not fit or a value is not finite or out of range.
+
+    Example:
+        >>> import torch
+        >>> figure = plot_attribution(torch.rand(3, 8, 8), torch.randn(3, 8, 8), title="a cat")
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['input', 'overlay', 'relevance']
+    """
+    return plot_rows([image], [attribution], title=title, clip_percentile=clip_percentile)
+
+
+def plot_rows(
+    images: Sequence[Array],
+    attributions: Sequence[Array],
+    *,
+    row_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    clip_percentile: float = 99.0,
+) -> Figure:
+    """Several attributions below each other, each as input, overlay and map with colour bar.
+
+    Args:
+        images: R images as in `plot_attribution`.
+        attributions: R attributions as in `plot_attribution`; each has a colour scale of its own.
+        row_labels: R texts for the left margin.
+        title: heading of the figure.
+        clip_percentile: percentile of the magnitudes at which the colours end.
+
+    Raises:
+        ValueError: if the counts differ, or as in `plot_attribution`.
+
+    Example:
+        >>> import torch
+        >>> image = torch.rand(3, 8, 8)
+        >>> figure = plot_rows([image, image], torch.randn(2, 3, 8, 8), row_labels=["cat", "dog"])
+        >>> len(figure.axes)  # 2 x 3 pictures and 2 colour bars
+        8
+    """
+    rows = len(images)
+    _require_count("attributions", len(attributions), rows)
+    if row_labels is not None:
+        _require_count("row_labels", len(row_labels), rows)
+    pictures = [_picture(image) for image in images]
+    maps = [relevance_image(attribution) for attribution in attributions]
+
+    height = rows * _CELL_INCHES * _tallness(pictures)
+    figure = _figure(3.25 * _CELL_INCHES + 0.5, height, title)
+    axes = figure.subplots(rows, 3, squeeze=False)
+    for row in range(rows):
+        left, middle, right = axes[row]
+        _draw_picture(left, pictures[row])
+        _draw_overlay(middle, pictures[row], maps[row], clip_percentile)
+        drawn = _draw_map(right, maps[row], clip_percentile)
+        _add_colour_bar(figure, drawn, right, maps[row])
+        if row_labels is not None:
+            _label_row(left, row_labels[row], width=22, size=11)
+    for column, name in enumerate(("input", "overlay", "relevance")):
+        axes[0, column].set_title(name, fontsize=11)
+    return figure
+
+
+def plot_grid(
+    images: Sequence[Array],
+    attributions: Sequence[Sequence[Array | str]],
+    *,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    clip_percentile: float = 99.0,
+) -> Figure:
+    """Rows of images, columns of methods: the input, then an overlay per method.
+
+    Every overlay has a symmetric colour scale of its own, so the one colour bar counts in
+    multiples of the magnitude at which the scale ends.
+
+    Args:
+        images: R images as in `plot_attribution`.
+        attributions: R rows of K attributions as in `plot_attribution`; a text in place of an
+            attribution is written into the empty cell.
+        row_labels: R texts for the left margin.
+        column_labels: K texts above the columns of attributions.
+        title: heading of the figure.
+        clip_percentile: percentile of the magnitudes at which the colours end.
+
+    Raises:
+        ValueError: if the counts differ, or as in `plot_attribution`.
+
+    Example:
+        >>> import torch
+        >>> figure = plot_grid(
+        ...     [torch.rand(3, 8, 8)],
+        ...     [[torch.randn(3, 8, 8), "not supported"]],
+        ...     column_labels=["AbsLRP", "LRP"],
+        ... )
+        >>> [axes.get_title() for axes in figure.axes]
+        ['input', 'AbsLRP', 'LRP', '']
+    """
+    rows = len(images)
+    _require_count("attributions", len(attributions), rows)
+    columns = len(attributions[0]) if rows else 0
+    for given in attributions:
+        _require_count("attributions of every row", len(given), columns)
+    if row_labels is not None:
+        _require_count("row_labels", len(row_labels), rows)
+    if column_labels is not None:
+        _require_count("column_labels", len(column_labels), columns)
+    pictures = [_picture(image) for image in images]
+
+    width = (columns + 1) * _GRID_CELL_INCHES + 1.2
+    height = rows * _GRID_CELL_INCHES * _tallness(pictures) + 0.3
+    figure = _figure(width, height, title)
+    axes = figure.subplots(rows, columns + 1, squeeze=False)
+    for row, picture in enumerate(pictures):
+        _draw_picture(axes[row, 0], picture)
+        if row_labels is not None:
+            _label_row(axes[row, 0], row_labels[row], width=16, size=10)
+        for column, cell in enumerate(attributions[row], start=1):
+            if isinstance(cell, str):
+                _write_note(axes[row, column], cell)
+            else:
+                _draw_overlay(axes[row, column], picture, relevance_image(cell), clip_percentile)
+    for column, name in enumerate(["input", *(column_labels or [])]):
+        axes[0, column].set_title(_wrap(name, 20), fontsize=10, parse_math=False)
+    _add_shared_colour_bar(figure, axes)
+    return figure
+
+
+def _to_numpy(values: Array) -> npt.NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()
+    if isinstance(values, np.ndarray):
+        return values
+    raise TypeError(f"Expected a torch tensor or a numpy array, but got {type(values).__name__}.")
+
+
+def _require_finite(values: npt.NDArray[Any], name: str) -> None:
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise ValueError(
+            f"Expected `{name}` to be finite, but got {bad} NaN or infinite values "
+            f"out of {values.size}."
+        )
+
+
+def _require_count(name: str, given: int, expected: int) -> None:
+    if expected == 0:
+        raise ValueError("Expected at least one image and one attribution, but got none.")
+    if given != expected:
+        raise ValueError(f"Expected `{name}` to have {expected} entries, but got {given}.")
+
+
+def _picture(image: Array) -> npt.NDArray[np.float64]:
+    """The image as (H, W, 3) in [0, 1]."""
+    raw = _to_numpy(image)
+    if raw.ndim == 2:
+        raw = raw[None]
+    if raw.ndim != 3 or raw.shape[0] not in (1, 3) or raw.size == 0:
+        raise ValueError(
+            "Expected `image` to have shape (3, H, W), (1, H, W) or (H, W), "
+            f"but got {tuple(image.shape)}."
+        )
+    values = raw.astype(np.float64) / (255 if raw.dtype == np.uint8 else 1)
+    _require_finite(values, "image")
+    # Undoing a normalisation in single precision may overshoot a little.
+    if values.min() < -1e-3 or values.max() > 1 + 1e-3:
+        raise ValueError(
+            "Expected `image` to have values in [0, 1], but got "
+            f"[{values.min():.3g}, {values.max():.3g}]; `denormalize` undoes a normalisation."
+        )
+    return np.broadcast_to(values.clip(0, 1), (3, *values.shape[1:])).transpose(1, 2, 0)
+
+
+def _tallness(pictures: Sequence[npt.NDArray[np.float64]]) -> float:
+    """Height of a row as a multiple of its pictures' width, within reason."""
+    return min(3.0, max(0.4, *(picture.shape[0] / picture.shape[1] for picture in pictures)))
+
+
+def _figure(width: float, height: float, title: str | None) -> Figure:
+    from matplotlib.figure import Figure
+
+    # Room for the heading is added to the figure, not taken from the pictures.
+    lines = _wrap(title, max(30, int(width * 9))).splitlines() if title else []
+    figure = Figure(
+        figsize=(width, height + 0.35 + 0.25 * len(lines)), dpi=120, layout="constrained"
+    )
+    if lines:
+        # A dollar sign in the name of a file or class starts no formula.
+        figure.suptitle("\n".join(lines), fontsize=13, parse_math=False)
+    return figure
+
+
+def _wrap(text: str, width: int) -> str:
+    """Breaks long lines; line breaks in the text stay."""
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
+
+def _without_ticks(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("0.7")
+
+
+def _draw_picture(axes: Axes, picture: npt.NDArray[np.float64]) -> None:
+    axes.imshow(picture, interpolation="nearest")
+    _without_ticks(axes)
+
+
+def _draw_map(
+    axes: Axes,
+    relevance: npt.NDArray[np.float64],
+    clip_percentile: float,
+    *,
+    opacity: npt.NDArray[np.float64] | None = None,
+) -> AxesImage:
+    from matplotlib.colors import Normalize
+
+    limit = colour_limit(relevance, clip_percentile)
+    drawn = axes.imshow(
+        relevance,
+        cmap=COLOUR_MAP,
+        norm=Normalize(-limit, limit),
+        alpha=opacity,
+        interpolation="nearest",
+    )
+    _without_ticks(axes)
+    return drawn
+
+
+def _draw_overlay(
+    axes: Axes,
+    picture: npt.NDArray[np.float64],
+    relevance: npt.NDArray[np.float64],
+    clip_percentile: float,
+) -> None:
+    """Relevance on the greyscale picture, the more opaque the larger its magnitude."""
+    if relevance.shape != picture.shape[:2]:
+        raise ValueError(
+            f"Expected `attribution` to have the height and width of the image "
+            f"{picture.shape[:2]}, but got {relevance.shape}."
+        )
+    # Pale, so that the dark ends of the colour scale stand out against dark pictures too.
+    grey = 0.4 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    limit = colour_limit(relevance, clip_percentile)
+    opacity = (np.abs(relevance) / limit).clip(0, 1) ** 0.7
+    _draw_map(axes, relevance, clip_percentile, opacity=0.95 * opacity)
+
+
+def _write_note(axes: Axes, text: str) -> None:
+    axes.set_box_aspect(1)
+    axes.text(
+        0.5,
+        0.5,
+        _wrap(text, 17),
+        ha="center",
+        va="center",
+        fontsize=9,
+        color="0.3",
+        parse_math=False,
+        transform=axes.transAxes,
+    )
+    _without_ticks(axes)
+
+
+def _label_row(axes: Axes, text: str, *, width: int, size: int) -> None:
+    axes.set_ylabel(_wrap(text, width), fontsize=size, parse_math=False)
+
+
+def _add_colour_bar(
+    figure: Figure, drawn: AxesImage, axes: Axes, relevance: npt.NDArray[np.float64]
+) -> None:
+    limit = drawn.get_clim()[1] or 1.0
+    beyond = np.abs(relevance).max() > limit
+    bar = figure.colorbar(
+        drawn, ax=axes, fraction=0.05, pad=0.03, extend="both" if beyond else "neither"
+    )
+    bar.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    bar.ax.tick_params(labelsize=9)
+
+
+def _add_shared_colour_bar(figure: Figure, axes: npt.NDArray[Any]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    scale = ScalarMappable(Normalize(-1, 1), COLOUR_MAP)
+    # About two pictures high, however many rows there are.
+    height = min(0.9, 2 / len(axes))
+    bar = figure.colorbar(scale, ax=axes.ravel().tolist(), fraction=0.03, pad=0.02, shrink=height)
+    bar.set_ticks([-1, 0, 1], labels=["against", "0", "for"])
+    bar.ax.tick_params(labelsize=9)
