@@ -15,7 +15,7 @@ __all__ = [
     "IN_PLACE_PASS_THROUGH",
     "PASS_THROUGH",
     "canonical_name",
-    "hashas_in_place_argument",
+    "has_in_place_argument",
     "out_of_place",
     "tensors_in",
 ]
