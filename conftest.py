@@ -8,9 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from captum_abslrp import AbsLRP
+from captum_abslrp.mappings import At, get_mapping
 
 
 @pytest.fixture(autouse=True)
 def _names_for_doctests(doctest_namespace: dict[str, object]) -> None:
     torch.manual_seed(0)
-    doctest_namespace.update(AbsLRP=AbsLRP, F=F, captum=captum, nn=nn, timm=timm, torch=torch)
+    doctest_namespace.update(
+        AbsLRP=AbsLRP,
+        At=At,
+        F=F,
+        captum=captum,
+        get_mapping=get_mapping,
+        nn=nn,
+        timm=timm,
+        torch=torch,
+    )

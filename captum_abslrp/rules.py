@@ -179,7 +179,15 @@ class MaxPoolRule(Rule):
 
 
 class BatchNormRule(Rule):
-    """Batch norm in evaluation mode: a weight per channel, :func:`functional.diagonal`."""
+    r"""Batch norm in evaluation mode: a weight per channel, :math:`R_{in} = 2 (x c)^+ s` with
+    :math:`c = w / \sqrt{var + eps}`, see :func:`captum_abslrp.functional.diagonal`.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(3).eval()
+        >>> layer.rule = BatchNormRule()
+        >>> AbsLRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {"batch_norm": forms.answer_batch_norm}
 
@@ -188,6 +196,12 @@ class LayerNormRule(Rule):
     """Layer norm and RMS norm: the statistics of a sample are constants of the call.
 
     See :func:`captum_abslrp.functional.layer_norm` and :func:`captum_abslrp.functional.rms_norm`.
+
+    Example:
+        >>> layer = nn.LayerNorm(3)
+        >>> layer.rule = LayerNormRule()
+        >>> AbsLRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
     """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {
@@ -197,13 +211,31 @@ class LayerNormRule(Rule):
 
 
 class SoftmaxRule(Rule):
-    """Softmax: maximum and denominator are constants, :func:`captum_abslrp.functional.softmax`."""
+    """Softmax: maximum and denominator are constants of the call.
+
+    See :func:`captum_abslrp.functional.softmax`.
+
+    Example:
+        >>> layer = nn.Softmax(dim=1)
+        >>> layer.rule = SoftmaxRule()
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2), layer)).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
+    """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {"softmax": forms.answer_softmax}
 
 
 class MatmulRule(Rule):
-    """Product of two tensors of the network: each argument with the other one fixed."""
+    r"""Product of two tensors of the network: each argument with the other one fixed.
+
+    For ``a @ b``: :math:`2 (a^+ \, s b^{+T} + a^- \, s b^{-T})`, see
+    :func:`captum_abslrp.functional.matmul`.
+
+    Example:
+        >>> mapping = get_mapping().extended({("matmul", "bmm"): MatmulRule()})
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
+    """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.MATMULS
 
@@ -212,6 +244,11 @@ class AdditionRule(Rule):
     r"""Sum of two tensors: :math:`2 x^+ s` and :math:`2 y^+ s` (residuals, position embedding).
 
     A difference is the sum with the negated tensor.
+
+    Example:
+        >>> mapping = get_mapping().extended({"add": AdditionRule()})
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
     """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {
@@ -227,14 +264,26 @@ class HeadSumRule(AdditionRule):
     at which each of them takes part in the rule of that layer: positive contributions are sought in
     the heads' inputs, not in their outputs, so that a class with two negative logits is explained,
     too. A sum with a constant (the position embedding) is left to :class:`AdditionRule`.
+
+    Example:
+        >>> mapping = get_mapping().extended({At("", call="add"): HeadSumRule()})
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
     """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {"add": forms.answer_head_sum}
 
 
 class ProductRule(Rule):
-    r"""Elementwise product, :math:`2 (x y)^+ s` for each factor (gates, LayerScale); scaling by a
-    constant, also as a divisor, passes relevance through."""
+    r"""Elementwise product, :math:`2 (x y)^+ s` for each factor (gates, LayerScale).
+
+    Scaling by a constant, also as a divisor, passes relevance through.
+
+    Example:
+        >>> mapping = get_mapping().extended({"mul": ProductRule()})
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
+    """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {
         "mul": forms.answer_product,
@@ -244,13 +293,27 @@ class ProductRule(Rule):
 
 class DropoutRule(Rule):
     r"""Dropout as in the published Vision Transformer mapping: the twin of the identity,
-    :math:`2 x^+ s`, which lets relevance through where the activation is positive."""
+    :math:`2 x^+ s`, which lets relevance through where the activation is positive.
+
+    Example:
+        >>> mapping = get_mapping().extended({"dropout": DropoutRule()})
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
+    """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.DROPOUTS
 
 
 class AttentionRule(Rule):
-    """Attention in one call: run again part by part, so that each part meets its own rule."""
+    """Attention in one call: run again part by part, so that each part meets its own rule.
+
+    Answers ``scaled_dot_product_attention`` and ``nn.MultiheadAttention``.
+
+    Example:
+        >>> mapping = get_mapping().extended({"scaled_dot_product_attention": AttentionRule()})
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
+    """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.ATTENTION
 
