@@ -472,6 +472,12 @@ def _without_masked_rows(weights: Tensor, logits: Tensor) -> Tensor:
 
 
 def answer_multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
+    inner = getattr(getattr(call.module, "out_proj", None), "rule", None)
+    if inner is not None:
+        raise TypeError(
+            f"Expected no rule on the output projection inside {call}, whose layers are not called as "
+            f"modules, but got {inner}. Set the rule on the attention itself."
+        )
     bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return call.interception.composite(_multi_head_attention, **bound.arguments)

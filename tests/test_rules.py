@@ -214,6 +214,21 @@ def test_a_rule_of_captums_that_cannot_be_used_is_an_error() -> None:
         AbsLRP(model.eval()).attribute(torch.rand(2, 3, 4), 1)
 
 
+def test_a_rule_inside_of_multi_head_attention_is_an_error() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.MultiheadAttention(4, 1, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x, x)[0][:, 0]
+
+    model = Attention().eval()
+    model.layer.out_proj.rule = AbsLRPRule()
+    with pytest.raises(TypeError, match="Expected no rule on the output projection"):
+        AbsLRP(model).attribute(torch.rand(2, 3, 4), 1)
+
+
 def test_in_place_layers_under_captums_rules() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 5), nn.Hardswish(), nn.Linear(5, 4)).double()

@@ -30,6 +30,7 @@ DATA = Path(__file__).parent / "data"
 
 _KINDS: dict[str, int] = {"single": 1, "pair": 2}
 _SIZES: dict[int, tuple[float, float]] = {1: (20.0, 36.0), 2: (20.0, 28.0)}
+_CHUNK = 200
 _MARGIN = 2.0
 _GAP = 3.0
 _CLUTTER_REACH = 7
@@ -177,8 +178,16 @@ def render_scenes(
         digits = heldout_digits()
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
-    index = draw_index(digits.labels, n, count, generator)
-    return compose(digits, index, generator)
+    # Rendering takes some 0.5 MB a scene: thousands at once would need gigabytes.
+    parts = [
+        compose(digits, draw_index(digits.labels, size, count, generator), generator)
+        for size in [_CHUNK] * (n // _CHUNK) + [n % _CHUNK]
+    ]
+    return Scenes(
+        images=torch.cat([part.images for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        masks=torch.cat([part.masks for part in parts]),
+    )
 
 
 def digits_per_scene(kind: str) -> int:

@@ -55,6 +55,9 @@ class Mapping:
         entries: pairs of a :data:`Key`, or a tuple of keys, and the rule for what they match.
         base: the mapping to ask where no entry matches.
 
+    Calls that only move elements (:data:`captum_abslrp.calls.PASS_THROUGH`: reshape, cat, ...) are not
+    asked for: relevance moves with its element there.
+
     Example:
         >>> from captum_abslrp.rules import PassThroughRule, TwinRule
         >>> mapping = get_mapping("vit").extended({"erf": TwinRule(), nn.Dropout: PassThroughRule()})
