@@ -67,7 +67,7 @@ RECIPES: dict[str, Recipe] = {
     # Adam's steps add up over the 3136 inputs of VGG's head, which would go dead at the full rate.
     "vgg": Recipe(steps=1000, lr=2e-3, tap=3, slow=("pre_logits", "head")),
     "resnet": Recipe(steps=1400, lr=3e-3, tap=2),
-    "vit": Recipe(steps=2400, lr=2e-3, tap=3, local=2.0, muon=6e-3, warmup=0.03),
+    "vit": Recipe(steps=3000, lr=2e-3, tap=3, local=2.0, muon=6e-3, warmup=0.03),
 }
 
 
