@@ -115,6 +115,7 @@ class AbsLRP(GradientAttribution):
         additional_forward_args: Any = None,
         *,
         contrast: Contrast = "others",
+        combine: str = "difference",
         internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
     ) -> Any:
@@ -133,6 +134,9 @@ class AbsLRP(GradientAttribution):
                 published); ``"softmax"``, the other classes by their probability; classes in any
                 form of ``target``: why this rather than that? None returns the map of the target
                 alone. With one output per sample there is nothing to hold it against.
+            combine: how the map of the target and that of the contrast make one: ``"difference"`` (as
+                published), or ``"gated"``: the target's map where it exceeds the contrast's, and 0
+                elsewhere.
             internal_batch_size: how many samples are run at a time, at most; None runs all at once.
             return_convergence_delta: whether to return the delta, too.
 
@@ -140,7 +144,7 @@ class AbsLRP(GradientAttribution):
             Relevance shaped like ``inputs``, same dtype and device, without history; its unit is the
             share of the sample's total: the map of one seed adds up to one where no relevance is
             lost. With ``return_convergence_delta`` a pair of it and the delta, of shape (B,): the sum
-            of the relevance of all inputs less that of the seeds (1, or 0 with a contrast).
+            of the relevance of all inputs less that of the seeds (1, or 0 for a difference).
 
         Raises:
             TypeError: if inputs or target are not of a type that is listed here, or the model does
@@ -160,6 +164,10 @@ class AbsLRP(GradientAttribution):
         given: tuple[Tensor, ...] = inputs if is_tuple else (inputs,)
         batch_size = _check_inputs(given)
         check_contrast(contrast)
+        if combine not in ("difference", "gated"):
+            raise ValueError(
+                f'Expected `combine` to be "difference" or "gated", but got {combine!r}.'
+            )
         targets = expand_target(target, batch_size)
         contrasts = (
             contrast
@@ -174,7 +182,7 @@ class AbsLRP(GradientAttribution):
                 f"Expected `internal_batch_size` to be an int of at least 1, but got {step!r}."
             )
         _check_model(self.model)
-        run = partial(self._attribute_in_chunks, given, targets, extra, contrasts)
+        run = partial(self._attribute_in_chunks, given, targets, extra, contrasts, combine)
         try:
             chunks = run(step)
         except Misaligned:  # samples are not kept apart in the leading dimension somewhere
@@ -198,6 +206,7 @@ class AbsLRP(GradientAttribution):
         target: Tensor | None,
         extra: tuple[Any, ...],
         contrast: Any,
+        combine: str,
         step: int,
     ) -> list[tuple[list[Tensor], Tensor]]:
         """Results of :meth:`_attribute_chunk` for ``step`` samples at a time."""
@@ -212,7 +221,9 @@ class AbsLRP(GradientAttribution):
             part = partial(rows_of, rows=slice(start, start + step))
             given = tuple(map(part, inputs))
             chunks.append(
-                self._attribute_chunk(given, part(target), tuple(map(part, extra)), part(contrast))
+                self._attribute_chunk(
+                    given, part(target), tuple(map(part, extra)), part(contrast), combine
+                )
             )
         return chunks
 
@@ -222,6 +233,7 @@ class AbsLRP(GradientAttribution):
         target: Tensor | None,
         extra: tuple[Any, ...],
         contrast: Any,
+        combine: str,
     ) -> tuple[list[Tensor], Tensor]:
         """Relevance of the inputs and convergence delta of samples that are run together."""
         with torch.inference_mode(False), torch.enable_grad(), _unchanged(self.model):
@@ -235,8 +247,12 @@ class AbsLRP(GradientAttribution):
             started_with = 1.0
             if held_against is not None:
                 others = _propagate(output, leaves, held_against, retain_graph=False)
-                relevances = [r - o for r, o in zip(relevances, others, strict=True)]
-                started_with = 0.0
+                pairs = list(zip(relevances, others, strict=True))
+                if combine == "difference":
+                    relevances = [r - o for r, o in pairs]
+                    started_with = 0.0
+                else:
+                    relevances = [r.where(r > o, 0) for r, o in pairs]
             arrived = [r.to(exact).reshape(len(r), -1).sum(1) for r in relevances]
             delta = torch.stack(arrived).sum(0) - started_with
         return [r.to(x.dtype) for r, x in zip(relevances, inputs, strict=True)], delta

@@ -132,6 +132,17 @@ def test_contrast_by_softmax_follows_the_probabilities() -> None:
     )
 
 
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_gated_keeps_the_target_map_where_it_exceeds_the_contrast(name: str) -> None:
+    golden = load_golden(name)
+    gated = AbsLRP(golden.model).attribute(golden.x, golden.target, combine="gated")
+    target, rest = golden.relevance_target, golden.relevance_rest
+    # Ties in the last digits may fall on either side.
+    clear = (target - rest).abs() > 1e-9 * target.abs().max()
+    expected = torch.where(target > rest, target, 0)
+    assert relative_error(gated[clear], expected[clear]) < 1e-6
+
+
 def test_one_output_has_no_contrast() -> None:
     x = batch(3, 6)
     for model in (mlp(classes=1), nn.Sequential(mlp(classes=1), nn.Flatten(0))):
@@ -417,6 +428,10 @@ BAD_CALLS = {
     "contrast of an unknown word": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast="rest"),
         ValueError, "Expected `contrast` to be .*but got 'rest'",
+    ),
+    "combining in an unknown way": (
+        lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, combine="product"),
+        ValueError, "Expected `combine` to be .*but got 'product'",
     ),
     "no module": (lambda: AbsLRP(torch.sigmoid), TypeError, r"Expected `model` to be a torch\.nn\.Module"),
     "unknown normalization": (

@@ -1,0 +1,6 @@
+"""How good is an attribution? Global Attribution Evaluation (GAE) of any Captum attributor."""
+
+from captum_abslrp.metrics.comparison import Comparison, MethodScores, compare
+from captum_abslrp.metrics.gae import GAEResult, gae
+
+__all__ = ["Comparison", "GAEResult", "MethodScores", "compare", "gae"]

@@ -1,0 +1,353 @@
+"""Global Attribution Evaluation in the manner of Captum's ``infidelity`` and ``sensitivity_max``.
+
+Axes: M mosaics, C channels, H height, W width, K classes, S states of masking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_abslrp.metrics import functional
+
+__all__ = ["GAEResult", "gae"]
+
+SCORES = ("gae", "local_consistency", "faithfulness", "robustness", "contrastiveness")
+SCHEDULES = ("published", "cumulative")
+
+
+@dataclass(frozen=True)
+class GAEResult:
+    """Scores of one attributor, one value per mosaic, and what they were measured on.
+
+    Attributes:
+        gae: ``local_consistency * contrastiveness``, (M,), in [0, 1].
+        local_consistency: ``relu(faithfulness + robustness) / 2``, (M,), in [0, 1].
+        faithfulness: whether relevance lies where masking hurts, (M,), in [-1, 1].
+        robustness: whether relevance shifts as the output does, (M,), in [-1, 1].
+        contrastiveness: whether relevance lies on the class that it is for, (M,), in [0, 1].
+        mosaics: (M, C, H, W).
+        positives: the positive images, (M, C, H, W).
+        positive_index: position of the positive image in its mosaic, (M,).
+        targets: the class that each positive image was predicted as, (M,).
+    """
+
+    gae: Tensor
+    local_consistency: Tensor
+    faithfulness: Tensor
+    robustness: Tensor
+    contrastiveness: Tensor
+    mosaics: Tensor
+    positives: Tensor
+    positive_index: Tensor
+    targets: Tensor
+
+    def mean(self) -> dict[str, float]:
+        """Mean of each score over the mosaics."""
+        return {name: getattr(self, name).mean().item() for name in SCORES}
+
+    def confidence_interval(
+        self,
+        level: float = 0.95,
+        *,
+        n_resamples: int = 2000,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, tuple[float, float]]:
+        """Bootstrap confidence interval of the mean of each score.
+
+        Args:
+            level: probability that the interval is for, in (0, 1).
+            n_resamples: number of resamples of the mosaics.
+            generator: for the resamples, on the CPU; a fresh one of seed 0 by default.
+
+        Raises:
+            ValueError: if the level is not between 0 and 1.
+        """
+        return {
+            name: bootstrap_interval(
+                getattr(self, name), level, n_resamples=n_resamples, generator=generator
+            )
+            for name in SCORES
+        }
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name}={value:.4f}" for name, value in self.mean().items())
+        return f"GAEResult({len(self.gae)} mosaics: {means})"
+
+
+def bootstrap_interval(
+    values: Tensor,
+    level: float = 0.95,
+    *,
+    n_resamples: int = 2000,
+    generator: torch.Generator | None = None,
+) -> tuple[float, float]:
+    """Bootstrap confidence interval of the mean of values (M,); see
+    :meth:`GAEResult.confidence_interval`.
+
+    Example:
+        >>> bootstrap_interval(torch.ones(5))
+        (1.0, 1.0)
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"Expected `level` to be between 0 and 1, but got {level}.")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    drawn = torch.randint(len(values), (n_resamples, len(values)), generator=generator)
+    bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = values.cpu().double()[drawn].mean(1).quantile(bounds).tolist()
+    return low, high
+
+
+def gae(
+    forward_func: Callable[..., Tensor],
+    explanation_func: Attribution | Callable[..., Tensor],
+    inputs: Tensor,
+    *,
+    n_steps: int = 10,
+    schedule: str = "published",
+    baseline: float = 0.0,
+    positive_index: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    max_examples_per_batch: int | None = None,
+    show_progress: bool = False,
+    **explain_kwargs: Any,
+) -> GAEResult:
+    """Global Attribution Evaluation of one attributor.
+
+    Every four images make a mosaic. One of them is drawn as the positive; the attributor is asked for
+    its class on the image itself, while it is masked step by step by the model's own gradient
+    (faithfulness and robustness), and on the mosaic (contrastiveness).
+
+    Source: Vukadin et al., ACM TIST 15(3), 2024, section on GAE.
+
+    Args:
+        forward_func: from images (B, C, H, W) to outputs (B, K): the model, in evaluation mode.
+        explanation_func: a Captum ``Attribution``, or any callable ``(inputs, target=..., **kwargs)``
+            that returns maps of shape (B, C, H, W), (B, 1, H, W) or (B, H, W).
+        inputs: images (4 M, C, H, W), H and W even.
+        n_steps: number of states of masking S, the unmasked one included.
+        schedule: ``"published"`` masks a growing share of all elements at each step, so that masking
+            the most relevant first compounds (10, 30, 60, 100 %) and the least relevant first does
+            not; ``"cumulative"`` masks exactly 10, 20, ... 90 % in both orders.
+        baseline: value of a masked element.
+        positive_index: position (0 to 3) of the positive image in each mosaic, (M,); drawn by
+            default, with the probabilities that the model gives the four classes in the mosaic.
+        generator: for that draw, on the CPU.
+        max_examples_per_batch: how many images are run at a time, at most; all by default.
+        show_progress: show a progress bar over the attributions.
+        **explain_kwargs: for ``explanation_func``.
+
+    Returns:
+        The scores, one per mosaic.
+
+    Raises:
+        ValueError: if an argument or a map is not of a shape or value that is listed here.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+        >>> result = gae(model, captum.attr.InputXGradient(model), torch.rand(8, 3, 4, 4))
+        >>> result.gae.shape
+        torch.Size([2])
+    """
+    setting = prepare(
+        forward_func,
+        inputs,
+        n_steps=n_steps,
+        schedule=schedule,
+        baseline=baseline,
+        positive_index=positive_index,
+        generator=generator,
+        max_examples_per_batch=max_examples_per_batch,
+    )
+    return setting.score(
+        setting.explain(
+            explanation_func,
+            max_examples_per_batch=max_examples_per_batch,
+            show_progress=show_progress,
+            **explain_kwargs,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that GAE needs of a model and its images, whatever the attributor: computed once.
+
+    Attributes:
+        mosaics, positives, positive_index, targets: as in :class:`GAEResult`.
+        states: what is explained for the local part: ``x+``, its S - 1 masked states with the most
+            relevant first, and as many with the least relevant first, (2 S - 1, M, C, H, W).
+        impact: see :func:`~captum_abslrp.metrics.functional.impact_map`, (M, C, H, W).
+        output_shift: see :func:`~captum_abslrp.metrics.functional.robustness`, (M, S - 1).
+        scores: see :func:`~captum_abslrp.metrics.functional.score_map`, (M, H, W).
+    """
+
+    mosaics: Tensor
+    positives: Tensor
+    positive_index: Tensor
+    targets: Tensor
+    states: Tensor
+    impact: Tensor
+    output_shift: Tensor
+    scores: Tensor
+
+    def explain(
+        self,
+        explanation_func: Attribution | Callable[..., Tensor],
+        *,
+        max_examples_per_batch: int | None = None,
+        show_progress: bool = False,
+        **explain_kwargs: Any,
+    ) -> Tensor:
+        """Attributions of the states and, last, of the mosaics: (2 S, M, C, H, W), signed."""
+        asked = torch.cat([self.states, self.mosaics[None]])
+        return _explain(
+            explanation_func,
+            asked.flatten(0, 1),
+            self.targets.repeat(len(asked)),
+            max_examples_per_batch or len(asked) * len(self.targets),
+            show_progress,
+            explain_kwargs,
+        ).unflatten(0, (len(asked), -1))
+
+    def score(self, attributions: Tensor) -> GAEResult:
+        """Scores of what :meth:`explain` returned."""
+        relevance = functional.positive_part(attributions.flatten(0, 1))
+        steps = self.output_shift.shape[1]
+        (whole,), morf, lerf, (of_mosaic,) = relevance.view_as(attributions).split(
+            [1, steps, steps, 1]
+        )
+
+        def distances(states: Tensor) -> Tensor:
+            return torch.stack([functional.dice_distance(whole, state) for state in states], 1)
+
+        faithfulness = functional.faithfulness(self.impact, whole)
+        robustness = functional.robustness(distances(morf) - distances(lerf), self.output_shift)
+        local_consistency = (faithfulness + robustness).clamp(min=0) / 2
+        contrastiveness = functional.weighted_mean(self.scores.unsqueeze(1), of_mosaic).clamp(min=0)
+        return GAEResult(
+            local_consistency * contrastiveness,
+            local_consistency,
+            faithfulness,
+            robustness,
+            contrastiveness,
+            self.mosaics,
+            self.positives,
+            self.positive_index,
+            self.targets,
+        )
+
+
+def prepare(
+    forward_func: Callable[..., Tensor],
+    inputs: Tensor,
+    *,
+    n_steps: int = 10,
+    schedule: str = "published",
+    baseline: float = 0.0,
+    positive_index: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    max_examples_per_batch: int | None = None,
+) -> Setting:
+    """Mosaics, positives and masked states for :func:`gae`, which documents the arguments."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"Expected `schedule` to be one of {SCHEDULES}, but got {schedule!r}.")
+    if n_steps < 2:
+        raise ValueError(f"Expected `n_steps` to be at least 2, but got {n_steps}.")
+    size = len(inputs) if max_examples_per_batch is None else max_examples_per_batch
+    if size < 1:
+        raise ValueError(f"Expected `max_examples_per_batch` to be at least 1, but got {size}.")
+    mosaics = functional.mosaic(inputs)
+    with torch.no_grad():
+        outputs = _in_batches(forward_func, inputs, size)
+        mosaic_outputs = _in_batches(forward_func, mosaics, size)
+    predictions = outputs.argmax(1).view(-1, 4)
+    if positive_index is None:
+        chances = functional.positive_probabilities(mosaic_outputs, predictions).double().cpu()
+        positive_index = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    elif positive_index.shape != (len(mosaics),) or not bool(
+        ((positive_index >= 0) & (positive_index < 4)).all()
+    ):
+        raise ValueError(
+            f"Expected `positive_index` to hold {len(mosaics)} positions from 0 to 3, but got "
+            f"{positive_index.tolist()}."
+        )
+    positive_index = positive_index.to(inputs.device)
+    rows = 4 * torch.arange(len(mosaics), device=inputs.device) + positive_index
+    positives = inputs[rows]
+    targets = predictions.gather(1, positive_index.view(-1, 1)).squeeze(1)
+
+    def masked(most_relevant_first: bool) -> list[Tensor]:
+        parts = [
+            functional.masked_states(
+                forward_func,
+                x,
+                t,
+                most_relevant_first=most_relevant_first,
+                n_steps=n_steps,
+                schedule=schedule,
+                baseline=baseline,
+            )
+            for x, t in zip(positives.split(size), targets.split(size), strict=True)
+        ]
+        return [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
+
+    morf_states, morf_outputs, morf_maps = masked(True)
+    lerf_states, lerf_outputs, lerf_maps = masked(False)
+    shift = (lerf_outputs - morf_outputs)[1:] / _away_from_zero(morf_outputs[0])
+    probabilities = outputs[rows].softmax(1).gather(1, predictions)
+    return Setting(
+        mosaics,
+        positives,
+        positive_index,
+        targets,
+        torch.cat([positives[None], morf_states[1:], lerf_states[1:]]),
+        functional.impact_map(lerf_maps, morf_maps),
+        shift.T,
+        functional.score_map(probabilities, positive_index, *inputs.shape[2:]),
+    )
+
+
+def _away_from_zero(values: Tensor) -> Tensor:
+    """The values, those nearer to zero than the smallest normal number moved there."""
+    tiny = torch.finfo(values.dtype).tiny
+    return torch.where(values.abs() < tiny, tiny, values)
+
+
+def _in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    return torch.cat([function(part) for part in x.split(size)])
+
+
+def _explain(
+    explanation_func: Attribution | Callable[..., Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    size: int,
+    show_progress: bool,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Maps (B, C, H, W) of an attributor for images and their targets."""
+    explain = getattr(explanation_func, "attribute", explanation_func)
+    batches: Sequence[tuple[Tensor, Tensor]] = list(
+        zip(inputs.split(size), targets.split(size), strict=True)
+    )
+    maps = []
+    for x, target in tqdm(batches, desc="attributions", disable=not show_progress):
+        attribution = explain(x.clone(), target=target, **kwargs).detach()
+        if attribution.dim() == 3:
+            attribution = attribution.unsqueeze(1)
+        fits = attribution.dim() == 4 and attribution.shape[1] in (1, x.shape[1])
+        if not fits or len(attribution) != len(x) or attribution.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"Expected `explanation_func` to return maps of shape (B, C, H, W), (B, 1, H, W) or "
+                f"(B, H, W) for inputs of shape {tuple(x.shape)}, but got {tuple(attribution.shape)}. "
+                f"Upsample layer maps, for example by `LayerAttribution.interpolate`."
+            )
+        maps.append(attribution.expand_as(x))
+    return torch.cat(maps)
