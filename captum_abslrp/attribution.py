@@ -108,7 +108,7 @@ class AbsLRP(GradientAttribution):
         self.output = output
 
     @log_usage()  # NoiseTunnel looks for what this decorator leaves on a method
-    def attribute(  # type: ignore[override]
+    def attribute(  # type: ignore[override]  # options are keyword-only
         self,
         inputs: Any,
         target: Target = None,
@@ -271,7 +271,7 @@ class AbsLRP(GradientAttribution):
         ):
             try:
                 output = self.model(*given, *extra)
-            except Exception as error:
+            except Exception as error:  # raised again, explained where it can be
                 _explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
             if self.output is not None:
