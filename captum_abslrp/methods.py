@@ -3,8 +3,9 @@
 A method is a factory ``model -> attribute`` and ``attribute(inputs, target)`` answers images
 (B, C, H, W) and classes (one for all, or (B,)) with maps (B, C, H, W). Methods expect a model in
 eval mode and leave it, and the inputs, as they were: those of Captum that hook, reassign or cannot
-bear in-place activations run on a copy. Wherever a method needs a baseline it is 0, the mean colour
-of images normalised by mean and standard deviation.
+bear in-place activations run on a copy. What a method draws by chance depends on the image alone:
+a second call gives the same maps, and a batch those of its images. Wherever a method needs a baseline
+it is 0, the mean colour of images normalised by mean and standard deviation.
 
 Axes: B images, C channels, H height, W width.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,8 +42,6 @@ AttributionFunction = Callable[[Tensor, int | Tensor], Tensor]
 MethodFactory = Callable[[nn.Module], AttributionFunction]
 
 _METHODS: dict[str, MethodFactory] = {}
-
-_SEED = 0
 
 
 def register_method(
@@ -298,24 +298,22 @@ def _guided_backprop(model: nn.Module) -> AttributionFunction:
 def _gradient_shap(model: nn.Module) -> AttributionFunction:
     from captum.attr import GradientShap
 
-    generator = torch.Generator().manual_seed(_SEED)
-
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
-        seed = int(torch.randint(2**31, (), generator=generator))
         method = GradientShap(model)
-        with _global_seed(seed, inputs.device):
-            # One image at a time: Captum runs all samples of all images as one batch.
-            maps = [
-                _maps(
-                    method,
-                    inputs[i : i + 1],
-                    _target_of(target, i),
-                    baselines=torch.zeros_like(inputs[:1]),
-                    n_samples=16,
-                    stdevs=0.1,
+        maps = []
+        # One image at a time: Captum runs all samples of all images as one batch.
+        for i, image in enumerate(inputs):
+            with _global_seed(_seed_of(image), inputs.device):
+                maps.append(
+                    _maps(
+                        method,
+                        image[None],
+                        _target_of(target, i),
+                        baselines=torch.zeros_like(inputs[:1]),
+                        n_samples=16,
+                        stdevs=0.1,
+                    )
                 )
-                for i in range(len(inputs))
-            ]
         return torch.cat(maps)
 
     return attribute
@@ -358,12 +356,19 @@ def _occlusion(model: nn.Module) -> AttributionFunction:
 
 @register_method("random")
 def _random(model: nn.Module) -> AttributionFunction:
-    generator = torch.Generator().manual_seed(_SEED)
-
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
-        return torch.randn(inputs.shape, generator=generator).to(inputs)
+        maps = [
+            torch.randn(image.shape, generator=torch.Generator().manual_seed(_seed_of(image)))
+            for image in inputs
+        ]
+        return torch.stack(maps).to(inputs)
 
     return attribute
+
+
+def _seed_of(image: Tensor) -> int:
+    """A seed that depends on the image alone, so that a second call gives the same map."""
+    return zlib.crc32(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _maps(method: Any, inputs: Tensor, target: int | Tensor, **options: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,7 +262,7 @@ def test_a_loader_with_labels_gives_the_same_scores(model: nn.Module) -> None:
     expected, loaded = comparison(model, x[:8]), comparison(model, batches)
     for name in ("localization", "lerf_morf", "gae"):
         got = loaded.methods["abslrp"].values[name]
-        assert got == pytest.approx(expected.methods["abslrp"].values[name], abs=1e-9)
+        assert got == pytest.approx(expected.methods["abslrp"].values[name], abs=1e-9, nan_ok=True)
     with pytest.raises(ValueError, match="at least four images"):
         comparison(model, [x[:3]])
 
@@ -272,8 +274,15 @@ def test_a_comparison_is_printed_saved_loaded_and_plotted(model: nn.Module, tmp_
     assert len(lines) == 5
     assert "| failing | failed: RuntimeError: no such thing here |" in lines[-1]
     table.save(tmp_path / "table.json")
-    assert Comparison.load(tmp_path / "table.json") == table
-    figure = table.plot()
+    loaded = Comparison.load(tmp_path / "table.json")
+    assert str(loaded) == str(table)
+    assert repr(loaded) == repr(table)
+    rows = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert [row["method"] for row in rows] == ["abslrp", "saliency", "failing"]
+    assert float(rows[1]["gae_low"]) <= float(rows[1]["gae"]) <= float(rows[1]["gae_high"])
+    assert rows[2]["failure"] == "RuntimeError: no such thing here"
+    figure = table.plot(title="a title")
+    assert figure.get_suptitle() == "a title"
     assert len(figure.axes) == 8
     assert figure.axes[-1].get_xlabel() == "contrastiveness"
     assert figure.axes[0].get_title() == "gae"
@@ -297,6 +306,26 @@ def test_localization_and_lerf_morf_of_an_oracle() -> None:
     worst = functional.lerf_morf_area(Corner(), x, -oracle, target)
     assert bool((area > 0.2).all())
     assert bool((worst < -0.2).all())
+
+
+def test_localization_is_of_mosaics_of_four_classes_alone(model: nn.Module) -> None:
+    class Brightness(nn.Module):
+        """A class per level of the image."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return -(x.mean((1, 2, 3)).view(-1, 1) - torch.arange(4.0)).abs()
+
+    levels = torch.tensor([0.0, 1, 2, 3, 0, 1, 2, 2]).view(-1, 1, 1, 1)
+    table = compare(
+        {"constant": lambda x, target: x * 0 + 1}, Brightness(), levels.expand(8, 3, 8, 8)
+    )
+    scores = table.methods["constant"]
+    assert scores.values["localization"][0] == 0.25
+    assert np.isnan(scores.values["localization"][1])
+    assert scores.mean("localization") == 0.25
+    assert "| 0.250 [0.250, 0.250] |" in str(table)
+    table = compare({"constant": lambda x, target: x}, Brightness(), levels[4:].expand(4, 3, 8, 8))
+    assert "| - |" in str(table)
 
 
 def test_a_comparison_as_a_dataframe(model: nn.Module) -> None:

@@ -5,7 +5,10 @@ Axes: M mosaics, C channels, H height, W width.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_abslrp.metrics import functional
-from captum_abslrp.metrics.gae import SCORES, bootstrap_interval, prepare
+from captum_abslrp.metrics.gae import SCORES, Setting, bootstrap_interval, prepare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +37,8 @@ class MethodScores:
     """Scores of one method.
 
     Attributes:
-        values: one value per mosaic for each of the scores.
+        values: one value per mosaic for each of the scores; the localization is NaN for mosaics of
+            fewer than four classes.
         seconds: time that its attributions took in all.
         n_images: how many images were explained in that time.
         failure: why the method could not be scored; None where it could.
@@ -45,13 +49,28 @@ class MethodScores:
     n_images: int = 0
     failure: str | None = None
 
+    def extend(self, more: MethodScores) -> None:
+        """Add the scores of more mosaics; a failure on any of them is one of the method."""
+        for column, values in more.values.items():
+            self.values[column].extend(values)
+        self.seconds += more.seconds
+        self.n_images += more.n_images
+        self.failure = self.failure or more.failure
+
     def mean(self, column: str) -> float:
-        """Mean of a score over the mosaics."""
-        return sum(self.values[column]) / len(self.values[column])
+        """Mean of a score over the mosaics that have one; NaN where none has."""
+        values = self._known(column)
+        return sum(values) / len(values) if values else math.nan
 
     def interval(self, column: str, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap confidence interval of :meth:`mean`."""
-        return bootstrap_interval(torch.tensor(self.values[column], dtype=torch.float64), level)
+        values = self._known(column)
+        if not values:
+            return math.nan, math.nan
+        return bootstrap_interval(torch.tensor(values, dtype=torch.float64), level)
+
+    def _known(self, column: str) -> list[float]:
+        return [value for value in self.values[column] if not math.isnan(value)]
 
     @property
     def seconds_per_image(self) -> float:
@@ -72,14 +91,32 @@ class Comparison:
         rows = [["method", *COLUMNS, "ms / image"], ["---"] * (len(COLUMNS) + 2)]
         for name, scores in self.methods.items():
             if scores.failure is not None:
-                rows.append([name, f"failed: {scores.failure}", *[""] * len(COLUMNS)])
+                # A bar would end the cell.
+                reason = scores.failure.replace("|", r"\|")
+                rows.append([name, f"failed: {reason}", *[""] * len(COLUMNS)])
                 continue
             cells = []
             for column in COLUMNS:
                 low, high = scores.interval(column)
-                cells.append(f"{scores.mean(column):.3f} [{low:.3f}, {high:.3f}]")
+                known = f"{scores.mean(column):.3f} [{low:.3f}, {high:.3f}]"
+                cells.append("-" if math.isnan(low) else known)
             rows.append([name, *cells, f"{1000 * scores.seconds_per_image:.1f}"])
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def to_csv(self) -> str:
+        """Means and confidence intervals as comma-separated values, one line per method."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        bounds = [f"{column}{end}" for column in COLUMNS for end in ("", "_low", "_high")]
+        writer.writerow(["method", "mosaics", *bounds, "seconds_per_image", "failure"])
+        for name, scores in self.methods.items():
+            if scores.failure is not None:
+                writer.writerow([name, "", *[""] * len(bounds), "", scores.failure])
+                continue
+            numbers = [n for c in COLUMNS for n in (scores.mean(c), *scores.interval(c))]
+            mosaics = len(scores.values[COLUMNS[0]])
+            writer.writerow([name, mosaics, *numbers, scores.seconds_per_image, ""])
+        return buffer.getvalue()
 
     def to_dataframe(self) -> Any:
         """Means as a pandas DataFrame, one row per method.
@@ -99,22 +136,31 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write all values as JSON."""
-        table = {name: asdict(scores) for name, scores in self.methods.items()}
+        table = {name: scores_to_json(scores) for name, scores in self.methods.items()}
         Path(path).write_text(json.dumps(table, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
         """Read what :meth:`save` has written."""
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls({name: MethodScores(**scores) for name, scores in table.items()})
+        return cls({name: scores_from_json(scores) for name, scores in table.items()})
 
-    def plot(self) -> Figure:
-        """Bars with confidence intervals per score; local consistency against contrastiveness."""
+    def plot(self, title: str | None = None) -> Figure:
+        """Bars with confidence intervals per score; local consistency against contrastiveness.
+
+        Args:
+            title: heading of the figure.
+        """
         from matplotlib.figure import Figure
 
         scored = {name: s for name, s in self.methods.items() if s.failure is None}
-        figure = Figure(figsize=(15, 7), layout="constrained")
-        *bars, scatter = figure.subplots(2, 4).flat
+        names = list(scored)
+        height = 1.6 + 0.26 * max(len(names), 6)
+        figure = Figure(figsize=(15, 2 * height), dpi=120, layout="constrained")
+        if title:
+            figure.suptitle(title, fontsize=13, parse_math=False)
+        axes = figure.subplots(2, 4)
+        *bars, scatter = axes.flat
         for axis, column in zip(bars, COLUMNS, strict=True):
             means = [s.mean(column) for s in scored.values()]
             bounds = [s.interval(column) for s in scored.values()]
@@ -122,17 +168,42 @@ class Comparison:
                 [max(m - low, 0) for m, (low, _) in zip(means, bounds, strict=True)],
                 [max(high - m, 0) for m, (_, high) in zip(means, bounds, strict=True)],
             ]
-            axis.barh(list(scored), means, xerr=errors, color="#4477aa", ecolor="#333333")
+            axis.barh(range(len(names)), means, xerr=errors, color="#4477aa", ecolor="#333333")
+            axis.set_yticks(range(len(names)), names)
             axis.invert_yaxis()
+            axis.axvline(0, color="0.6", linewidth=0.8)
             axis.set_title(column.replace("_", " "))
-        for name, s in scored.items():
+        for axis in axes[:, 1:].flat:
+            axis.tick_params(labelleft=axis is scatter)
+        for number, (name, s) in enumerate(scored.items()):
             point = s.mean("contrastiveness"), s.mean("local_consistency")
-            scatter.scatter(*point, color="#4477aa")
-            scatter.annotate(name, point, textcoords="offset points", xytext=(4, 4), fontsize=8)
+            scatter.scatter(
+                *point, label=name, color=f"C{number % 10}", marker="osD"[number // 10 % 3]
+            )
         scatter.set_xlabel("contrastiveness")
         scatter.set_ylabel("local consistency")
-        scatter.margins(0.2)
+        scatter.margins(0.1)
+        scatter.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
         return figure
+
+
+def scores_to_json(scores: MethodScores) -> dict[str, Any]:
+    """The scores as JSON can hold them: without NaN."""
+    table = asdict(scores)
+    table["values"] = {
+        column: [None if math.isnan(value) else value for value in values]
+        for column, values in scores.values.items()
+    }
+    return table
+
+
+def scores_from_json(table: dict[str, Any]) -> MethodScores:
+    """What :func:`scores_to_json` was given."""
+    values = {
+        column: [math.nan if value is None else value for value in values]
+        for column, values in table["values"].items()
+    }
+    return MethodScores(**{**table, "values": values})
 
 
 def compare(
@@ -190,33 +261,52 @@ def compare(
         for name, explanation_func in tqdm(
             explanation_funcs.items(), desc="methods", disable=not show_progress
         ):
-            scores = methods[name]
-            if scores.failure is not None:
-                continue
-            start = time.perf_counter()
-            try:
-                attributions = setting.explain(
-                    explanation_func, max_examples_per_batch=max_examples_per_batch
+            if methods[name].failure is None:
+                methods[name].extend(
+                    score_method(setting, forward_func, explanation_func, max_examples_per_batch)
                 )
-            except Exception as error:  # whatever a method cannot do is said in its row
-                scores.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            scores.seconds += time.perf_counter() - start
-            scores.n_images += attributions.shape[0] * attributions.shape[1]
-            result = setting.score(attributions)
-            measured = {name: getattr(result, name) for name in SCORES}
-            measured["localization"] = functional.localization(
-                attributions[-1], setting.positive_index
-            )
-            measured["lerf_morf"] = functional.lerf_morf_area(
-                forward_func, setting.positives, attributions[0], setting.targets,
-                n_steps=n_steps, baseline=baseline,
-            )  # fmt: skip
-            for column, values in measured.items():
-                scores.values[column].extend(values.tolist())
     if not seen:
         raise ValueError("Expected `data` to hold at least four images, but got fewer.")
     return Comparison(methods)
+
+
+def score_method(
+    setting: Setting,
+    forward_func: Callable[..., Tensor],
+    explanation_func: Attribution | Callable[..., Tensor],
+    max_examples_per_batch: int | None = None,
+) -> MethodScores:
+    """Scores of one attributor in one setting; what it cannot do is said in ``failure``."""
+    start = time.perf_counter()
+    try:
+        attributions = setting.explain(
+            explanation_func, max_examples_per_batch=max_examples_per_batch
+        )
+    except Exception as error:  # attributors fail in many ways on layers that they do not know
+        return MethodScores(failure=f"{type(error).__name__}: {error}".splitlines()[0])
+    seconds = time.perf_counter() - start
+    n_images = attributions.shape[0] * attributions.shape[1]
+    return MethodScores(score_maps(setting, forward_func, attributions), seconds, n_images)
+
+
+def score_maps(
+    setting: Setting, forward_func: Callable[..., Tensor], attributions: Tensor
+) -> dict[str, list[float]]:
+    """All columns for attributions (2 S, M, C, H, W) as :meth:`Setting.explain` returns them."""
+    result = setting.score(attributions)
+    values = {name: getattr(result, name) for name in SCORES}
+    localization = functional.localization(attributions[-1], setting.positive_index)
+    # In a mosaic of fewer than four classes there is more than one right place to look at.
+    values["localization"] = localization.where(setting.of_four_classes, torch.nan)
+    values["lerf_morf"] = functional.lerf_morf_area(
+        forward_func,
+        setting.positives,
+        attributions[0],
+        setting.targets,
+        n_steps=len(attributions) // 2,
+        baseline=setting.baseline,
+    )
+    return {column: values[column].tolist() for column in COLUMNS}
 
 
 def _fours(data: Tensor | Iterable[Any]) -> Iterator[Tensor]:

@@ -245,6 +245,8 @@ def score_map(probabilities: Tensor, positive: Tensor, height: int, width: int) 
 def localization(relevance: Tensor, positive: Tensor) -> Tensor:
     """Share of positive relevance in the quadrant of a mosaic that the class is in (GridPG).
 
+    Relevance is summed over channels first. Chance is a quarter.
+
     Source: Böhle, Fritz, Schiele, *Convolutional Dynamic Alignment Networks for Interpretable
     Classifications*, CVPR 2021, section 4.
 
@@ -264,7 +266,7 @@ def localization(relevance: Tensor, positive: Tensor) -> Tensor:
         -1, 2, 2
     )
     inside = quadrants.repeat_interleave(height // 2, 1).repeat_interleave(width // 2, 2)
-    return weighted_mean(inside.unsqueeze(1), relevance.clamp(min=0))
+    return weighted_mean(inside, relevance.sum(1).clamp(min=0))
 
 
 def lerf_morf_area(

@@ -186,6 +186,8 @@ class Setting:
         impact: see :func:`~captum_abslrp.metrics.functional.impact_map`, (M, C, H, W).
         output_shift: see :func:`~captum_abslrp.metrics.functional.robustness`, (M, S - 1).
         scores: see :func:`~captum_abslrp.metrics.functional.score_map`, (M, H, W).
+        of_four_classes: whether the four images of a mosaic were predicted as different classes, (M,).
+        baseline: value of a masked element.
     """
 
     mosaics: Tensor
@@ -196,6 +198,8 @@ class Setting:
     impact: Tensor
     output_shift: Tensor
     scores: Tensor
+    of_four_classes: Tensor
+    baseline: float
 
     def explain(
         self,
@@ -302,6 +306,7 @@ def prepare(
     lerf_states, lerf_outputs, lerf_maps = masked(False)
     shift = (lerf_outputs - morf_outputs)[1:] / _away_from_zero(morf_outputs[0])
     probabilities = outputs[rows].softmax(1).gather(1, predictions)
+    ranked = predictions.sort(1).values
     return Setting(
         mosaics,
         positives,
@@ -311,6 +316,8 @@ def prepare(
         functional.impact_map(lerf_maps, morf_maps),
         shift.T,
         functional.score_map(probabilities, positive_index, *inputs.shape[2:]),
+        (ranked[:, 1:] != ranked[:, :-1]).all(1),
+        baseline,
     )
 
 

@@ -1,0 +1,42 @@
+"""The command line: ``captum-abslrp demo``, ``explain`` and ``evaluate``.
+
+What a user can put right is one line on stderr and exit code 2. Everything else is a fault of the
+program and leaves with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from captum_abslrp import __version__
+from captum_abslrp.cli import demo, evaluate, explain
+from captum_abslrp.cli.files import PROGRAM, UserError, complain
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 after an error of the user's. Arguments that cannot be parsed,
+        ``--help`` and ``--version`` raise SystemExit, as argparse does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Why does a vision model see this class here? (absLRP)"
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for part in (demo, explain, evaluate):
+        part.add_command(commands)
+    args = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except UserError as error:
+        complain(error)
+        return 2

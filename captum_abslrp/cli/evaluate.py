@@ -1,0 +1,294 @@
+"""``captum-abslrp evaluate``: methods compared by GAE on many images."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_abslrp import demo
+from captum_abslrp.cli.files import (
+    PROGRAM,
+    UserError,
+    complain,
+    folder,
+    positive_int,
+    read_image,
+    save_figure,
+    save_text,
+    say,
+)
+from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
+from captum_abslrp.methods import get_method, list_methods
+from captum_abslrp.metrics.comparison import Comparison
+from captum_abslrp.metrics.evaluation import Evaluation
+from captum_abslrp.metrics.gae import SCHEDULES
+from captum_abslrp.visualization import plot_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN_MOSAICS = 3
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to a parser's ``add_subparsers()``."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare attribution methods by Global Attribution Evaluation (GAE)",
+        description="Scores attribution methods on mosaics of four images each, and writes the "
+        "table (comparison.md, .csv and .json), two figures (comparison.png, maps.png) and, as it "
+        "goes, a line per mosaic and method (scores.jsonl).",
+    )
+    parser.set_defaults(command=_evaluate)
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a timm model, or one of "
+        + ", ".join(DEMO_PREFIX + name for name in demo.list_models())
+        + " (default with --demo: these, each in a folder of its own)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
+    )
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="images, in a folder per class (their names are not used) or in one folder",
+    )
+    data.add_argument(
+        "--demo", action="store_true", help="scenes of single digits, drawn as they are needed"
+    )
+    parser.add_argument(
+        "--methods",
+        type=_method_names,
+        default=list_methods(),
+        metavar="M,M,...",
+        help=f"what to compare, of {','.join(list_methods())} (default: all)",
+    )
+    parser.add_argument(
+        "--n-mosaics",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="number of mosaics (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="for all draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default=SCHEDULES[0],
+        help="how many elements each step masks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=20,
+        metavar="B",
+        help="images that are explained at a time, 20 of a mosaic (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what is in the folder already"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("abslrp-evaluation"),
+        metavar="DIR",
+        help="where to write (default: %(default)s)",
+    )
+
+
+def _method_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        try:
+            get_method(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    if not names:
+        raise argparse.ArgumentTypeError(f"Expected names of methods, but got {text!r}.")
+    return list(dict.fromkeys(names))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    models = [args.model] if args.model else []
+    if args.demo and not models:
+        models = [DEMO_PREFIX + name for name in demo.list_models()]
+    if not models:
+        raise UserError("Expected `--model` to name a model, but got none; see --help.")
+    if args.demo and not all(name.startswith(DEMO_PREFIX) for name in models):
+        raise UserError(f"Expected `--demo` to go with a demo model, but got {args.model!r}.")
+    device = find_device(args.device)
+    for name in models:
+        out = args.out if args.model else args.out / name.removeprefix(DEMO_PREFIX)
+        _evaluate_model(name, out, args, device)
+    return 0
+
+
+def _evaluate_model(name: str, out: Path, args: argparse.Namespace, device: torch.device) -> None:
+    subject = load_subject(name, args.checkpoint, device)
+    images: DemoScenes | ImageFolder
+    if args.demo:
+        images = DemoScenes(args.n_mosaics, args.seed)
+        found = "scenes of the demo"
+    else:
+        images = ImageFolder(args.data, subject)
+        found = str(args.data.resolve())
+        if 4 * args.n_mosaics > len(images):
+            say(f"{len(images)} images for {args.n_mosaics} mosaics: some take part in several.")
+    out = folder(out)
+    try:
+        evaluation = Evaluation(
+            out,
+            subject.model,
+            images,
+            labels=images.labels,
+            seed=args.seed,
+            schedule=args.schedule,
+            max_examples_per_batch=args.batch_size,
+            device=device,
+            description={
+                "model": name,
+                "checkpoint": args.checkpoint and str(args.checkpoint.resolve()),
+                "data": found,
+            },
+            resume=args.resume,
+        )
+    except FileExistsError as error:
+        raise UserError(
+            f"Expected `--out` to be without scores, but got {out}, which has some: go on with them "
+            f"by --resume, or choose another folder"
+        ) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    methods = {method: _Method(method, subject.model) for method in args.methods}
+    try:
+        table = evaluation.run(methods, args.n_mosaics, show_progress=True)
+        maps = _maps(evaluation, methods, table, subject, args.n_mosaics)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{out} could not be written to: {error.strerror}") from error
+    except KeyboardInterrupt:
+        complain(UserError(f"stopped; {PROGRAM} evaluate ... --resume goes on"))
+        raise SystemExit(130) from None
+
+    heading = f"{name}, {args.n_mosaics} mosaics, mean [95 % confidence interval]"
+    skipped = "".join(f"\n- {reason}" for reason in evaluation.skipped.values())
+    if skipped:
+        skipped = f"\nSkipped, {len(evaluation.skipped)} in all:\n{skipped}\n"
+    text = f"{heading}\n\n{table}\n{skipped}"
+    save_text(text, out / "comparison.md")
+    save_text(table.to_csv(), out / "comparison.csv")
+    table.save(out / "comparison.json")
+    save_figure(table.plot(title=heading), out / "comparison.png")
+    save_figure(maps, out / "maps.png")
+    say(text)
+    say(f"Tables and figures are in {out}.")
+
+
+class _Method:
+    """A method that is made when it is asked: what it refuses is an error of its own row."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name = name
+        self.model = model
+
+    def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
+        return get_method(self.name)(self.model)(inputs, target)
+
+
+def _maps(
+    evaluation: Evaluation,
+    methods: dict[str, _Method],
+    table: Comparison,
+    subject: Subject,
+    n_mosaics: int,
+) -> Figure:
+    """A few mosaics, each with what the methods say of its positive image's class."""
+    settings = [evaluation.setting(number) for number in range(min(SHOWN_MOSAICS, n_mosaics))]
+    cells: list[list[Tensor | str]] = [
+        [
+            "failed"
+            if table.methods[name].failure is not None
+            else method(setting.mosaics, setting.targets)[0].detach().cpu()
+            for name, method in methods.items()
+        ]
+        for setting in settings
+    ]
+    return plot_grid(
+        [subject.show(setting.mosaics[0].cpu()) for setting in settings],
+        cells,
+        row_labels=[f"why {subject.label(int(setting.targets))}?" for setting in settings],
+        column_labels=list(methods),
+    )
+
+
+class DemoScenes:
+    """Scenes of single digits, four for each mosaic."""
+
+    def __init__(self, n_mosaics: int, seed: int) -> None:
+        scenes = demo.render_scenes("single", 4 * n_mosaics, generator=seed)
+        self.inputs = scenes.inputs
+        self.labels: Sequence[int] = scenes.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.inputs[index]
+
+
+class ImageFolder:
+    """Images in a folder per class, or in one folder, as a model wants them.
+
+    Files whose ending is not that of an image are passed over.
+    """
+
+    def __init__(self, path: Path, subject: Subject) -> None:
+        from PIL import Image
+
+        Image.init()
+        endings = set(Image.registered_extensions())
+        if not path.is_dir():
+            raise UserError(f"Expected `--data` to be a folder, but got {path}, which is none.")
+        found = [
+            Path(place, name)
+            for place, _, names in os.walk(path, followlinks=True)
+            for name in names
+            if Path(name).suffix.lower() in endings
+        ]
+        self.paths = sorted(found)
+        self.subject = subject
+        if len(self.paths) < 4:
+            raise UserError(
+                f"Expected `--data` to hold at least four images, but got {len(self.paths)} in {path}."
+            )
+        classes = [file.relative_to(path).parts[:-1][:1] for file in self.paths]
+        known = {name: label for label, name in enumerate(dict.fromkeys(classes))}
+        self.labels: Sequence[int] = [known[name] for name in classes]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return self.subject.prepare(read_image(self.paths[index], self.subject.channels))
+        except UserError as error:
+            raise OSError(str(error)) from error

@@ -1,0 +1,182 @@
+"""Models by name, and what is needed to speak about them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_abslrp import demo
+from captum_abslrp.cli.files import UserError, did_you_mean, first_line, quiet
+from captum_abslrp.visualization import denormalize
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEMO_PREFIX = "demo:"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what is needed to speak about it.
+
+    `prepare` turns a picture into model input (C, H, W), `show` turns that into values in [0, 1].
+    """
+
+    model: nn.Module
+    names: Sequence[str]
+    prepare: Callable[[Image], Tensor]
+    show: Callable[[Tensor], Tensor]
+    channels: int
+
+    def label(self, index: int) -> str:
+        name = self.names[index].split(",")[0]
+        return name if name in (str(index), f"class {index}") else f"{name} ({index})"
+
+
+def find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"Expected `--device` to be available, but got {name!r}: {reason}"
+        ) from error
+    return device
+
+
+def load_subject(name: str, checkpoint: Path | None, device: torch.device) -> Subject:
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    if name.startswith(DEMO_PREFIX):
+        if checkpoint is not None:
+            raise UserError(
+                f"Expected `--checkpoint` to go with a timm model, but got the demo model {name!r}."
+            )
+        model = _load_demo_model(name.removeprefix(DEMO_PREFIX))
+        names: Sequence[str] = demo.CLASS_NAMES
+    else:
+        model = _load_timm_model(name, checkpoint)
+        names = _class_names(model)
+    if not names:
+        raise UserError(f"Expected `--model` to be a classifier, but got {name!r} without classes.")
+    config: dict[str, Any] = resolve_model_data_config(model)
+    prepare: Callable[[Image], Tensor] = create_transform(**config, is_training=False)
+    return Subject(
+        model=model.eval().requires_grad_(False).to(device),
+        names=names,
+        prepare=prepare,
+        show=lambda image: denormalize(image, config["mean"], config["std"]),
+        channels=config["input_size"][0],
+    )
+
+
+def _load_demo_model(name: str) -> nn.Module:
+    if name not in demo.list_models():
+        there_are = ", ".join(DEMO_PREFIX + known for known in demo.list_models())
+        near = [DEMO_PREFIX + n for n in difflib.get_close_matches(name, demo.list_models())]
+        raise UserError(
+            f"Expected `--model` to be a demo model, but got {DEMO_PREFIX + name!r}"
+            f"{did_you_mean(near)}; there are {there_are}."
+        )
+    return demo.load_model(name)
+
+
+def _load_timm_model(name: str, checkpoint: Path | None) -> nn.Module:
+    import timm
+
+    elsewhere = ":" in name  # hf-hub:OWNER/NAME and local-dir:FOLDER are timm's to resolve
+    if not elsewhere and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(
+            f"Expected `--model` to be a timm model or {DEMO_PREFIX}NAME, but got {name!r}"
+            f"{did_you_mean(near)}."
+        )
+    if checkpoint is not None:
+        return _load_from_checkpoint(name, checkpoint)
+    try:
+        with quiet("huggingface_hub", "timm"):
+            model: nn.Module = timm.create_model(name, pretrained=True)
+    except OSError as error:
+        # So are the errors of the hub, of sockets and of urllib.
+        raise UserError(
+            f"the weights of {name!r} could not be fetched ({first_line(error)}); give them with "
+            f"--checkpoint, or try a model that ships with the package: {DEMO_PREFIX}vgg"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
+    return model
+
+
+def _load_from_checkpoint(name: str, checkpoint: Path) -> nn.Module:
+    import timm
+
+    state = _read_checkpoint(checkpoint)
+    options: dict[str, Any] = {}
+    config = timm.get_pretrained_cfg(name) if ":" not in name else None
+    classifier = getattr(config, "classifier", None)
+    if isinstance(classifier, str) and f"{classifier}.weight" in state:
+        options["num_classes"] = len(state[f"{classifier}.weight"])
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the weights in {checkpoint} do not fit {name!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file; training scripts put it into a dict, wrappers prefix its keys."""
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"Expected `--checkpoint` to be a file of weights, but got {path}: {first_line(error)}"
+        ) from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(
+            f"Expected `--checkpoint` to hold a state dict, but got {path} without one."
+        )
+    return {
+        key.removeprefix("_orig_mod.").removeprefix("module."): value
+        for key, value in content.items()
+    }
+
+
+def _class_names(model: nn.Module) -> Sequence[str]:
+    """Names that came with the weights, else ImageNet's where the count is theirs, else numbers."""
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    count: int = getattr(model, "num_classes", 0)
+    if not count:
+        return []
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    given = config.get("label_names")
+    if given and len(given) == count:
+        described: dict[str, str] = config.get("label_descriptions") or {}
+        return [described.get(name, name) for name in given]
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        return list(ImageNetInfo(subset).label_descriptions())
+    return [f"class {index}" for index in range(count)]

@@ -1,0 +1,310 @@
+"""Scores of attributors over many mosaics, written to disk as they come: a run that is stopped goes on.
+
+The unit of work is one attributor on one mosaic. What is drawn by chance for a mosaic depends on the
+seed and the number of the mosaic alone, so that the scores do not depend on how often a run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_abslrp.metrics.comparison import (
+    Comparison,
+    MethodScores,
+    score_method,
+    scores_from_json,
+    scores_to_json,
+)
+from captum_abslrp.metrics.gae import Setting, prepare
+
+__all__ = ["Evaluation", "Images", "plan_mosaics"]
+
+
+class Images(Protocol):
+    """Images (C, H, W), all of one shape, by their number; OSError where one cannot be read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+class Evaluation:
+    """Scores attributors mosaic by mosaic, in a folder that a later run can go on with.
+
+    The folder holds ``settings.json``, what the scores depend on, and ``scores.jsonl``, one line per
+    mosaic and attributor. Nothing else in it is touched.
+
+    Args:
+        folder: where to write; made if it is not there.
+        forward_func: from images (B, C, H, W) to outputs (B, K): the model, in evaluation mode.
+        images: a sequence of images (C, H, W), H and W even; one that raises OSError is skipped.
+        labels: a class per image. A mosaic is made of four classes as long as there are four.
+        seed: for the choice of the images and of the positives.
+        n_steps, schedule, baseline, max_examples_per_batch: as for
+            :func:`~captum_abslrp.metrics.gae`.
+        device: where the images are moved to.
+        description: what else the scores depend on (names of model and data, say), as JSON holds it.
+        resume: go on with the scores in the folder. Failures are tried again.
+
+    Raises:
+        FileExistsError: if the folder has scores and ``resume`` is False.
+        ValueError: if there are fewer than four images, or the scores in the folder are of other
+            settings or are damaged.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     evaluation = Evaluation(folder, model, torch.rand(12, 3, 4, 4))
+        ...     table = evaluation.run({"saliency": captum.attr.Saliency(model)}, n_mosaics=2)
+        >>> len(table.methods["saliency"].values["gae"])
+        2
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        forward_func: Callable[..., Tensor],
+        images: Images,
+        *,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        n_steps: int = 10,
+        schedule: str = "published",
+        baseline: float = 0.0,
+        max_examples_per_batch: int | None = None,
+        device: torch.device | str = "cpu",
+        description: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        if len(images) < 4:
+            raise ValueError(f"Expected `images` to be at least four, but got {len(images)}.")
+        self.forward_func = forward_func
+        self.images = images
+        self.labels = [0] * len(images) if labels is None else list(labels)
+        self.seed = seed
+        self.options: dict[str, Any] = {
+            "n_steps": n_steps,
+            "schedule": schedule,
+            "baseline": baseline,
+        }
+        self.max_examples_per_batch = max_examples_per_batch
+        self.device = device
+        self.skipped: dict[int, str] = {}
+        """Why an image could not be read, by its number."""
+        self._scores: dict[tuple[int, str], MethodScores] = {}
+        settings = {
+            **(description or {}),
+            "images": len(images),
+            "labels": zlib.crc32(json.dumps(self.labels).encode()),
+            "seed": seed,
+            **self.options,
+        }
+        self._open(Path(folder), json.loads(json.dumps(settings)), resume)
+
+    def _open(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "scores.jsonl"
+        described = folder / "settings.json"
+        if self._path.exists() and not resume:
+            raise FileExistsError(
+                f"Expected `folder` to be without scores, but got {folder}, which has some: "
+                f"resume, or choose another folder."
+            )
+        if not self._path.exists():
+            described.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            return
+        stored = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+        for name in {**settings, **stored}:
+            if stored.get(name) != settings.get(name):
+                raise ValueError(
+                    f"Expected {name} to be {stored.get(name)!r}, as for the scores in {folder}, "
+                    f"but got {settings.get(name)!r}: choose another folder."
+                )
+        self._read()
+
+    def _read(self) -> None:
+        content = self._path.read_bytes()
+        whole, newline, torn = content.rpartition(b"\n")
+        if torn:
+            # The run was stopped while it wrote this line.
+            os.truncate(self._path, len(whole) + len(newline))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                if "skipped" in entry:
+                    self.skipped[entry["skipped"]] = entry["reason"]
+                else:
+                    scores = scores_from_json(entry["scores"])
+                    self._scores[entry["mosaic"], entry["method"]] = scores
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"Expected line {number} of {self._path} to hold scores, but got "
+                    f"{line[:80].decode(errors='replace')!r}: remove the line and resume."
+                ) from error
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def run(
+        self,
+        explanation_funcs: Mapping[str, Attribution | Callable[..., Tensor]],
+        n_mosaics: int = 100,
+        *,
+        show_progress: bool = False,
+    ) -> Comparison:
+        """Score attributors on mosaics ``0 .. n_mosaics - 1``, as far as they have no scores yet.
+
+        Args:
+            explanation_funcs: attributors as for :func:`~captum_abslrp.metrics.gae`, by name.
+            n_mosaics: number of mosaics. Fewer images than four for each take part in several.
+            show_progress: show a progress bar over mosaics and attributors.
+
+        Returns:
+            The table of these attributors on these mosaics. An attributor that fails on one of them
+            is not asked again in this run, and its row says why.
+
+        Raises:
+            ValueError: if fewer than four images can be read.
+        """
+        plan = plan_mosaics(self.labels, n_mosaics, self.seed)
+        failed: set[str] = set()
+        bar = tqdm(total=n_mosaics * len(explanation_funcs), disable=not show_progress)
+        with bar:
+            for number, chosen in enumerate(plan):
+                missing = [name for name in explanation_funcs if not self._is_done(number, name)]
+                setting = None
+                for name in missing:
+                    if name in failed:
+                        continue
+                    bar.set_postfix_str(f"mosaic {number + 1}, {name}")
+                    setting = self.setting(number, chosen) if setting is None else setting
+                    scores = score_method(
+                        setting,
+                        self.forward_func,
+                        explanation_funcs[name],
+                        self.max_examples_per_batch,
+                    )
+                    if scores.failure is not None:
+                        failed.add(name)
+                    self._scores[number, name] = scores
+                    entry = {"mosaic": number, "method": name, "scores": scores_to_json(scores)}
+                    self._write(entry)
+                bar.update(len(explanation_funcs))
+        return self.comparison(explanation_funcs, n_mosaics)
+
+    def _is_done(self, mosaic: int, method: str) -> bool:
+        scores = self._scores.get((mosaic, method))
+        return scores is not None and scores.failure is None
+
+    def comparison(self, methods: Sequence[str] | Mapping[str, Any], n_mosaics: int) -> Comparison:
+        """The table of what has been scored so far."""
+        table = {name: MethodScores() for name in methods}
+        for number in range(n_mosaics):
+            for name, total in table.items():
+                total.extend(self._scores.get((number, name), MethodScores()))
+        return Comparison(table)
+
+    def setting(self, number: int, chosen: Sequence[int] | None = None) -> Setting:
+        """Mosaic, positive and masked states of mosaic ``number``.
+
+        Args:
+            number: of the mosaic, from 0.
+            chosen: its images, if they are known already.
+        """
+        if chosen is None:
+            chosen = plan_mosaics(self.labels, number + 1, self.seed)[number]
+        generator = torch.Generator().manual_seed(_seed(self.seed, number))
+        images = self._load(list(chosen), generator)
+        return prepare(
+            self.forward_func,
+            images.to(self.device),
+            **self.options,
+            generator=generator,
+            max_examples_per_batch=self.max_examples_per_batch,
+        )
+
+    def _load(self, chosen: list[int], generator: torch.Generator) -> Tensor:
+        """Four images; in place of one that cannot be read another one, of its class if possible."""
+        images: list[Tensor] = []
+        reserve: list[int] | None = None
+        while len(images) < 4:
+            image = self._image(chosen[len(images)])
+            if image is not None:
+                images.append(image)
+                continue
+            if reserve is None:
+                drawn = torch.randperm(len(self.images), generator=generator).tolist()
+                reserve = [index for index in drawn if index not in chosen]
+            if not reserve:
+                raise ValueError(
+                    f"Expected at least four images that can be read, but got "
+                    f"{len(self.images) - len(self.skipped)}; the first that cannot: "
+                    f"{next(iter(self.skipped.values()))}"
+                )
+            label = self.labels[chosen[len(images)]]
+            reserve.sort(key=lambda index: self.labels[index] != label)
+            chosen[len(images)] = reserve.pop(0)
+        return torch.stack(images)
+
+    def _image(self, index: int) -> Tensor | None:
+        try:
+            return self.images[index]
+        except OSError as error:
+            if index not in self.skipped:
+                self.skipped[index] = str(error)
+                self._write({"skipped": index, "reason": str(error)})
+            return None
+
+
+def plan_mosaics(labels: Sequence[int], n_mosaics: int, seed: int) -> list[list[int]]:
+    """Which images make which mosaic: all of them once, in an order drawn by chance, then again.
+
+    Args:
+        labels: a class per image. The four images of a mosaic are of different classes as long as
+            images of four classes are left.
+        n_mosaics: number of mosaics M.
+        seed: for the order.
+
+    Returns:
+        M lists of four different images; those of a smaller M come first in those of a larger one.
+
+    Example:
+        >>> plan = plan_mosaics([0, 0, 1, 1, 2, 2, 3, 3], 2, seed=0)
+        >>> sorted(plan[0] + plan[1])
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    generator = torch.Generator().manual_seed(_seed(seed, -1))
+    rows = {label: row for row, label in enumerate(dict.fromkeys(labels))}
+    left: list[list[int]] = [[] for _ in rows]
+    plan: list[list[int]] = []
+    while len(plan) < n_mosaics:
+        if sum(map(len, left)) < 4:
+            left = [[] for _ in rows]
+            for index in torch.randperm(len(labels), generator=generator).tolist():
+                left[rows[labels[index]]].append(index)
+        chosen: list[int] = []
+        for _ in range(4):
+            counts = torch.tensor([float(len(indices)) for indices in left])
+            fresh = counts.clone()
+            fresh[[rows[labels[index]] for index in chosen]] = 0
+            row = torch.multinomial(fresh if fresh.sum() > 0 else counts, 1, generator=generator)
+            chosen.append(left[int(row)].pop())
+        plan.append(chosen)
+    return plan
+
+
+def _seed(seed: int, number: int) -> int:
+    # The generator of the CPU looks at 32 bits.
+    return zlib.crc32(f"{seed}:{number}".encode())
