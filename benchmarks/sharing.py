@@ -1,0 +1,56 @@
+"""What ``compare`` saves: five attributors scored together, against five runs of ``gae`` by single images.
+
+``python benchmarks/sharing.py`` prints a table, as in ``benchmarks/RESULTS.md``. Both sides compute GAE;
+``compare`` measures the localization and the area between the LeRF and MoRF curves besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from captum_abslrp import demo
+from captum_abslrp.methods import get_method
+from captum_abslrp.metrics import compare, gae
+
+METHODS = ("abslrp", "saliency", "inputxgradient", "deeplift", "ig")
+
+
+def measure(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Seconds of ``compare``, and of ``gae`` of each method, one image at a time."""
+    methods: dict[str, Callable[..., Tensor]] = {name: get_method(name)(model) for name in METHODS}
+    start = time.perf_counter()
+    table = compare(methods, model, images, generator=torch.Generator().manual_seed(0))
+    together = time.perf_counter() - start
+    failures = {name: s.failure for name, s in table.methods.items() if s.failure is not None}
+    if failures:
+        raise RuntimeError(f"Expected all methods to run, but got {failures}.")
+    start = time.perf_counter()
+    for method in methods.values():
+        generator = torch.Generator().manual_seed(0)
+        gae(model, method, images, generator=generator, max_examples_per_batch=1)
+    return together, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n-mosaics", type=int, default=4)
+    parser.add_argument("--models", nargs="+", default=["vit", "resnet"])
+    args = parser.parse_args()
+    scenes = demo.render_scenes("single", 4 * args.n_mosaics, generator=0)
+    print(f"{', '.join(METHODS)}; {args.n_mosaics} mosaics; {torch.get_num_threads()} threads\n")
+    print("| demo model | `compare` | five times `gae`, image by image | ratio |")
+    print("|---|---|---|---|")
+    for name in args.models:
+        model = demo.load_model(name)
+        measure(model, scenes.inputs[:4])  # not timed: what is slow the first time
+        together, apart = measure(model, scenes.inputs)
+        print(f"| {name} | {together:.1f} s | {apart:.1f} s | {together / apart:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
