@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captum_abslrp import AbsLRP
+from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules
 from captum_abslrp.mappings import At, get_mapping
 
 
@@ -18,8 +18,10 @@ def _names_for_doctests(doctest_namespace: dict[str, object]) -> None:
         AbsLRP=AbsLRP,
         At=At,
         F=F,
+        LayerAbsLRP=LayerAbsLRP,
         captum=captum,
         get_mapping=get_mapping,
+        inspect_rules=inspect_rules,
         nn=nn,
         timm=timm,
         torch=torch,

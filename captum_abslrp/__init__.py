@@ -5,8 +5,19 @@
 """
 
 from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.inspection import inspect_rules
 from captum_abslrp.interception import UnsupportedCallError
+from captum_abslrp.layer import LayerAbsLRP
+from captum_abslrp.mappings import register_call_rule, register_mapping
 
-__all__ = ["AbsLRP", "UnsupportedCallError", "__version__"]
+__all__ = [
+    "AbsLRP",
+    "LayerAbsLRP",
+    "UnsupportedCallError",
+    "inspect_rules",
+    "register_call_rule",
+    "register_mapping",
+    "__version__",
+]
 
 __version__ = "0.1.0"

@@ -59,8 +59,13 @@ def follow(
         return
     shadows = [_shadow(leaf, batch_size) for leaf in leaves]
     shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
+    if name == "view":  # the memory of a shadow is laid out otherwise
+        func = Tensor.reshape
     with torch.no_grad():
-        shadow = func(*shadow_args, **shadow_kwargs)
+        try:
+            shadow = func(*shadow_args, **shadow_kwargs)
+        except RuntimeError as error:  # it looks at the memory itself: `as_strided`
+            raise Misaligned from error
     for tensor, samples in zip(tree_flatten(result)[0], tree_flatten(shadow)[0], strict=True):
         if isinstance(tensor, Tensor) and not _in_order(samples, batch_size):
             setattr(tensor, _SHADOW, samples)
@@ -73,8 +78,8 @@ def _shadow(leaf: Any, batch_size: int) -> Any:
     if hasattr(leaf, _SHADOW):
         return getattr(leaf, _SHADOW)
     if leaf.dim() == 0 or leaf.shape[0] % batch_size:
-        return torch.full((), -1, dtype=torch.int32, device=leaf.device).expand(leaf.shape)
-    samples = torch.arange(batch_size, dtype=torch.int32, device=leaf.device)
+        return torch.full((), -1, dtype=torch.float32, device=leaf.device).expand(leaf.shape)
+    samples = torch.arange(batch_size, dtype=torch.float32, device=leaf.device)
     samples = samples.repeat_interleave(leaf.shape[0] // batch_size)
     return samples.view(-1, *[1] * (leaf.dim() - 1)).expand(leaf.shape)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +28,7 @@ from captum_abslrp.contrast import (
     expand_target,
     target_seed,
 )
-from captum_abslrp.interception import Interception, UnsupportedCallError
+from captum_abslrp.interception import Interception, UnsupportedCallError, is_answered
 from captum_abslrp.mappings import Mapping, get_mapping
 
 __all__ = ["AbsLRP"]
@@ -33,6 +36,10 @@ __all__ = ["AbsLRP"]
 TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
 keeps the relevance of single elements and of sums over branches within the range of float16, too."""
+
+
+Forward = Callable[[Sequence[Tensor], tuple[Any, ...]], tuple[Tensor, Sequence[Tensor]]]
+"""From inputs and further arguments to the output and the tensors that relevance is asked for."""
 
 
 class AbsLRP(GradientAttribution):
@@ -50,7 +57,8 @@ class AbsLRP(GradientAttribution):
     The model is never changed: no hooks, no weights, no flags.
 
     Args:
-        model: the model, in evaluation mode.
+        model: the model, in evaluation mode. A compiled one and one in ``nn.DataParallel`` or
+            ``DistributedDataParallel`` is explained as the module inside, on the device of its weights.
         mapping: which rule answers which call: a :class:`~captum_abslrp.mappings.Mapping`, the name of
             a registered one, or None to choose it from the class of the model (``"generic"`` where
             the class is not registered). A rule set on a module, ``module.rule``, wins.
@@ -58,10 +66,11 @@ class AbsLRP(GradientAttribution):
             on its own (as published); ``"joint"`` scales all inputs of a call together to what
             arrived at its output, which conserves relevance.
         output: picks the tensor to explain from what the model returns, for example
-            ``lambda out: out.logits``.
+            ``lambda out: out[0]``. None takes the tensor that is returned, or the ``logits`` or
+            ``logits_per_image`` of an object or dict (such as Hugging Face's ``ModelOutput``).
 
     Raises:
-        TypeError: if ``model`` is no module, or one that is scripted.
+        TypeError: if ``model`` is no module, or if it or a part of it is scripted or quantised.
         ValueError: if the mapping or the normalization is unknown.
 
     Example:
@@ -85,11 +94,6 @@ class AbsLRP(GradientAttribution):
                 f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}. Rules are "
                 f"found for the calls and layers of a module; wrap a function in one."
             )
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "Expected `model` to be a plain module, but got a scripted one, whose calls cannot be "
-                "seen. Pass the module that it was made from."
-            )
         if normalization not in ("separate", "joint"):
             raise ValueError(
                 f'Expected `normalization` to be "separate" or "joint", but got {normalization!r}.'
@@ -99,8 +103,8 @@ class AbsLRP(GradientAttribution):
                 f"Expected `mapping` to be a Mapping, the name of one or None, but got "
                 f"{type(mapping).__name__}."
             )
-        # A compiled model is explained by the module that it was made from.
-        model = getattr(model, "_orig_mod", model)
+        model = unwrapped(model)
+        _check_visible(model)
         super().__init__(model)
         self.model = model
         self.mapping = get_mapping(mapping) if isinstance(mapping, str) else mapping
@@ -160,8 +164,44 @@ class AbsLRP(GradientAttribution):
             >>> why_2 = AbsLRP(model).attribute(x, target=2)
             >>> why_2_rather_than_0 = AbsLRP(model).attribute(x, target=2, contrast=0)
         """
-        is_tuple = isinstance(inputs, tuple)
-        given: tuple[Tensor, ...] = inputs if is_tuple else (inputs,)
+        chunks = self._explain(
+            inputs,
+            target,
+            additional_forward_args,
+            contrast,
+            combine,
+            internal_batch_size,
+            forward=lambda leaves, extra: (self._forward(leaves, extra), leaves),
+        )
+        relevances = tuple(torch.cat(parts) for parts in zip(*(r for r, _ in chunks), strict=True))
+        attributions = relevances if isinstance(inputs, tuple) else relevances[0]
+        if not return_convergence_delta:
+            return attributions
+        exact = torch.promote_types(relevances[0].dtype, torch.float32)
+        arrived = [r.to(exact).reshape(len(r), -1).sum(1) for r in relevances]
+        _, started_with = chunks[0]
+        return attributions, torch.stack(arrived).sum(0) - started_with
+
+    def has_convergence_delta(self) -> bool:
+        return True
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return True
+
+    def _explain(
+        self,
+        inputs: Any,
+        target: Target,
+        additional_forward_args: Any,
+        contrast: Contrast,
+        combine: str,
+        internal_batch_size: int | None,
+        *,
+        forward: Forward,
+    ) -> list[tuple[list[Tensor], float]]:
+        """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
+        given: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
         batch_size = _check_inputs(given)
         check_contrast(contrast)
         if combine not in ("difference", "gated"):
@@ -182,100 +222,87 @@ class AbsLRP(GradientAttribution):
                 f"Expected `internal_batch_size` to be an int of at least 1, but got {step!r}."
             )
         _check_model(self.model)
-        run = partial(self._attribute_in_chunks, given, targets, extra, contrasts, combine)
-        try:
-            chunks = run(step)
-        except Misaligned:  # samples are not kept apart in the leading dimension somewhere
-            chunks = run(1)
-        relevances = tuple(torch.cat(parts) for parts in zip(*(c[0] for c in chunks), strict=True))
-        attributions = relevances if is_tuple else relevances[0]
-        if return_convergence_delta:
-            return attributions, torch.cat([c[1] for c in chunks])
-        return attributions
-
-    def has_convergence_delta(self) -> bool:
-        return True
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return True
-
-    def _attribute_in_chunks(
-        self,
-        inputs: tuple[Tensor, ...],
-        target: Tensor | None,
-        extra: tuple[Any, ...],
-        contrast: Any,
-        combine: str,
-        step: int,
-    ) -> list[tuple[list[Tensor], Tensor]]:
-        """Results of :meth:`_attribute_chunk` for ``step`` samples at a time."""
-        batch_size = len(inputs[0])
 
         def rows_of(value: Any, rows: slice) -> Any:
             by_sample = isinstance(value, Tensor) and value.dim() and len(value) == batch_size
             return value[rows] if by_sample else value
 
-        chunks = []
-        for start in range(0, batch_size, step):
-            part = partial(rows_of, rows=slice(start, start + step))
-            given = tuple(map(part, inputs))
-            chunks.append(
-                self._attribute_chunk(
-                    given, part(target), tuple(map(part, extra)), part(contrast), combine
+        def run(step: int) -> list[tuple[list[Tensor], float]]:
+            chunks = []
+            for start in range(0, batch_size, step):
+                part = partial(rows_of, rows=slice(start, start + step))
+                leaves, others = tuple(map(part, given)), tuple(map(part, extra))
+                chunks.append(
+                    self._explain_chunk(
+                        leaves, part(targets), others, part(contrasts), combine, forward
+                    )
                 )
-            )
-        return chunks
+            return chunks
 
-    def _attribute_chunk(
+        try:
+            return run(step)
+        except Misaligned:  # samples are not kept apart in the leading dimension somewhere
+            return run(1)
+
+    def _explain_chunk(
         self,
         inputs: tuple[Tensor, ...],
         target: Tensor | None,
         extra: tuple[Any, ...],
         contrast: Any,
         combine: str,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Relevance of the inputs and convergence delta of samples that are run together."""
-        with torch.inference_mode(False), torch.enable_grad(), _unchanged(self.model):
+        forward: Forward,
+    ) -> tuple[list[Tensor], float]:
+        """Relevance of what is explained, and the sum per sample that it started with, of samples
+        that are run together."""
+        with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
             leaves = [x.clone().detach().requires_grad_() for x in inputs]
-            output = self._forward(leaves, extra)
+            output, explained = forward(leaves, extra)
             values = output.detach()
             seed = target_seed(values, target)
             held_against = contrast_seed(values, seed, contrast)
-            relevances = _propagate(output, leaves, seed, retain_graph=held_against is not None)
-            exact = torch.promote_types(inputs[0].dtype, torch.float32)
-            started_with = 1.0
-            if held_against is not None:
-                others = _propagate(output, leaves, held_against, retain_graph=False)
-                pairs = list(zip(relevances, others, strict=True))
-                if combine == "difference":
-                    relevances = [r - o for r, o in pairs]
-                    started_with = 0.0
-                else:
-                    relevances = [r.where(r > o, 0) for r, o in pairs]
-            arrived = [r.to(exact).reshape(len(r), -1).sum(1) for r in relevances]
-            delta = torch.stack(arrived).sum(0) - started_with
-        return [r.to(x.dtype) for r, x in zip(relevances, inputs, strict=True)], delta
+            relevances = _propagate(output, explained, seed, retain_graph=held_against is not None)
+            if held_against is None:
+                return relevances, 1.0
+            others = _propagate(output, explained, held_against, retain_graph=False)
+            pairs = list(zip(relevances, others, strict=True))
+            if combine == "difference":
+                return [r - o for r, o in pairs], 0.0
+            return [r.where(r > o, 0) for r, o in pairs], 1.0
 
     def _forward(self, leaves: Sequence[Tensor], extra: tuple[Any, ...]) -> Tensor:
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
-        batch_size = len(leaves[0])
-        # Clones, because a leaf cannot be changed in place, which the model may do.
-        given = [leaf.clone() for leaf in leaves]
-        with Interception(
+        interception = Interception(
             None if self.mapping is None else self.mapping.rule_of_call,
-            batch_size=batch_size,
+            batch_size=len(leaves[0]),
             model=self.model,
             joint=self.normalization == "joint",
             total=TOTAL,
-        ):
+        )
+        output = self.run(leaves, extra, interception)
+        for node in unseen_nodes(output):
+            raise UnsupportedCallError(
+                f"Expected every call of the model to have a rule, but got `{node}` from code whose "
+                f"calls cannot be seen: a scripted part, `torch.vmap`, checkpointing with "
+                f"`use_reentrant=True` or another thread. Write it as plain calls, or register its layer "
+                f"as one call: `captum_abslrp.register_call_rule(Layer, captum_abslrp.rules.TwinRule())`."
+            )
+        return output
+
+    def run(
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], interception: Interception
+    ) -> Tensor:
+        """Output of the model, (B, ...), as it depends on the leaves under an interception."""
+        batch_size = len(leaves[0])
+        # Clones, because a leaf cannot be changed in place, which the model may do.
+        given = [leaf.clone() for leaf in leaves]
+        with _eager(self.model), interception:
             try:
                 output = self.model(*given, *extra)
             except Exception as error:  # raised again, explained where it can be
                 _explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
-            if self.output is not None:
-                output = self.output(output)
+            output = _logits(output) if self.output is None else self.output(output)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"Expected the model to return a tensor, but got {type(output).__name__}. Pick one with "
@@ -292,21 +319,121 @@ class AbsLRP(GradientAttribution):
                 "Expected the output of the model to depend on `inputs`, but got one that does not: "
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
-        _check_history(output)
         return output
 
 
 def _propagate(
-    output: Tensor, leaves: Sequence[Tensor], seed: Tensor, *, retain_graph: bool
+    output: Tensor, explained: Sequence[Tensor], seed: Tensor, *, retain_graph: bool
 ) -> list[Tensor]:
-    """Relevance of the leaves, for relevance ``seed`` of the output."""
+    """Relevance of tensors that the output depends on, for relevance ``seed`` of the output."""
     relevances = torch.autograd.grad(
-        output, leaves, seed * TOTAL, retain_graph=retain_graph, allow_unused=True
+        output, explained, seed * TOTAL, retain_graph=retain_graph, allow_unused=True
     )
     return [
-        torch.zeros_like(leaf) if r is None else r / TOTAL
-        for r, leaf in zip(relevances, leaves, strict=True)
+        torch.zeros_like(tensor) if r is None else r / TOTAL
+        for r, tensor in zip(relevances, explained, strict=True)
     ]
+
+
+def _logits(output: Any) -> Any:
+    """What a model returned, or the logits in it."""
+    if isinstance(output, Tensor):
+        return output
+    is_mapping = isinstance(output, collections.abc.Mapping)
+    for name in ("logits", "logits_per_image"):
+        value = output.get(name) if is_mapping else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return output
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers that compute the same."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:  # made by `torch.compile`
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
+class _Shared:
+    """A context that holds for the whole process, shared by the passes that need it at a time.
+
+    The first of them enters it, the last one leaves it, in whatever thread.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._users = 0
+        self._context: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._context = self._make()
+                self._context.__enter__()
+            self._users += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._context.__exit__(None, None, None)
+
+
+def _force_eager() -> AbstractContextManager[Any]:
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+@contextmanager
+def _ignore_hook_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Using `torch.compile.module.` when there are global hooks"
+        )
+        yield
+
+
+_EAGER = _Shared(_force_eager)
+_NO_HOOK_WARNING = _Shared(_ignore_hook_warning)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules and functions as the code that they were made from."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(_EAGER)
+        if any("_orig_mod" in module._modules for module in model.modules()):
+            stack.enter_context(_NO_HOOK_WARNING)
+        yield
+
+
+def _check_visible(model: nn.Module) -> None:
+    """Raise where a part of the model computes by calls that cannot be seen."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind, remedy = "scripted", "the module that it was scripted or traced from"
+        elif _is_quantised(type(module)):
+            kind, remedy = "quantised", "the float model, as it was before it was quantised"
+        else:
+            continue
+        where = f"`{path}` of `model`" if path else "`model`"
+        cls = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(
+            f"Expected {where} to be a plain module, but got a {kind} one ({cls}), whose calls cannot "
+            f"be seen. Pass {remedy}."
+        )
+
+
+def _is_quantised(cls: type[nn.Module]) -> bool:
+    """Whether a class is one of PyTorch's quantised layers (``FloatFunctional`` computes in float)."""
+    home = cls.__module__.split(".")
+    return home[0] == "torch" and "quantized" in home and "FloatFunctional" not in cls.__name__
 
 
 def _check_inputs(inputs: tuple[Any, ...]) -> int:
@@ -367,7 +494,7 @@ def _check_model(model: nn.Module) -> None:
         warnings.warn(
             f"Expected the model to be in evaluation mode, but {training} is in training mode: results "
             f"differ from call to call or between batches. Call `model.eval()` first.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -379,7 +506,7 @@ def _differs_in_training(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Put back what a model changes of itself as it runs: statistics, counters, stored activations."""
     modules = list(model.modules())
     tables = [t for m in modules for t in (m.__dict__, m._buffers, m._parameters)]
@@ -405,18 +532,19 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 _MOVING_NODES = re.compile(
-    r"(AccumulateGrad|Alias|AsStrided|Broadcast\w*|Cat|Clone|CopyBackwards|CopySlices|Copy|Diagonal|"
-    r"Expand|Fill|Flip|Gather|Index|IndexCopy|IndexPut|IndexSelect|MaskedFill|\w*PadNd?|"
-    r"(Constant|Reflection|Replication)Pad\w*|Permute|PixelShuffle|PixelUnshuffle|Repeat|Reshape\w*|"
-    r"Roll|Rot90|Select|Slice|Split|SplitWithSizes|Squeeze|Stack|SwapAxes|T|TakeAlongDim|ToCopy|"
-    r"Transpose|Tril|Triu|Unbind|Unfold|UnsafeSplit\w*|UnsafeView|Unsqueeze|View|ViewAsReal|Where|"
-    r"Zero|ChannelShuffle|NativeChannelShuffle)(Backward[A-Za-z]*\d*)?"
+    r"(AccumulateGrad|Alias|AsStrided|Broadcast\w*|Cat|Clone|Copy|CopyBackwards|CopySlices|Diagonal\w*|"
+    r"Expand|Fill|Flip|Gather|Im2Col|Index|IndexCopy|IndexPut|IndexSelect|Kthvalue|MaskedFill|"
+    r"MaskedScatter|MaskedSelect|Median\w*|Mode|\w*PadNd?|(Constant|Reflection|Replication)Pad\w*|"
+    r"Permute|PixelShuffle|PixelUnshuffle|Put|Repeat|Reshape\w*|Roll|Rot90|Scatter|Select\w*|Slice\w*|"
+    r"Sort|Split|SplitWithSizes|Squeeze|Stack|SwapAxes|T|Take|TakeAlongDim|ToCopy|Topk|Transpose|Tril|"
+    r"Triu|Unbind|Unfold|UnsafeSplit\w*|UnsafeView|Unsqueeze|View|ViewAsReal|Where|Zero|"
+    r"ChannelShuffle|NativeChannelShuffle)(Backward[A-Za-z]*\d*)?"
 )
 """Nodes that autograd makes for calls that move elements."""
 
 
-def _check_history(output: Tensor) -> None:
-    """Raise where a part of the model went past the rules: code whose calls cannot be seen."""
+def unseen_nodes(output: Tensor) -> Iterator[str]:
+    """Names of the nodes of a history that neither a rule nor a call that moves elements has made."""
     seen = set()
     stack = [output.grad_fn]
     while stack:
@@ -425,14 +553,6 @@ def _check_history(output: Tensor) -> None:
             continue
         seen.add(node)
         name = type(node).__name__
-        ours = (
-            isinstance(node, torch.autograd.function.BackwardCFunction) and name == "_NodeBackward"
-        )
-        if not ours and not _MOVING_NODES.fullmatch(name):
-            raise UnsupportedCallError(
-                f"Expected every call of the model to have a rule, but got `{name}` from code whose "
-                f"calls cannot be seen: an autograd function, a scripted part, `torch.vmap` or another "
-                f"thread. Write it as plain calls, or as a module with a rule of Captum's kind set "
-                f"on it: `module.rule = rule`."
-            )
+        if not (is_answered(node) or _MOVING_NODES.fullmatch(name)):
+            yield name
         stack.extend(fn for fn, _ in node.next_functions)

@@ -22,28 +22,33 @@ __all__ = [
 
 PASS_THROUGH = frozenset(
     """
-    __getitem__ __setitem__ alias as_strided atleast_1d atleast_2d atleast_3d broadcast_tensors
-    broadcast_to cat channel_shuffle chunk clone column_stack concat concatenate contiguous copy
-    diagonal double dstack dsplit expand expand_as flatten flip fliplr flipud float gather half
-    hsplit hstack index_select masked_fill meshgrid moveaxis movedim narrow native_channel_shuffle numpy_T pad
-    permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll
-    rot90 select split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim
-    tensor_split tile to transpose tril triu type type_as unbind unflatten unfold unsqueeze unsafe_chunk
-    unsafe_split view view_as vsplit vstack where bfloat16 T mT H mH real
+    H T __getitem__ __setitem__ alias as_strided atleast_1d atleast_2d atleast_3d bfloat16
+    block_diag broadcast_tensors broadcast_to cat channel_shuffle chunk clone column_stack concat
+    concatenate contiguous copy cpu cuda diag diag_embed diagonal diagonal_scatter double dsplit
+    dstack expand expand_as flatten flip fliplr flipud float gather half hsplit hstack index_copy
+    index_select kthvalue mH mT masked_fill masked_scatter masked_select median meshgrid mode
+    moveaxis movedim msort narrow native_channel_shuffle numpy_T pad permute pixel_shuffle
+    pixel_unshuffle ravel real repeat repeat_interleave reshape reshape_as roll rot90
+    scatter select select_scatter slice_scatter sort split split_with_sizes squeeze stack swapaxes
+    swapdims t take take_along_dim tensor_split tile to topk transpose tril triu type type_as unbind
+    unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit vstack where
     """.split()
 )
-"""Calls that only move, copy or cast elements: relevance moves with its element."""
+"""Calls that only move, select, copy or cast elements: relevance moves with its element."""
 
 CONSTANT = frozenset(
     """
-    size dim numel nelement ndimension stride storage_offset element_size get_device is_contiguous
-    is_floating_point is_complex is_same_size detach item tolist numpy argmax argmin argsort eq ne
-    lt le gt ge isnan isinf isfinite isneginf isposinf all any sign new_zeros new_ones new_empty
-    new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like equal allclose
-    data_ptr untyped_storage backward register_hook retain_grad has_names names requires_grad_
+    __invert__ _assert all allclose any argmax argmin argsort backward bincount bool bucketize byte
+    ceil count_nonzero data_ptr detach dim element_size empty_like eq equal floor full_like ge
+    get_device gt has_names heaviside int is_complex is_contiguous is_floating_point is_inference
+    is_nonzero is_same_size isclose isfinite isin isinf isnan isneginf isposinf item le long lt names
+    ndimension ne nelement new_empty new_full new_ones new_tensor new_zeros nonzero numel numpy
+    one_hot ones_like rand_like randn_like register_hook requires_grad_ retain_grad round
+    searchsorted sgn short sign signbit size storage_offset stride tolist trunc untyped_storage
+    zeros_like
     """.split()
 )
-"""Calls whose result carries no relevance."""
+"""Calls whose result carries no relevance: facts about a tensor, and steps."""
 
 IN_PLACE_PASS_THROUGH = frozenset(
     "__setitem__ copy squeeze unsqueeze transpose t swapaxes swapdims zero fill masked_fill "
@@ -66,8 +71,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @functools.lru_cache(maxsize=4096)
 def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
-    """Name without module, dunder and trailing underscore; whether in place; whether reflected."""
-    name = getattr(func, "__name__", str(func))
+    """Name without module, dunder and trailing underscore (``"namespace::name"`` for an operator of a
+    library); whether in place; whether reflected."""
+    name = getattr(func, "__name__", str(func)).removeprefix("special_")
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        namespace, name = str(func).split(".")[:2]
+        if namespace != "aten":  # registered by a library or by the user
+            return f"{namespace}::{name}", False, False
+    module = getattr(func, "__module__", None) or "torch"
+    if not module.startswith("torch"):  # a function that somebody else lets PyTorch show
+        return f"{module}.{name}", False, False
     if name == "__get__":  # a property such as Tensor.T
         return getattr(getattr(func, "__self__", None), "__name__", name), False, False
     if name in ("__getitem__", "__setitem__"):
@@ -85,13 +98,13 @@ def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
 
 
 _ALIASES = {
+    "_threshold": "threshold",
     "absolute": "abs",
     "divide": "div",
+    "expit": "sigmoid",
+    "log_sigmoid": "logsigmoid",
     "multiply": "mul",
     "negative": "neg",
-    "special_expit": "sigmoid",
-    "special_softmax": "softmax",
-    "log_sigmoid": "logsigmoid",
     "rsub": "sub",
     "subtract": "sub",
     "true_divide": "div",

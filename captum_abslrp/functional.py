@@ -23,13 +23,16 @@ from torch import Tensor
 
 __all__ = [
     "EPS",
+    "bilinear",
     "convolution",
     "diagonal",
     "divide",
     "elementwise",
+    "group_norm",
     "layer_norm",
     "linear",
     "linear_map",
+    "magnitude",
     "matmul",
     "max_pool",
     "normalize",
@@ -204,23 +207,52 @@ def matmul(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """:func:`positive_contributions` of a linear call without weights of its own, or with
-    non-negative ones: pooling, mean, sum, interpolation.
+    """The twin form of a linear call without weights of its own: pooling, mean, sum, interpolation.
+
+    Where no coefficient is negative (all but bicubic interpolation) it is
+    :func:`positive_contributions`.
 
     Args:
         x: input, any shape.
-        call: the call, linear in ``x``, with no negative coefficient.
+        call: the call, linear in ``x``.
         s: shaped like the output of the call, see :func:`divide`.
 
     Example:
         >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1))
         tensor([[1., 0.]])
     """
-    positive = x.clamp(min=0)
+    return 2 * x.clamp(min=0) * _transposed(call, x, s)
+
+
+def bilinear(
+    a: Tensor, b: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`positive_contributions` of a product of two tensors, for each the other one fixed.
+
+    Args:
+        a: first argument, any shape.
+        b: second argument, any shape.
+        call: ``(a, b) -> z``, a sum of products of their elements: einsum, outer, dot ...
+        s: shaped like ``z``, see :func:`divide`.
+
+    Returns:
+        The relevance of ``a`` and of ``b``.
+
+    Example:
+        >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.tensor(1.0))
+        (tensor([4., 0.]), tensor([4., 0.]))
+    """
+    of_a = positive_contributions(a, b, lambda w: _transposed(lambda v: call(v, w), a, s))
+    of_b = positive_contributions(b, a, lambda w: _transposed(lambda v: call(w, v), b, s))
+    return of_a, of_b
+
+
+def _transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor:
+    """The transposed product of ``s`` with a call that is linear in ``x``."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = call(leaf)
-    return 2 * positive * torch.autograd.grad(output, leaf, s)[0]
+    return torch.autograd.grad(output, leaf, s)[0]
 
 
 def diagonal(x: Tensor, scale: Tensor | float, output: Tensor) -> Tensor:
@@ -244,14 +276,15 @@ def diagonal(x: Tensor, scale: Tensor | float, output: Tensor) -> Tensor:
     return 2 * (x * scale).clamp(min=0) / (output.abs() + EPS)
 
 
-def elementwise(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+def elementwise(x: Tensor, call: Callable[[Tensor], Tensor], *, even_slope: bool = False) -> Tensor:
     r"""The factor from output to input relevance of a call that acts on each element alone.
 
-    The twin form: :math:`k = (x f'(x) + |x| f'(|x|)) / (|f(x)| + EPS)`.
+    The twin form: :math:`k = (x f'(x) + |x| f'(|x|)) / (|f(x)| + EPS)`; 0 where :math:`x = 0`.
 
     Args:
         x: input, any shape.
         call: ``f``, for example ``torch.nn.functional.gelu``.
+        even_slope: whether :math:`f'(x) = f'(-x)`, so that :math:`k = 2 x^+ f'(x) / (|f(x)| + EPS)`.
 
     Returns:
         ``k``, shaped like ``x``.
@@ -263,12 +296,19 @@ def elementwise(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = call(leaf)
-        (gradient,) = torch.autograd.grad((output + call(leaf.abs())).sum(), leaf)
-    return x * gradient / (output.detach().abs() + EPS)
+        both = output if even_slope else output + call(leaf.abs())
+        (gradient,) = torch.autograd.grad(both.sum(), leaf)
+    if even_slope:
+        numerator = 2 * x.clamp(min=0) * gradient
+    else:  # at 0 the slope may be infinite (square root)
+        numerator = (x * gradient).masked_fill(x == 0, 0)
+    return numerator / (output.detach().abs() + EPS)
 
 
 def max_pool(x: Tensor, pool: Callable[[Tensor], tuple[Tensor, Tensor]], s: Tensor) -> Tensor:
     r"""The twin form of max pooling: the maximum of ``x`` and of ``|x|`` in every window.
+
+    Padding by :math:`-\infty` takes no part.
 
     Args:
         x: (B, C, ...).
@@ -290,7 +330,7 @@ def max_pool(x: Tensor, pool: Callable[[Tensor], tuple[Tensor, Tensor]], s: Tens
         return scattered.scatter_add(-1, indices.flatten(-spatial), contributions).view_as(x)
 
     if bool((x < 0).any()):
-        return routed(x) + routed(x.abs())
+        return routed(x) + routed(magnitude(x))
     return 2 * routed(x)
 
 
@@ -313,12 +353,40 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
         tensor([[1.7071, 0.2929]])
     """
     dims = list(range(-normalized_dims, 0))
-
-    def scaled(values: Tensor) -> Tensor:
-        return values * (values.var(dims, correction=0, keepdim=True) + eps).rsqrt()
-
-    plain, twin_part = scaled(x), scaled(x.abs())
+    plain, twin_part = _scaled(x, dims, eps), _scaled(x.abs(), dims, eps)
     return plain + twin_part if weight is None else plain * weight + twin_part * weight.abs()
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
+    r"""The numerator of the rule of group norm (of instance norm, with one channel in each group).
+
+    As :func:`layer_norm`: :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s` with
+    :math:`\sigma` over the channels of a group and all places.
+
+    Args:
+        x: input, (B, C, ...).
+        groups: number of groups of channels.
+        weight: ``w`` of each channel, (C,), or None.
+        eps: of the group norm, inside the square root of the variance.
+
+    Returns:
+        What ``s`` is multiplied by, shaped like ``x``.
+
+    Example:
+        >>> group_norm(torch.tensor([[[1.0, -1.0]]]), 1, torch.ones(1), 1.0)
+        tensor([[[1.7071, 0.2929]]])
+    """
+    grouped = x.unflatten(1, (groups, -1)).flatten(2)
+    plain, twin_part = (_scaled(v, [2], eps).view_as(x) for v in (grouped, grouped.abs()))
+    if weight is None:
+        return plain + twin_part
+    weight = weight.view(-1, *[1] * (x.dim() - 2))
+    return plain * weight + twin_part * weight.abs()
+
+
+def _scaled(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """The tensor divided by its standard deviation over some dimensions."""
+    return x * (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
 
 
 def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
@@ -358,9 +426,19 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         tensor([0.0000, 0.0000, 1.4621])
     """
     masked = torch.isneginf(x)
-    magnitude = x.abs().masked_fill(masked, 0)
-    twin_probabilities = magnitude.masked_fill(masked, -torch.inf).softmax(dim).nan_to_num()
-    return x.masked_fill(masked, 0) * probabilities.nan_to_num() + magnitude * twin_probabilities
+    absolute = x.abs().masked_fill(masked, 0)
+    twin_probabilities = absolute.masked_fill(masked, -torch.inf).softmax(dim).nan_to_num()
+    return x.masked_fill(masked, 0) * probabilities.nan_to_num() + absolute * twin_probabilities
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """``|x|``; 0 for what is masked by an infinite value, which takes no part.
+
+    Example:
+        >>> magnitude(torch.tensor([-2.0, -float("inf")]))
+        tensor([2., 0.])
+    """
+    return x.abs().masked_fill(x.isinf(), 0)
 
 
 def twin(
@@ -372,6 +450,7 @@ def twin(
     r"""The definition of the rule, for any differentiable call.
 
     :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`.
+    Infinite values mask an element, which takes no part.
 
     Args:
         x: input, any shape.
@@ -390,5 +469,5 @@ def twin(
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        value = call(leaf) + absolute_call(leaf.abs())
-    return x * torch.autograd.grad(value, leaf, s)[0]
+        value = call(leaf) + absolute_call(magnitude(leaf))
+    return (x * torch.autograd.grad(value, leaf, s)[0]).masked_fill(x.isinf(), 0)

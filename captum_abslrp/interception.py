@@ -17,14 +17,17 @@ Calls on tensors that carry no relevance (weights, position tables, masks) run u
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -71,6 +74,8 @@ class Answer(NamedTuple):
     """Hands relevance of the output to the sources; may be called once per seed."""
     scaled: bool = True
     """Whether the relevance of each sample is scaled afterwards (pass-through calls: no)."""
+    constants: Sequence[Tensor] = ()
+    """Arguments that depend on the explained inputs, too, and are constants of this call."""
 
 
 class Kept:
@@ -101,6 +106,9 @@ class Call:
         path: where this module is in the model, for example ``"blocks.0.attn.proj"``.
         local_path: where it is in the part of the model that the mapping was found for.
         interception: the forward pass that the call belongs to.
+        reflected: whether the positional arguments are in reverse order.
+        result: the output, where it is known already.
+        absolute_func: the function with the magnitude of its own parameters, where it has any (a layer).
     """
 
     name: str
@@ -112,6 +120,8 @@ class Call:
     local_path: str
     interception: Interception
     reflected: bool = False
+    result: Tensor | None = None
+    absolute_func: Callable[..., Any] | None = None
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -124,8 +134,7 @@ class Call:
 
     def run(self, compute: Callable[[], Tensor]) -> Tensor:
         """The output of the call: computed, unless it is known already."""
-        known = self.interception.result
-        return compute() if known is None else known.detach()
+        return compute() if self.result is None else self.result.detach()
 
     def __str__(self) -> str:
         where = f"`{self.path}`" if self.path else "the model itself"
@@ -198,7 +207,15 @@ class Interception(TorchFunctionMode):
         if not any(map(carries_relevance, tensors_in((args, kwargs)))):
             return _untracked(func, args, kwargs)
         kwargs.pop("out", None)
+        self.check_visible((args, kwargs))
         return self._answer(name, func, args, kwargs, reflected=reflected)
+
+    def check_visible(self, value: Any) -> None:
+        """Look for tensors that an autograd function of the model has made."""
+        for tensor in tensors_in(value):
+            node = tensor.grad_fn
+            if isinstance(node, BackwardCFunction) and not is_answered(node):
+                self._opaque(node.name().removesuffix("Backward"), self.innermost)
 
     def _answer(
         self,
@@ -212,29 +229,32 @@ class Interception(TorchFunctionMode):
         is_property = getattr(func, "__name__", "") == "__get__"
         if name in PASS_THROUGH and torch.is_grad_enabled():
             return self._pass_through(name, func, args, kwargs)
-        if is_property or name in CONSTANT or not torch.is_grad_enabled():
+        if is_property or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        frame = self._modules.innermost
+        if name in CONSTANT:
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        frame = self.innermost
         call = Call(
-            name, func, args, kwargs, frame.module, frame.path, frame.local_path, self, reflected
+            name,
+            func,
+            args,
+            kwargs,
+            frame.module,
+            frame.path,
+            frame.local_path,
+            self,
+            reflected,
+            self.result,
         )
         rule = self.rule_of(call)
         if rule is None:
-            output = func(*args, **kwargs)
-            if any(t.requires_grad for t in tensors_in(output)):
-                raise UnsupportedCallError(
-                    f"Expected every call on the way from the input to the output to have a rule, "
-                    f"but got {call}, which has none. Give one to the mapping, `AbsLRP(model, "
-                    f'mapping=get_mapping().extended({{"{name}": rule}}))`, or to the module, '
-                    f"`module.rule = rule`; `captum_abslrp.rules.TwinRule()` suits every "
-                    f"differentiable call."
-                )
-            return output
+            return self._without_rule(call)
         with torch.no_grad():
             answer = rule.answer(call)
         if isinstance(answer, Answer):
             for tensor in tensors_in((args, kwargs)):
-                known = any(tensor is source for source in answer.sources)
+                known = any(tensor is t for t in (*answer.sources, *answer.constants))
                 if carries_relevance(tensor) and not known:
                     raise UnsupportedCallError(
                         f"Expected only the input of {call} to depend on the explained inputs, but got "
@@ -242,6 +262,30 @@ class Interception(TorchFunctionMode):
                         f"hands relevance to all of them."
                     )
         return self.attach(answer)
+
+    def _without_rule(self, call: Call) -> Any:
+        """Refuse a call, unless its result does not depend on its arguments by a gradient."""
+        output = call.func(*call.args, **call.kwargs)
+        if not any(t.requires_grad for t in tensors_in(output)):
+            return output
+        raise UnsupportedCallError(
+            f"Expected every call on the way from the input to the output to have a rule, but got "
+            f"{call}, which has none. Register one: `captum_abslrp.register_call_rule("
+            f'"{call.name}", captum_abslrp.rules.TwinRule())`; the twin rule suits every differentiable '
+            f"call. For this model alone, give it to the mapping, `AbsLRP(model, "
+            f'mapping=get_mapping().extended({{"{call.name}": rule}}))`, or to the module, '
+            f"`module.rule = rule`."
+        )
+
+    def _opaque(self, function: str, frame: _Frame) -> None:
+        """Refuse an autograd function of the model, whose inside cannot be seen."""
+        layer = type(frame.module).__name__
+        raise UnsupportedCallError(
+            f"Expected every call on the way from the input to the output to have a rule, but got the "
+            f"autograd function `{function}` in `{frame.path}` ({layer}), whose inside cannot be seen. "
+            f"Register the layer that calls it as one call: `captum_abslrp.register_call_rule({layer}, "
+            f"captum_abslrp.rules.TwinRule())`. A layer that does more should be split first."
+        )
 
     def _pass_through(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,17 +303,46 @@ class Interception(TorchFunctionMode):
 
     def rule_of(self, call: Call) -> Rule | None:
         """The rule of a call: of the innermost module that has one of its own, or of the mapping."""
-        frame = self._modules.innermost
+        frame = self.innermost
         if frame.rule is not None:
             return frame.rule
         if self.find_rule is not None:
             return self.find_rule(call)
         return frame.mapping.rule_of_call(call)
 
+    @property
+    def innermost(self) -> _Frame:
+        """The innermost running module."""
+        return self._modules.innermost
+
     def composite(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function of ours under this mode, so that the calls it is made of are answered."""
         with torch.enable_grad(), _Reentered(self):
             return func(*args, **kwargs)
+
+    def answer_layer(self, rule: PropagationRule, frame: _Frame, output: Tensor) -> Any:
+        """Answer a layer as one call: by the rule of Captum's on it, or the one of its class."""
+        from captum_abslrp.rules import Rule, answer_by_captum_rule
+
+        layer, sources = frame.module, frame.sources
+        assert layer is not None and sources is not None
+        if not isinstance(rule, Rule):
+            return self.attach(answer_by_captum_rule(rule, layer, sources, output))
+        call = Call(
+            type(layer).__name__,
+            layer.forward,
+            sources,
+            {},
+            layer,
+            frame.path,
+            frame.local_path,
+            self,
+            result=output,
+            absolute_func=partial(_with_magnitudes, layer),
+        )
+        with torch.no_grad():
+            answer = rule.answer(call)
+        return self.attach(answer)
 
     def attach(self, answer: Answer | Any) -> Any:
         """Give the output of a call the history that its rule asks for."""
@@ -280,6 +353,8 @@ class Interception(TorchFunctionMode):
         output = answer.output
         if any(_storage(output) == _storage(s) for s in answer.sources):
             output = output.clone()
+        elif output._is_view():  # of a tensor that nothing else has, made inside of the call
+            output = output.data
 
         # The closure must not hold the output, whose history it becomes: memory would be freed late.
         rule, scaled = answer.propagate, answer.scaled
@@ -373,6 +448,11 @@ class _Node(torch.autograd.Function):
             return (None, None, *ctx.propagate(relevance))
 
 
+def is_answered(node: Any) -> bool:
+    """Whether a node of the autograd graph is the answer of a rule."""
+    return isinstance(node, _Node._backward_cls)  # type: ignore[attr-defined]  # of its metaclass
+
+
 class _Reentered:
     """Context that turns an interception on again inside the call that it is answering."""
 
@@ -410,7 +490,8 @@ class _ModuleStack:
 
     PyTorch's process-wide module hooks report it while the forward pass runs; the model itself gets
     no hook, and calls of other threads are let through. A module with a rule that is not one of
-    ours (Captum's ``EpsilonRule``, say) is answered here as one call.
+    ours (Captum's ``EpsilonRule``, say), or of a class that a rule is registered for, is answered here
+    as one call.
     """
 
     def __init__(self, interception: Interception, model: nn.Module | None) -> None:
@@ -452,8 +533,8 @@ class _ModuleStack:
             found = find_mapping(module)
             root, mapping = (path, found) if found is not None else (around.root, around.mapping)
             frame = _Frame(module, path, root, mapping, _own_rule(module) or around.rule)
-            foreign = _foreign_rule(module) is not None
-            if not (foreign and any(map(carries_relevance, tensors_in(args)))):
+            alone = rule_of_layer(module) is not None
+            if not (alone and any(map(carries_relevance, tensors_in(args)))):
                 self._stack.append(frame)
                 return None
             self._stack.append(frame._replace(sources=args))
@@ -463,9 +544,13 @@ class _ModuleStack:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != self._thread or len(self._stack) < 2:
             return None
-        frame = self._stack.pop()
-        rule = _foreign_rule(module)
+        alone = self.innermost.sources is not None
         # Without an output an exception is on its way.
+        if output is not None and not alone:
+            with torch._C.DisableTorchFunction():
+                self._interception.check_visible(output)
+        frame = self._stack.pop()
+        rule = rule_of_layer(module)
         if rule is None or output is None:
             return None
         with torch._C.DisableTorchFunction():
@@ -481,11 +566,7 @@ class _ModuleStack:
                     f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to return one "
                     f"tensor, but got {type(output).__name__}. Set the rule on a layer inside."
                 )
-            from captum_abslrp.rules import answer_by_captum_rule
-
-            return self._interception.attach(
-                answer_by_captum_rule(rule, module, frame.sources, output)
-            )
+            return self._interception.answer_layer(rule, frame, output)
 
 
 def _own_rule(module: nn.Module) -> Rule | None:
@@ -495,14 +576,26 @@ def _own_rule(module: nn.Module) -> Rule | None:
     return own if isinstance(own, Rule) else None
 
 
-def _foreign_rule(module: nn.Module) -> PropagationRule | None:
-    """A rule that is not one of ours, such as Captum's ``EpsilonRule``."""
+def rule_of_layer(module: nn.Module) -> PropagationRule | None:
+    """The rule that answers a module as one call: one that is set on it and is not one of ours, such as
+    Captum's ``EpsilonRule``, or the one that is registered for its class."""
     from captum.attr._utils.lrp_rules import PropagationRule
 
+    from captum_abslrp.mappings import find_layer_rule
     from captum_abslrp.rules import Rule
 
     own = getattr(module, "rule", None)
-    return own if isinstance(own, PropagationRule) and not isinstance(own, Rule) else None
+    if isinstance(own, PropagationRule):
+        return None if isinstance(own, Rule) else own
+    return find_layer_rule(module)
+
+
+def _with_magnitudes(layer: nn.Module, *args: Any) -> Any:
+    """The output of a layer with the magnitude of its parameters."""
+    twin = copy.deepcopy(layer)
+    for parameter in twin.parameters():
+        parameter.data.abs_()
+    return twin.forward(*args)
 
 
 def carries_relevance(tensor: Tensor) -> bool:

@@ -25,9 +25,11 @@ from captum_abslrp.interception import Answer, Call, Interception
 
 __all__ = [
     "AbsLRPRule",
+    "ActivationRule",
     "AdditionRule",
-    "AttentionRule",
     "BatchNormRule",
+    "CompositeRule",
+    "ConstantRule",
     "DropoutRule",
     "HeadSumRule",
     "LayerNormRule",
@@ -150,6 +152,35 @@ class PassThroughRule(Rule):
         return forms.answer_passed(call)
 
 
+class ConstantRule(Rule):
+    """No relevance: the result is a constant of the call that uses it, as a divisor is.
+
+    Example:
+        >>> mapping = get_mapping().extended({"softmax": ConstantRule()})
+        >>> gates = lambda x: x * x.softmax(1)
+    """
+
+    def answer(self, call: Call) -> Any:
+        return forms.answer_constant(call)
+
+
+class ActivationRule(Rule):
+    r"""Functions of each element alone: :math:`R_{in} = (x f'(x) + |x| f'(|x|)) s`, the twin form, see
+    :func:`captum_abslrp.functional.elementwise`.
+
+    ReLU is the identity where relevance arrives. A power with a negative exponent is a divisor, which is
+    a constant.
+
+    Example:
+        >>> layer = nn.GELU()
+        >>> layer.rule = ActivationRule()
+        >>> AbsLRP(nn.Sequential(nn.Linear(3, 2), layer)).attribute(torch.rand(4, 3), 0).shape
+        torch.Size([4, 3])
+    """
+
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.ACTIVATIONS
+
+
 class MaxPoolRule(Rule):
     """Max pooling: the twin rule, the maximum of ``x`` and of ``|x|`` in every window.
 
@@ -193,9 +224,11 @@ class BatchNormRule(Rule):
 
 
 class LayerNormRule(Rule):
-    """Layer norm and RMS norm: the statistics of a sample are constants of the call.
+    """Layer, group, instance and RMS norm: the statistics of a sample are constants of the call.
 
-    See :func:`captum_abslrp.functional.layer_norm` and :func:`captum_abslrp.functional.rms_norm`.
+    See :func:`captum_abslrp.functional.layer_norm`, :func:`captum_abslrp.functional.group_norm` and
+    :func:`captum_abslrp.functional.rms_norm`. ``F.normalize`` and ``F.local_response_norm`` divide by a
+    positive number, which is a constant, too: :math:`2 (x / c)^+ s`.
 
     Example:
         >>> layer = nn.LayerNorm(3)
@@ -204,10 +237,7 @@ class LayerNormRule(Rule):
         torch.Size([4, 3])
     """
 
-    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
-        "layer_norm": forms.answer_layer_norm,
-        "rms_norm": forms.answer_rms_norm,
-    }
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.NORMALIZATIONS
 
 
 class SoftmaxRule(Rule):
@@ -229,7 +259,9 @@ class MatmulRule(Rule):
     r"""Product of two tensors of the network: each argument with the other one fixed.
 
     For ``a @ b``: :math:`2 (a^+ \, s b^{+T} + a^- \, s b^{-T})`, see
-    :func:`captum_abslrp.functional.matmul`.
+    :func:`captum_abslrp.functional.matmul`; for einsum and its kin
+    :func:`captum_abslrp.functional.bilinear`. In ``addmm`` and its kin, one affine call, the
+    summand gets :math:`2 x^+ s`.
 
     Example:
         >>> mapping = get_mapping().extended({("matmul", "bmm"): MatmulRule()})
@@ -251,10 +283,7 @@ class AdditionRule(Rule):
         torch.Size([4, 3])
     """
 
-    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
-        "add": forms.answer_addition,
-        "sub": forms.answer_subtraction,
-    }
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.SUMS
 
 
 class HeadSumRule(AdditionRule):
@@ -277,7 +306,8 @@ class HeadSumRule(AdditionRule):
 class ProductRule(Rule):
     r"""Elementwise product, :math:`2 (x y)^+ s` for each factor (gates, LayerScale).
 
-    Scaling by a constant, also as a divisor, passes relevance through.
+    A divisor is a constant of the call, even where it depends on the data: :math:`2 (x / c)^+ s`.
+    Scaling by a number passes relevance through.
 
     Example:
         >>> mapping = get_mapping().extended({"mul": ProductRule()})
@@ -285,10 +315,7 @@ class ProductRule(Rule):
         torch.Size([4, 3])
     """
 
-    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
-        "mul": forms.answer_product,
-        "div": forms.answer_division,
-    }
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.PRODUCTS
 
 
 class DropoutRule(Rule):
@@ -304,25 +331,30 @@ class DropoutRule(Rule):
     closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.DROPOUTS
 
 
-class AttentionRule(Rule):
-    """Attention in one call: run again part by part, so that each part meets its own rule.
+class CompositeRule(Rule):
+    """A call that is made of others: run again part by part, so that each part meets its own rule.
 
-    Answers ``scaled_dot_product_attention`` and ``nn.MultiheadAttention``.
+    ``scaled_dot_product_attention`` and ``nn.MultiheadAttention``; LSTM, GRU and RNN, unrolled; GLU,
+    ``lerp``, ``addcmul`` and their kin.
 
     Example:
-        >>> mapping = get_mapping().extended({"scaled_dot_product_attention": AttentionRule()})
+        >>> mapping = get_mapping().extended({"scaled_dot_product_attention": CompositeRule()})
         >>> AbsLRP(nn.Sequential(nn.Linear(3, 2)), mapping).attribute(torch.rand(4, 3), 0).shape
         torch.Size([4, 3])
     """
 
-    closed_forms: ClassVar[Mapping[str, forms.Form]] = forms.ATTENTION
+    closed_forms: ClassVar[Mapping[str, forms.Form]] = {
+        **forms.ATTENTION,
+        **forms.RECURRENT,
+        **forms.COMPOSITES,
+    }
 
 
 class AbsLRPRule(Rule):
     """The absLRP rule: picks the closed form of the call itself.
 
-    Affine layers (linear, convolution, transposed convolution), pooling, mean and sum, batch norm,
-    layer norm, activations, softmax, products and sums have a closed form; every other
+    Affine layers (linear, convolution, transposed convolution), pooling, mean and sum, interpolation,
+    normalisation, activations, softmax, products and sums have a closed form; every other
     differentiable call is answered by its definition, :class:`TwinRule`.
 
     Example:
@@ -334,19 +366,17 @@ class AbsLRPRule(Rule):
     """
 
     closed_forms: ClassVar[Mapping[str, forms.Form]] = {
-        "linear": forms.answer_linear,
-        **forms.CONVOLUTIONS,
-        **forms.LINEAR_MAPS,
-        **forms.ELEMENTWISE,
-        **forms.MAX_POOLS,
-        **forms.MATMULS,
-        **forms.ATTENTION,
+        **forms.AFFINE,
+        **ActivationRule.closed_forms,
+        **MaxPoolRule.closed_forms,
         **BatchNormRule.closed_forms,
         **LayerNormRule.closed_forms,
         **SoftmaxRule.closed_forms,
+        **MatmulRule.closed_forms,
         **AdditionRule.closed_forms,
         **ProductRule.closed_forms,
         **DropoutRule.closed_forms,
+        **CompositeRule.closed_forms,
     }
 
     def answer(self, call: Call) -> Any:

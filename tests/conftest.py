@@ -64,3 +64,27 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error over all elements."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@torch.no_grad()
+def realistic(model: nn.Module, *inputs: Tensor) -> nn.Module:
+    """The model, in evaluation mode, as if it had been trained.
+
+    Parameters that are made constant (heads of zeros, LayerScale, biases) are drawn around their
+    value, and batch norm learns its statistics from ``inputs``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        value = parameter.flatten()[:1]
+        if bool((parameter == value).all()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += noise * (0.1 if value else 0.05)
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over what it is shown
+        norm.train()
+    if norms:
+        model(*inputs)
+    return model.eval()

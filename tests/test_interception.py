@@ -54,6 +54,18 @@ def inplace_on_a_slice(x: Tensor) -> Tensor:
     return y
 
 
+def linear_of_rows(x: Tensor) -> Tensor:
+    """PyTorch flattens three dimensions to two inside: what it returns is a view."""
+    weight = torch.linspace(-1, 2, 16, dtype=x.dtype).view(4, 4)
+    return F.linear(x.view(len(x), 2, 4), weight, weight[0])
+
+
+def inplace_on_a_linear_output(x: Tensor) -> Tensor:
+    y = linear_of_rows(x)
+    y[:, 1:] = y[:, 1:].relu()
+    return y.flatten(1)
+
+
 def assigned_slice(x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[:, :4] = x[:, :4].relu()
@@ -90,6 +102,10 @@ SAME = {
         inplace_on_a_slice, lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], 1),
     ),
     "assigned slices": (assigned_slice, lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], 1)),
+    "in-place on what a call has made a view of": (
+        inplace_on_a_linear_output,
+        lambda x: torch.cat([(y := linear_of_rows(x))[:, :1], y[:, 1:].relu()], 1).flatten(1),
+    ),
     "in-place after use": (inplace_after_use, out_of_place),
     "use after in-place": (use_after_inplace, lambda x: x.relu() + x.relu().tanh()),
     "method and function": (lambda x: x.softmax(1), lambda x: F.softmax(x, dim=1)),

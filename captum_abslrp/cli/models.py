@@ -89,7 +89,18 @@ def _load_demo_model(name: str) -> nn.Module:
     return demo.load_model(name)
 
 
-def _load_timm_model(name: str, checkpoint: Path | None) -> nn.Module:
+def build_model(name: str) -> nn.Module:
+    """A demo model, or a timm model with random weights."""
+    import timm
+
+    if name.startswith(DEMO_PREFIX):
+        return _load_demo_model(name.removeprefix(DEMO_PREFIX))
+    _check_known(name)
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+def _check_known(name: str) -> None:
     import timm
 
     elsewhere = ":" in name  # hf-hub:OWNER/NAME and local-dir:FOLDER are timm's to resolve
@@ -99,6 +110,12 @@ def _load_timm_model(name: str, checkpoint: Path | None) -> nn.Module:
             f"Expected `--model` to be a timm model or {DEMO_PREFIX}NAME, but got {name!r}"
             f"{did_you_mean(near)}."
         )
+
+
+def _load_timm_model(name: str, checkpoint: Path | None) -> nn.Module:
+    import timm
+
+    _check_known(name)
     if checkpoint is not None:
         return _load_from_checkpoint(name, checkpoint)
     try:

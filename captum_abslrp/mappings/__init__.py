@@ -8,9 +8,11 @@ from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import (
     At,
     Mapping,
+    find_layer_rule,
     find_mapping,
     get_mapping,
     list_mappings,
+    register_call_rule,
     register_mapping,
 )
 from captum_abslrp.mappings.resnet import RESNET
@@ -24,8 +26,10 @@ __all__ = [
     "VIT",
     "At",
     "Mapping",
+    "find_layer_rule",
     "find_mapping",
     "get_mapping",
     "list_mappings",
+    "register_call_rule",
     "register_mapping",
 ]

@@ -1,69 +1,40 @@
 """The generic mapping: the rules that every architecture starts from."""
 
+from captum_abslrp import forms
 from captum_abslrp.mappings.registry import Mapping, register_mapping
 from captum_abslrp.rules import (
     AbsLRPRule,
+    ActivationRule,
     AdditionRule,
-    AttentionRule,
     BatchNormRule,
-    DropoutRule,
+    CompositeRule,
+    ConstantRule,
     LayerNormRule,
     MatmulRule,
     MaxPoolRule,
     PassThroughRule,
     ProductRule,
     SoftmaxRule,
+    TwinRule,
 )
 
 __all__ = ["GENERIC"]
 
-AFFINE = (
-    "linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-)
-POOLING = (
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "mean",
-    "sum",
-)
-ACTIVATIONS = (
-    "relu",
-    "prelu",
-    "relu6",
-    "leaky_relu",
-    "gelu",
-    "silu",
-    "mish",
-    "elu",
-    "celu",
-    "selu",
-    "sigmoid",
-    "tanh",
-    "softplus",
-    "softsign",
-    "logsigmoid",
-    "hardtanh",
-    "hardsigmoid",
-    "hardswish",
-)
+DIVISORS = ("reciprocal", "rsqrt")
+# The logarithm of softmax's denominator is an offset that all classes share.
+SHIFTED_OR_SCALED = ("neg", "log_softmax", "nan_to_num", "rad2deg", "deg2rad")
+REDUCTIONS = (
+    "amax", "amin", "bilinear", "cumprod", "linalg_norm", "linalg_vector_norm",
+    "logcumsumexp", "logsumexp", "lp_pool1d", "lp_pool2d", "maximum", "minimum", "norm", "prod",
+    "std", "var",
+)  # fmt: skip
 
 GENERIC = register_mapping(
     Mapping(
         "generic",
         [
-            (AFFINE, AbsLRPRule()),
-            (POOLING, AbsLRPRule()),
-            (ACTIVATIONS, AbsLRPRule()),
+            (tuple(forms.AFFINE), AbsLRPRule()),
+            (tuple(ActivationRule.closed_forms), ActivationRule()),
             (tuple(MaxPoolRule.closed_forms), MaxPoolRule()),
             (tuple(BatchNormRule.closed_forms), BatchNormRule()),
             (tuple(LayerNormRule.closed_forms), LayerNormRule()),
@@ -71,9 +42,10 @@ GENERIC = register_mapping(
             (tuple(MatmulRule.closed_forms), MatmulRule()),
             (tuple(AdditionRule.closed_forms), AdditionRule()),
             (tuple(ProductRule.closed_forms), ProductRule()),
-            (tuple(AttentionRule.closed_forms), AttentionRule()),
-            (tuple(DropoutRule.closed_forms), PassThroughRule()),
-            ("neg", PassThroughRule()),
+            (tuple(CompositeRule.closed_forms), CompositeRule()),
+            ((*forms.DROPOUTS, *SHIFTED_OR_SCALED), PassThroughRule()),
+            (DIVISORS, ConstantRule()),
+            (REDUCTIONS, TwinRule()),
         ],
     )
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from captum_abslrp.calls import CONSTANT, PASS_THROUGH, canonical_name
 from captum_abslrp.interception import Call
 from captum_abslrp.rules import Rule
 
@@ -17,9 +19,11 @@ __all__ = [
     "At",
     "Key",
     "Mapping",
+    "find_layer_rule",
     "find_mapping",
     "get_mapping",
     "list_mappings",
+    "register_call_rule",
     "register_mapping",
 ]
 
@@ -71,11 +75,18 @@ class Mapping:
 
     def rule_of_call(self, call: Call) -> Rule | None:
         """The rule for a call, or None."""
+        found = self.find(call)
+        return None if found is None else found[0]
+
+    def find(self, call: Call) -> tuple[Rule, str] | None:
+        """The rule for a call and where it comes from, or None."""
+        if self.base is None and call.name in _CALL_RULES:
+            return _CALL_RULES[call.name], "registered"
         for keys, rule in self.entries:
             for key in keys if isinstance(keys, tuple) else (keys,):
                 if _matches(key, call):
-                    return rule
-        return self.base.rule_of_call(call) if self.base is not None else None
+                    return rule, f"mapping {self.name!r}"
+        return None if self.base is None else self.base.find(call)
 
     def extended(self, entries: collections.abc.Mapping[Key | tuple[Key, ...], Rule]) -> Mapping:
         """A mapping whose entries win over those of this one.
@@ -88,6 +99,8 @@ class Mapping:
 
 _MAPPINGS: dict[str, Mapping] = {}
 _ARCHITECTURES: dict[str, Mapping] = {}
+_CALL_RULES: dict[str, Rule] = {}
+_LAYER_RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_mapping(
@@ -123,6 +136,78 @@ def register_mapping(
     _MAPPINGS[mapping.name] = mapping
     _ARCHITECTURES.update(dict.fromkeys(architectures, mapping))
     return mapping
+
+
+def register_call_rule(
+    call: str | Callable[..., Any] | type[nn.Module], rule: Rule, *, overwrite: bool = False
+) -> None:
+    """Give a rule to a call that has none, in every model.
+
+    Args:
+        call: one of
+
+            - the name of a call as messages have it (``"erfinv"``), or the function itself
+              (``torch.erfinv``);
+            - an operator of a library, ``torch.ops.mylib.fused``, or its name, ``"mylib::fused"``;
+            - a function of your own that PyTorch shows (``torch.overrides.wrap_torch_function``);
+            - a class of layers, each of which is one call from its input to its output: what is inside
+              (an ``autograd.Function``, a kernel) is not looked at. Subclasses are meant, too.
+        rule: for example :class:`~captum_abslrp.rules.TwinRule`, which suits whatever PyTorch can
+            differentiate, a layer with its own backward pass included.
+        overwrite: replace a rule that the generic mapping has, or that is registered already.
+
+    A rule set on a module and the entries of an architecture's mapping still win.
+
+    Raises:
+        TypeError: if the call or the rule is none.
+        ValueError: if the call has a rule and ``overwrite`` is not set, or needs none, because it only
+            moves elements or its result carries no relevance.
+
+    Example:
+        >>> from captum_abslrp.rules import TwinRule
+        >>> register_call_rule("erfinv", TwinRule())
+        >>> model = lambda x: torch.erfinv(x.tanh())
+        >>> _ = _CALL_RULES.pop("erfinv")
+    """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"Expected `rule` to be one of captum_abslrp.rules, but got {rule!r}.")
+    if isinstance(call, type) and issubclass(call, nn.Module):
+        if call in _LAYER_RULES and not overwrite:
+            raise ValueError(
+                f"Expected a class of layers without a rule, but got {call.__name__}, which has "
+                f"{_LAYER_RULES[call]}. Pass `overwrite=True` to replace it."
+            )
+        _LAYER_RULES[call] = rule
+        return
+    if not (isinstance(call, str) or callable(call)) or isinstance(call, type):
+        raise TypeError(
+            f"Expected `call` to be the name of a call, a function or a class of layers, but got "
+            f"{call!r}. For an autograd function, register the layer that calls it."
+        )
+    name = call if isinstance(call, str) else canonical_name(call)[0]
+    if name in PASS_THROUGH | CONSTANT:
+        raise ValueError(
+            f"Expected a call that needs a rule, but got {name!r}, which moves elements or has a result "
+            f"without relevance. Set a rule on the module around it, if it should do otherwise."
+        )
+    known = name in _CALL_RULES or any(
+        name == key
+        for keys, _ in get_mapping().entries
+        for key in (keys if isinstance(keys, tuple) else (keys,))
+    )
+    if known and not overwrite:
+        raise ValueError(
+            f"Expected a call without a rule, but got {name!r}, which has one. Pass `overwrite=True` to "
+            f"replace it."
+        )
+    _CALL_RULES[name] = rule
+
+
+def find_layer_rule(module: nn.Module) -> Rule | None:
+    """The rule that is registered for the class of a layer, or a class it derives from."""
+    if not _LAYER_RULES:
+        return None
+    return next((_LAYER_RULES[c] for c in type(module).__mro__ if c in _LAYER_RULES), None)
 
 
 def get_mapping(name: str = "generic") -> Mapping:

@@ -1,0 +1,61 @@
+"""``captum-abslrp inspect``: which rule answers which call of a model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from captum_abslrp import demo
+from captum_abslrp.cli.files import say
+from captum_abslrp.cli.models import DEMO_PREFIX, build_model
+from captum_abslrp.inspection import MOVES, Inspection, inspect_rules, table
+from captum_abslrp.mappings import find_mapping
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to a parser's ``add_subparsers()``."""
+    parser = commands.add_parser(
+        "inspect",
+        help="show which rule answers which call of a model",
+        description="Runs a model once, with random weights (nothing is downloaded), and prints a table "
+        "of its calls and their rules. Exit code 1 if a call has none.",
+    )
+    parser.set_defaults(command=_inspect)
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a timm model or one of " + ", ".join(DEMO_PREFIX + n for n in demo.list_models()),
+    )
+    parser.add_argument(
+        "--each",
+        action="store_true",
+        help="one line for each call, in the order of the forward pass",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="show calls that only move elements, too"
+    )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    model = build_model(args.model).eval()
+    config: Any = model.default_cfg
+    inspection = inspect_rules(model, torch.randn(1, *config["input_size"]))
+    shown = [call for call in inspection.calls if args.all or call.rule != MOVES]
+    if args.each:
+        rows = [
+            [call.path or "(model)", call.layer, call.call, call.rule or "NONE", call.origin]
+            for call in shown
+        ]
+        say(table(["module", "layer", "call", "rule", "from"], rows))
+    else:
+        say(str(Inspection(tuple(shown))))
+    mapping = find_mapping(model)
+    without = len(inspection.unsupported)
+    say(
+        f"\n{args.model}: mapping {mapping.name if mapping else 'generic'!r}, {len(inspection.calls)} "
+        f"calls, {without or 'none'} without a rule"
+    )
+    return 1 if without else 0

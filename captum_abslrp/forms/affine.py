@@ -1,0 +1,169 @@
+"""Affine calls: linear layers, convolutions, and linear maps without weights of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any, TypedDict
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_abslrp import functional
+from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source
+from captum_abslrp.functional import divide
+from captum_abslrp.interception import Answer, Call, carries_relevance
+
+
+class _Geometry(TypedDict):
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Answer:
+    output = call.run(lambda: F.linear(input, weight, bias))
+    x, w, z = call.keep(input), call.keep(weight), call.keep(output)
+    if not carries_relevance(weight):
+        return Answer(
+            output, [input], lambda relevance: [functional.linear(x(), w(), divide(relevance, z()))]
+        )
+    wanted = [carries_relevance(t) for t in (input, weight)]
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        s = divide(relevance, z())
+        rows, columns = x().flatten(0, -2), w().mT
+        of_input, of_weight = functional.matmul(rows, columns, s.flatten(0, -2))
+        return list(compress([of_input.view_as(x()), of_weight.mT], wanted))
+
+    return Answer(output, list(compress([input, weight], wanted)), propagate)
+
+
+def _convolution(dims: int) -> Form:
+    run = getattr(F, f"conv{dims}d")
+
+    def answer_convolution(
+        call: Call,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Answer:
+        check_batched(call, input, dims)
+        if carries_relevance(weight):
+            return answer_twin(call)
+        if padding == "same":
+            reach = [d * (k - 1) for d, k in zip(_each(dilation, dims), weight.shape[2:])]
+            pads = [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
+            if any(total % 2 for total in reach):
+                return call.interception.composite(
+                    lambda: run(F.pad(input, pads), weight, bias, stride, 0, dilation, groups)
+                )
+            padding = [total // 2 for total in reach]
+        elif padding == "valid":
+            padding = 0
+        geometry: _Geometry = {
+            "stride": _each(stride, dims),
+            "padding": _each(padding, dims),
+            "dilation": _each(dilation, dims),
+            "groups": groups,
+        }
+        output = call.run(lambda: run(input, weight, bias, **geometry))
+        x, w, z = call.keep(input), call.keep(weight), call.keep(output)
+        return Answer(
+            output,
+            [input],
+            lambda relevance: [
+                functional.convolution(x(), w(), divide(relevance, z()), **geometry)
+            ],
+        )
+
+    return answer_convolution
+
+
+def _transposed_convolution(dims: int) -> Form:
+    run = getattr(F, f"conv_transpose{dims}d")
+
+    def answer_transposed_convolution(
+        call: Call,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Answer:
+        check_batched(call, input, dims)
+        if carries_relevance(weight):
+            return answer_twin(call)
+        geometry: _Geometry = {
+            "stride": _each(stride, dims),
+            "padding": _each(padding, dims),
+            "dilation": _each(dilation, dims),
+            "groups": groups,
+        }
+        extra = _each(output_padding, dims)
+        output = call.run(lambda: run(input, weight, bias, output_padding=extra, **geometry))
+        x, w, z = call.keep(input), call.keep(weight), call.keep(output)
+        return Answer(
+            output,
+            [input],
+            lambda relevance: [
+                functional.convolution(
+                    x(), w(), divide(relevance, z()), output_padding=extra, **geometry
+                )
+            ],
+        )
+
+    return answer_transposed_convolution
+
+
+def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    func = call.func
+
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = func(x, *args, **kwargs)
+        return result
+
+    output = call.run(lambda: run(input))
+    x, z = call.keep(input), call.keep(output)
+    return Answer(
+        output,
+        [input],
+        lambda relevance: [functional.linear_map(x(), run, divide(relevance, z()))],
+    )
+
+
+def answer_grid_sample(call: Call, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Sampling is linear in the input; where to sample is a constant of the call."""
+    if not is_source(input):
+        return call.run(lambda: F.grid_sample(input, grid, *args, **kwargs))
+    answer = answer_linear_map(call, input, grid.detach(), *args, **kwargs)
+    return answer._replace(constants=[grid])
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per spatial dimension."""
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+CONVOLUTIONS: dict[str, Form] = {f"conv{d}d": _convolution(d) for d in (1, 2, 3)} | {
+    f"conv_transpose{d}d": _transposed_convolution(d) for d in (1, 2, 3)
+}
+AVERAGES: dict[str, Form] = dict.fromkeys(
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d mean nanmean sum nansum cumsum".split(),
+    answer_linear_map,
+)
+RESAMPLING: dict[str, Form] = dict.fromkeys(
+    "interpolate upsample upsample_nearest upsample_bilinear fold".split(), answer_linear_map
+) | {"grid_sample": answer_grid_sample}
+AFFINE: dict[str, Form] = {"linear": answer_linear, **CONVOLUTIONS, **AVERAGES, **RESAMPLING}

@@ -1,0 +1,152 @@
+"""Attention in one call: run again part by part, so that each part meets its own rule."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_abslrp.forms.base import Form
+from captum_abslrp.interception import Call
+
+
+def answer_attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    def attention() -> Tensor:
+        k, v, mask = key, value, attn_mask
+        if enable_gqa:
+            repeats = query.shape[-3] // k.shape[-3]
+            k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+        if is_causal:
+            shape = (query.shape[-2], k.shape[-2])
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+        logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        if mask is not None:
+            logits = (
+                logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+            )
+        # Dropout is a call even where it does nothing: as in attention that is written out.
+        weights = F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0)
+        return (weights if mask is None else _without_masked_rows(weights, logits)) @ v
+
+    return call.interception.composite(attention)
+
+
+def _without_masked_rows(weights: Tensor, logits: Tensor) -> Tensor:
+    """Attention of a query that may see nothing is zero, as in PyTorch's own kernels."""
+    return weights.masked_fill(logits.detach().isneginf().all(-1, keepdim=True), 0)
+
+
+def answer_multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
+    inner = getattr(getattr(call.module, "out_proj", None), "rule", None)
+    if inner is not None:
+        raise TypeError(
+            f"Expected no rule on the output projection inside {call}, whose layers are not called as "
+            f"modules, but got {inner}. Set the rule on the attention itself."
+        )
+    bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return call.interception.composite(_multi_head_attention, **bound.arguments)
+
+
+def _multi_head_attention(
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    q_proj_weight: Tensor | None,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    static_k: Tensor | None,
+    static_v: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """``F.multi_head_attention_forward`` with samples in the leading dimension throughout.
+
+    Inputs are (N, B, D), or (N, D) for one sample; where the original is sequence first, every call
+    in between here is (B, ...), which is what makes the relevance of a sample its own.
+    """
+    unsupported = {
+        "bias_k": bias_k, "bias_v": bias_v, "static_k": static_k, "static_v": static_v,
+        "add_zero_attn": add_zero_attn or None,
+    }  # fmt: skip
+    for name, given in unsupported.items():
+        if given is not None:
+            raise NotImplementedError(
+                f"Expected multi-head attention without `{name}`, but got one with it. Write the "
+                f"attention out in the model as calls of its own."
+            )
+    batched = query.dim() == 3
+    q, k, v = (t.transpose(0, 1) if batched else t.unsqueeze(0) for t in (query, key, value))
+    if in_proj_weight is None:
+        weights = [w for w in (q_proj_weight, k_proj_weight, v_proj_weight) if w is not None]
+    else:
+        weights = list(in_proj_weight.chunk(3))
+    biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
+    if query is key and key is value and in_proj_weight is not None:
+        # As in the original, one product makes all three.
+        projected = list(F.linear(q, in_proj_weight, in_proj_bias).chunk(3, -1))
+    else:
+        triples = zip((q, k, v), weights, biases, strict=True)
+        projected = [F.linear(t, w, b) for t, w, b in triples]
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in projected)
+    mask: Tensor | None = None
+    for given in (attn_mask, None if key_padding_mask is None else key_padding_mask):
+        if given is None:
+            continue
+        additive = (
+            torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf)
+            if given.dtype == torch.bool
+            else given
+        )
+        if given is key_padding_mask:
+            additive = additive.reshape(-1, 1, 1, additive.shape[-1])
+        elif additive.dim() == 3:
+            additive = additive.unflatten(0, (-1, num_heads))
+        mask = additive if mask is None else mask + additive
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        logits = logits + mask
+    attention = F.dropout(logits.softmax(-1), dropout_p, training)
+    if mask is not None and not need_weights:
+        attention = _without_masked_rows(attention, logits)
+    output = F.linear((attention @ v).transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    output = output.transpose(0, 1) if batched else output.squeeze(0)
+    if not need_weights:
+        return output, None
+    attention = attention.detach()
+    attention = attention.mean(1) if average_attn_weights else attention
+    return output, attention if batched else attention.squeeze(0)
+
+
+ATTENTION: dict[str, Form] = {
+    "scaled_dot_product_attention": answer_attention,
+    "multi_head_attention_forward": answer_multi_head_attention,
+}

@@ -1,0 +1,103 @@
+"""What all forms share, and the two that suit every call: the twin and pass-through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from captum_abslrp import functional
+from captum_abslrp.calls import tensors_in
+from captum_abslrp.functional import divide
+from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
+
+Form = Callable[..., Any]
+
+
+def answer_twin(call: Call, *, divides: bool = True) -> Answer:
+    """The definition, :func:`captum_abslrp.functional.twin`, for any differentiable call."""
+    output = call.run(lambda: call.func(*call.args, **call.kwargs))
+    if not isinstance(output, Tensor):
+        raise TypeError(f"Expected the twin rule to see one output tensor, but got {call}.")
+    func, absolute_func = call.func, call.absolute_func or call.func
+    leaves, structure = tree_flatten((call.args, call.kwargs))
+    at = [i for i, leaf in enumerate(leaves) if is_source(leaf)]
+    kept = [call.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    z = call.keep(output)
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        s = divide(relevance, z()) if divides else relevance
+        plain = [k() if isinstance(k, Kept) else k for k in kept]
+        absolute = [_magnitude(value) for value in plain]
+
+        def of_source(i: int) -> Tensor:
+            def call_with(func: Callable[..., Tensor], others: list[Any], x: Tensor) -> Tensor:
+                args, kwargs = tree_unflatten([*others[:i], x, *others[i + 1 :]], structure)
+                return func(*args, **kwargs)
+
+            return functional.twin(
+                plain[i],
+                partial(call_with, func, plain),
+                partial(call_with, absolute_func, absolute),
+                s,
+            )
+
+        return [of_source(i) for i in at]
+
+    return Answer(output, [leaves[i] for i in at], propagate)
+
+
+def answer_constant(call: Call) -> Tensor:
+    """The result is a constant of the call that uses it: no relevance goes this way."""
+    return call.run(lambda: call.func(*call.args, **call.kwargs))
+
+
+def answer_passed(call: Call) -> Answer:
+    """Relevance moves with its element."""
+    output = call.run(lambda: call.func(*call.args, **call.kwargs))
+    sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
+    if not isinstance(output, Tensor) or any(s.shape != output.shape for s in sources):
+        raise TypeError(
+            f"Expected relevance to pass through a call that keeps the shape of its input, but got "
+            f"{call}."
+        )
+    return passed(output, sources)
+
+
+def passed(output: Tensor, sources: Sequence[Tensor]) -> Answer:
+    """Scaling by a constant: relevance moves with its element."""
+    n = len(sources)
+    return Answer(output, sources, lambda relevance: [relevance] * n, scaled=False)
+
+
+def once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Compute what does not depend on the seed with the first seed, and keep it for the others."""
+    result: list[Tensor] = []
+
+    def get() -> Tensor:
+        if not result:
+            result.append(compute())
+        return result[0]
+
+    return get
+
+
+def is_source(value: Any) -> bool:
+    """Whether a value is a tensor that relevance goes to."""
+    return isinstance(value, Tensor) and carries_relevance(value)
+
+
+def _magnitude(value: Any) -> Any:
+    is_number = isinstance(value, Tensor) and value.is_floating_point()
+    return functional.magnitude(value) if is_number else value
+
+
+def check_batched(call: Call, input: Tensor, dims: int) -> None:
+    if input.dim() != dims + 2:
+        raise ValueError(
+            f"Expected {call} to see a batch, an input of {dims + 2} dimensions, but got shape "
+            f"{tuple(input.shape)}. Add the batch dimension to `inputs`: `x.unsqueeze(0)`."
+        )

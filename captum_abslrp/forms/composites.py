@@ -1,0 +1,86 @@
+"""Calls that are made of others: run again part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_abslrp.forms.base import Form
+from captum_abslrp.interception import Call
+
+
+def _composite(parts: Callable[..., Any]) -> Form:
+    def answer_composite(call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call.interception.composite(parts, *args, **kwargs)
+
+    return answer_composite
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def _addcmul(input: Tensor, first: Tensor, second: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (first * second)
+
+
+def _addcdiv(input: Tensor, first: Tensor, second: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (first / second)
+
+
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return input * (1 - weight) + end * weight
+
+
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    x1, x2 = torch.broadcast_tensors(x1, x2)
+    return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
+
+
+def _extremum(name: str) -> Callable[..., Any]:
+    """``max`` and ``min``: over all elements, over one axis, or of two tensors."""
+    reduced, at, of_two = (
+        getattr(torch, f"a{name}"),
+        getattr(torch, f"arg{name}"),
+        getattr(torch, f"{name}imum"),
+    )
+    pair = getattr(torch.return_types, name)
+
+    def extremum(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:
+            return reduced(input)
+        if (args and isinstance(args[0], Tensor)) or "other" in kwargs:
+            return of_two(input, *args, **kwargs)
+        return pair((reduced(input, *args, **kwargs), at(input, *args, **kwargs)))
+
+    return extremum
+
+
+def _statistics(name: str) -> Callable[..., Any]:
+    """``var_mean`` and ``std_mean``."""
+    spread = getattr(torch, name)
+
+    def statistics(input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+        return spread(input, dim, *args, **kwargs), input.mean(dim, keepdim=keepdim)
+
+    return statistics
+
+
+_PARTS: dict[str, Callable[..., Any]] = {
+    "addcdiv": _addcdiv,
+    "addcmul": _addcmul,
+    "cosine_similarity": _cosine_similarity,
+    "glu": _glu,
+    "lerp": _lerp,
+    "max": _extremum("max"),
+    "min": _extremum("min"),
+    "std_mean": _statistics("std"),
+    "var_mean": _statistics("var"),
+}
+COMPOSITES: dict[str, Form] = {name: _composite(parts) for name, parts in _PARTS.items()}

@@ -1,0 +1,176 @@
+"""Calls on each element alone: activations, powers, sums, products, quotients, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_abslrp import functional
+from captum_abslrp.forms.base import (
+    Form,
+    answer_constant,
+    answer_twin,
+    is_source,
+    once,
+    passed,
+)
+from captum_abslrp.functional import divide
+from captum_abslrp.interception import Answer, Call, Kept
+
+
+def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    if any(map(is_source, [*args, *kwargs.values()])):
+        return answer_twin(call)
+    args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
+    func = call.func
+
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = func(x, *args, **kwargs)
+        return result
+
+    return _answer_function(call, input, run)
+
+
+def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor]) -> Answer:
+    """A function of one tensor, element by element."""
+    output = call.run(lambda: run(input))
+    if output.shape != input.shape:  # broadcast with another argument
+        return answer_twin(call)
+    x = call.keep(input)
+    even_slope = call.name in _EVEN_SLOPE
+    factor = once(lambda: functional.elementwise(x(), run, even_slope=even_slope))
+    return Answer(output, [input], lambda relevance: [factor() * relevance])
+
+
+def answer_power(call: Call, input: Any, exponent: Any) -> Any:
+    if is_source(exponent):
+        return (
+            answer_twin(call)
+            if is_source(input)
+            else _answer_function(call, exponent, lambda x: torch.pow(input, x))
+        )
+    if not isinstance(exponent, Tensor) and exponent < 0:  # a divisor
+        return answer_constant(call)
+    return _answer_function(call, input, lambda x: torch.pow(x, exponent))
+
+
+def answer_clamp(call: Call, input: Tensor, min: Any = None, max: Any = None) -> Answer:
+    if max is None and not isinstance(min, Tensor) and min == 0:
+        return answer_relu(call, input)
+    return answer_elementwise(call, *call.operands, **call.kwargs)
+
+
+def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Answer:
+    """The twin rule of ReLU is the identity, up to the scale of a sample, where the output is positive.
+
+    Where the output is zero, so is the relevance that arrives there: the call that handed it over has
+    multiplied by that zero. A rule that does not (Captum's ``IdentityRule``) is passed on as it is,
+    as under Captum's own ``LRP``; the literal twin would divide it by the stabiliser.
+    """
+    return Answer(call.run(lambda: torch.relu(input)), [input], lambda relevance: [relevance])
+
+
+def answer_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
+    summand = other if alpha == 1 else other * alpha
+    return _answer_summands(call, (input, other), (input, summand))
+
+
+def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
+    return _answer_summands(call, (input, other), (input, -alpha * other))
+
+
+def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
+    output = call.run(lambda: summands[0] + summands[1])
+    z = call.keep(output)
+    pairs = [(a, call.keep(s)) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
+    factors = [once(partial(_factor_of_summand, summand, z)) for _, summand in pairs]
+    return Answer(
+        output,
+        [argument for argument, _ in pairs],
+        lambda relevance: [factor() * relevance for factor in factors],
+    )
+
+
+def _factor_of_summand(summand: Kept, output: Kept) -> Tensor:
+    return functional.diagonal(summand(), 1.0, output())
+
+
+def answer_head_sum(call: Call, input: Any, other: Any) -> Answer:
+    if not (is_source(input) and is_source(other)):
+        return answer_addition(call, input, other)
+    output = call.run(lambda: torch.add(input, other))
+    x, y, z = call.keep(input), call.keep(other), call.keep(output)
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        s = divide(relevance, z())
+        return [x().abs() * s, y().abs() * s]
+
+    return Answer(output, [input, other], propagate)
+
+
+def answer_product(call: Call, input: Any, other: Any) -> Answer:
+    output = call.run(lambda: input * other)
+    sources = [t for t in (input, other) if is_source(t)]
+    if _is_scalar(input, other) or _is_scalar(other, input):
+        return passed(output, sources)
+    a, b, z = call.keep(input), call.keep(other), call.keep(output)
+    factor = once(lambda: functional.diagonal(a(), b(), z()))
+    n = len(sources)
+    return Answer(output, sources, lambda relevance: [factor() * relevance] * n)
+
+
+def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+    """The divisor is a constant of the call, also where it depends on the data."""
+    output = call.run(lambda: torch.div(input, other, rounding_mode=rounding_mode))
+    if rounding_mode is not None or not is_source(input):
+        return output
+    if _is_scalar(other, input):
+        return passed(output, [input])
+    x, c, z = call.keep(input), call.keep(other), call.keep(output)
+    factor = once(lambda: functional.diagonal(x(), c().reciprocal(), z()))
+    constants = [other] if is_source(other) else []
+    return Answer(output, [input], lambda relevance: [factor() * relevance], constants=constants)
+
+
+def _is_scalar(value: Any, other: Any) -> bool:
+    """Whether multiplying by a value is scaling by a constant, whatever the batch size."""
+    if not isinstance(value, Tensor):
+        return True
+    single = value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
+    return single and not is_source(value)
+
+
+def answer_dropout(
+    call: Call,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Answer:
+    output = call.run(lambda: call.func(input, p, training))
+    z = call.keep(output)
+    factor = once(partial(_factor_of_summand, z, z))
+    return Answer(output, [input], lambda relevance: [factor() * relevance])
+
+
+_EVEN_SLOPE = frozenset("erf hardsigmoid sigmoid sin sinh softsign tan tanh".split())
+"""Functions of which negative inputs get exactly nothing."""
+ACTIVATIONS: dict[str, Form] = {"relu": answer_relu}
+ACTIVATIONS |= dict.fromkeys(["clamp", "clamp_min", "clip"], answer_clamp)
+ACTIVATIONS |= dict.fromkeys(["float_power", "pow"], answer_power)
+ACTIVATIONS |= dict.fromkeys(
+    "abs celu clamp_max cos elu erf exp exp2 expm1 gelu hardshrink hardsigmoid hardswish hardtanh "
+    "leaky_relu log log10 log1p log2 logsigmoid mish prelu relu6 rrelu selu sigmoid silu sin sinh "
+    "softplus softshrink softsign sqrt square tan tanh tanhshrink threshold".split(),
+    answer_elementwise,
+)
+SUMS: dict[str, Form] = {"add": answer_addition, "sub": answer_subtraction}
+PRODUCTS: dict[str, Form] = {"mul": answer_product, "div": answer_division}
+DROPOUTS: dict[str, Form] = dict.fromkeys(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout".split(),
+    answer_dropout,
+)

@@ -1,0 +1,87 @@
+"""Products of two tensors of the network: each one with the other one fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_abslrp import functional
+from captum_abslrp.forms.base import Form, answer_twin, is_source
+from captum_abslrp.functional import divide
+from captum_abslrp.interception import Answer, Call
+
+
+def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
+    if input.dim() < 2 or other.dim() < 2:
+        return answer_bilinear(call, input, other)
+    output = call.run(lambda: torch.matmul(input, other))
+    a, b, z = call.keep(input), call.keep(other), call.keep(output)
+    wanted = [is_source(t) for t in (input, other)]
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        return list(compress(functional.matmul(a(), b(), divide(relevance, z())), wanted))
+
+    return Answer(output, list(compress([input, other], wanted)), propagate)
+
+
+def answer_bilinear(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    func = call.func
+    return _answer_product(call, [input, other], lambda a, b: func(a, b, *args, **kwargs))
+
+
+def answer_einsum(call: Call, equation: Any, *operands: Any) -> Answer:
+    given = (
+        operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    )
+    if not isinstance(equation, str) or len(given) != 2:
+        return answer_twin(call)
+    return _answer_product(call, given, lambda a, b: torch.einsum(equation, a, b))
+
+
+def _answer_product(
+    call: Call, operands: Sequence[Tensor], run: Callable[[Tensor, Tensor], Tensor]
+) -> Answer:
+    output = call.run(lambda: run(*operands))
+    a, b, z = (call.keep(t) for t in (*operands, output))
+    wanted = [is_source(t) for t in operands]
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        return list(compress(functional.bilinear(a(), b(), run, divide(relevance, z())), wanted))
+
+    return Answer(output, list(compress(operands, wanted)), propagate)
+
+
+def answer_product_and_sum(
+    call: Call, input: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Answer:
+    """``beta * input + alpha * (first @ second)``: one affine call."""
+    output = call.run(lambda: call.func(input, first, second, beta=beta, alpha=alpha))
+    c, a, b, z = (call.keep(t) for t in (input, first, second, output))
+    wanted = [is_source(t) for t in (input, first, second)]
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        product = alpha * (a @ b)
+        return product if product.dim() == output_dims else product.sum(0)
+
+    output_dims = output.dim()
+
+    def propagate(relevance: Tensor) -> list[Tensor]:
+        s = divide(relevance, z())
+        of_sum = 2 * (beta * c()).clamp(min=0) * s
+        return list(compress([of_sum, *functional.bilinear(a(), b(), run, s)], wanted))
+
+    return Answer(output, list(compress([input, first, second], wanted)), propagate)
+
+
+MATMULS: dict[str, Form] = (
+    dict.fromkeys(["matmul", "bmm", "mm"], answer_matmul)
+    | dict.fromkeys(
+        "dot ger inner kron linalg_matmul mv outer tensordot vdot".split(), answer_bilinear
+    )
+    | dict.fromkeys("addbmm addmm addmv baddbmm".split(), answer_product_and_sum)
+    | {"einsum": answer_einsum}
+)

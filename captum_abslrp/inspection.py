@@ -1,0 +1,207 @@
+"""Which rule answers which call of a model: a forward pass that only looks.
+
+Nothing is explained and nothing is refused: calls without a rule are collected instead, so that all of
+them are named at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum._utils.common import _format_additional_forward_args
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+
+from captum_abslrp.alignment import Misaligned
+from captum_abslrp.attribution import AbsLRP, unchanged, unseen_nodes
+from captum_abslrp.calls import tensors_in
+from captum_abslrp.interception import Answer, Call, Interception, carries_relevance
+from captum_abslrp.mappings import Mapping
+
+__all__ = ["InspectedCall", "Inspection", "inspect_rules"]
+
+MOVES = "moves elements"
+
+
+@dataclass(frozen=True)
+class InspectedCall:
+    """A call of the forward pass, and what answers it.
+
+    Attributes:
+        call: the function, for example ``"torch.nn.functional.conv2d"``.
+        path: the module that makes the call, for example ``"blocks.0.attn.proj"``.
+        layer: the type of this module.
+        rule: what answers the call; None where nothing does.
+        origin: where the rule comes from: ``"mapping 'vit'"``, ``"registered"``, ``"module.rule"``.
+    """
+
+    call: str
+    path: str
+    layer: str
+    rule: str | None
+    origin: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The calls of a model in the order of its forward pass; printed as a table.
+
+    Attributes:
+        calls: every call that relevance goes through.
+    """
+
+    calls: tuple[InspectedCall, ...]
+
+    @property
+    def unsupported(self) -> tuple[InspectedCall, ...]:
+        """The calls that no rule answers."""
+        return tuple(call for call in self.calls if call.rule is None)
+
+    def __str__(self) -> str:
+        """One line for each call and rule, with how often and where first."""
+        groups: dict[tuple[str, str, str], list[InspectedCall]] = {}
+        for call in self.calls:
+            rule = "NONE" if call.rule is None else call.rule
+            groups.setdefault((call.call, rule, call.origin), []).append(call)
+        # What has no rule comes first.
+        ordered = sorted(groups.items(), key=lambda group: group[1][0].rule is not None)
+        return table(
+            ["call", "rule", "from", "calls", "first in"],
+            [
+                [*key, str(len(calls)), f"{calls[0].path or '(model)'} ({calls[0].layer})"]
+                for key, calls in ordered
+            ],
+        )
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Rows as Markdown, columns aligned."""
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(map(str.ljust, row, widths)) + " |"
+        for row in [header, ["-" * width for width in widths], *cells[1:]]
+    ]
+    return "\n".join(lines)
+
+
+def inspect_rules(
+    model: nn.Module,
+    inputs: Tensor | tuple[Tensor, ...],
+    additional_forward_args: Any = None,
+    *,
+    mapping: Mapping | str | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+) -> Inspection:
+    """Run a model once and tell which rule answers each of its calls.
+
+    Args:
+        model, mapping, output: as for :class:`~captum_abslrp.AbsLRP`.
+        inputs: an example input, of shape (B, ...), or a tuple of them; one sample is enough.
+        additional_forward_args: what the model is given after the inputs, one argument or a tuple.
+
+    Returns:
+        The calls and their rules. Calls inside a call that is run part by part (attention) come after
+        it.
+
+    Raises:
+        TypeError, ValueError: as :class:`~captum_abslrp.AbsLRP` and its ``attribute``.
+
+    Example:
+        >>> class Net(nn.Sequential):
+        ...     def forward(self, x):
+        ...         return torch.erfinv(super().forward(x))
+        >>> inspection = inspect_rules(Net(nn.Linear(3, 2), nn.Tanh()), torch.rand(1, 3))
+        >>> [call.call for call in inspection.unsupported]
+        ['torch.erfinv']
+        >>> print(inspection)
+        | call                       | rule             | from              | calls | first in      |
+        | -------------------------- | ---------------- | ----------------- | ----- | ------------- |
+        | torch.erfinv               | NONE             |                   | 1     | (model) (Net) |
+        | torch.nn.functional.linear | AbsLRPRule()     | mapping 'generic' | 1     | 0 (Linear)    |
+        | torch.tanh                 | ActivationRule() | mapping 'generic' | 1     | 1 (Tanh)      |
+    """
+    attributor = AbsLRP(model, mapping, output=output)
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    extra = _format_additional_forward_args(additional_forward_args) or ()
+
+    def survey(rows: slice) -> Inspection:
+        interception = _Survey(attributor.mapping, attributor.model, len(given[0][rows]))
+        with torch.inference_mode(False), torch.enable_grad(), unchanged(attributor.model):
+            leaves = [x[rows].clone().detach().requires_grad_() for x in given]
+            explained = attributor.run(leaves, extra, interception)
+        unseen = {
+            InspectedCall(node, "", type(attributor.model).__name__, None, "")
+            for node in unseen_nodes(explained)
+            if node.removesuffix("Backward") not in interception.opaque
+        }
+        return Inspection((*interception.calls, *unseen))
+
+    try:
+        return survey(slice(None))
+    except Misaligned:
+        return survey(slice(1))
+
+
+class _Survey(Interception):
+    """Notes the rule of each call, and goes on where there is none."""
+
+    def __init__(self, mapping: Mapping | None, model: nn.Module, batch_size: int) -> None:
+        super().__init__(
+            None if mapping is None else mapping.rule_of_call, batch_size=batch_size, model=model
+        )
+        self.mapping = mapping
+        self.calls: list[InspectedCall] = []
+        self.opaque: set[str] = set()
+
+    def _note(self, call: str, rule: str | None, origin: str) -> None:
+        frame = self.innermost
+        self.calls.append(
+            InspectedCall(call, frame.path, type(frame.module).__name__, rule, origin)
+        )
+
+    def rule_of(self, call: Call) -> Any:
+        rule, frame = super().rule_of(call), self.innermost
+        if rule is not None:
+            found = (self.mapping or frame.mapping).find(call)
+            origin = found[1] if frame.rule is None and found else "module.rule"
+            self._note(_name_of(call.func), repr(rule), origin)
+        return rule
+
+    def answer_layer(self, rule: Any, frame: Any, output: Tensor) -> Any:
+        kind = type(frame.module).__name__
+        own = getattr(frame.module, "rule", None) is rule
+        origin = "module.rule" if own else "registered"
+        self.calls.append(InspectedCall(f"{kind}.forward", frame.path, kind, str(rule), origin))
+        return super().answer_layer(rule, frame, output)
+
+    def _pass_through(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        self._note(_name_of(func), MOVES, "")
+        return super()._pass_through(name, func, args, kwargs)
+
+    def _without_rule(self, call: Call) -> Any:
+        with torch.no_grad():
+            result = call.func(*call.args, **call.kwargs)
+        sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
+        self._note(_name_of(call.func), None, "")
+
+        def as_dependent(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return tuple(map(as_dependent, value))
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return self.attach(Answer(value, sources, lambda relevance: []))
+
+        return as_dependent(result)
+
+    def _opaque(self, function: str, frame: Any) -> None:
+        if function not in self.opaque:
+            self.opaque.add(function)
+            self._note(function, None, "")
+
+
+def _name_of(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__name__", str(func))

@@ -1,0 +1,72 @@
+"""One model of every family of timm: small ones always, all of them with ``pytest -m ""``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+
+from captum_abslrp import AbsLRP
+from tests.conftest import realistic, relative_error
+from tests.test_no_trace import no_trace
+
+SMALL = 4.0
+"""Million parameters up to which a model is run in every test run."""
+
+
+class Representative(NamedTuple):
+    family: str
+    model: str
+    size: int
+    millions: float
+
+
+def _table() -> dict[str, Representative]:
+    lines = (Path(__file__).parent / "timm_families.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    return {f: Representative(f, model, int(size), float(m)) for f, model, size, m in rows}
+
+
+def smallest_of(family: str) -> Representative:
+    """The model of fewest parameters, for a family that is newer than the table."""
+    found = []
+    for name in timm.list_models(module=family):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        count = sum(p.numel() for p in model.parameters())
+        found.append(Representative(family, name, model.default_cfg["input_size"][-1], count / 1e6))
+    return min(found, key=lambda r: r.millions)
+
+
+TABLE = _table()
+FAMILIES = [TABLE.get(family) or smallest_of(family) for family in timm.list_modules()]
+
+
+def parameter(representative: Representative) -> object:
+    marks = [pytest.mark.slow] if representative.millions > SMALL else []
+    return pytest.param(representative, id=representative.family, marks=marks)
+
+
+@pytest.mark.parametrize("representative", map(parameter, FAMILIES))
+def test_every_family_is_explained(representative: Representative) -> None:
+    assert representative.model in timm.list_models(module=representative.family)
+    torch.manual_seed(0)
+    model = timm.create_model(representative.model)
+    x = torch.randn(2, 3, representative.size, representative.size)
+    realistic(model, x)
+    model, x = model.double(), x.double()
+    target = torch.tensor([1, 2])
+    attribute = AbsLRP(model).attribute
+    with no_trace(model):
+        relevance = attribute(x, target)
+    assert relevance.shape == x.shape
+    assert bool(torch.isfinite(relevance).all())
+    assert bool(relevance.flatten(1).any(1).all())
+    assert relative_error(attribute(x[:1], target[:1]), relevance[:1]) < 1e-3
+    assert relative_error(attribute(x, target.flip(0)), relevance) > 1e-3
+    single = AbsLRP(model.float()).attribute(x.float(), target)
+    assert bool(torch.isfinite(single).all())
+    assert bool(single.flatten(1).any(1).all())
