@@ -1,7 +1,8 @@
 """AbsLRP against Captum's methods on the three demo models, by GAE, GridPG and LeRF-MoRF.
 
 ``python benchmarks/gae.py run --model vgg`` scores (and goes on where it was stopped);
-``python benchmarks/gae.py report`` writes the tables of ``benchmarks/RESULTS.md`` and the figures.
+``python benchmarks/gae.py report`` writes the tables of ``benchmarks/RESULTS.md`` and ``README.md`` and
+the figures.
 
 The scenes are drawn anew from digits that no demo model has seen in training.
 """
@@ -156,26 +157,62 @@ SHOWN = {"gae": "GAE", "localization": "localization (GridPG)", "lerf_morf": "Le
 
 
 def report(work: Path) -> None:
-    """Write the tables between the marks of ``RESULTS.md``, the same as CSV, and the figures."""
+    """Write the tables between the marks of ``RESULTS.md`` and ``README.md``, and the figures."""
     tables = {name: Comparison.load(work / f"{name}.json") for name in TITLES}
-    for name, table in tables.items():
-        (HERE / f"gae-{name}.csv").write_text(table.to_csv(), encoding="utf-8")
     parts = []
     for model, table in tables.items():
         rows = {NAMES[name]: table.methods[name] for name in NAMES}
-        parts += [f"### {TITLES[model]}", "", str(Comparison(rows)), ""]
+        parts += [f"### {TITLES[model]}", "", table_of(rows), ""]
     parts += ["### Contrast and combination", ""]
     for model, table in tables.items():
-        rows = {name: table.methods[name] for name in VARIANTS}
-        parts += [f"{TITLES[model]}:", "", str(Comparison(rows)), ""]
-    results = HERE / "RESULTS.md"
-    before, begin, rest = results.read_text(encoding="utf-8").partition("<!-- gae: begin -->\n")
-    _, end, after = rest.partition("<!-- gae: end -->\n")
-    results.write_text(
-        "".join([before, begin, "\n", "\n".join(parts), end, after]), encoding="utf-8"
-    )
+        parts += [f"{TITLES[model]}:", "", table_of({n: table.methods[n] for n in VARIANTS}), ""]
+    write_between_marks(HERE / "RESULTS.md", "\n".join(parts))
+    write_between_marks(HERE.parent / "README.md", overview(tables))
     plot_scores(tables).savefig(HERE.parent / "docs" / "gae.png")
     plot_frontier(tables).savefig(HERE.parent / "docs" / "frontier.png")
+
+
+def table_of(rows: dict[str, MethodScores]) -> str:
+    """The table without its last column, the time, which other work on the machine has a share in."""
+    lines = str(Comparison(rows)).splitlines()
+    return "\n".join(line.rpartition(" | ")[0] + " |" for line in lines)
+
+
+def overview(tables: dict[str, Comparison]) -> str:
+    """Three scores of every method on every model, GAE with its 95 % confidence interval."""
+    columns = [(model, score) for score in SHOWN for model in TITLES]
+    header = [f"{SHOWN[score].partition(' (')[0]}<br>{TITLES[model]}" for model, score in columns]
+    best = {
+        column: max(
+            tables[column[0]].methods[name].mean(column[1])
+            for name in NAMES
+            if "oracle" not in name and tables[column[0]].methods[name].failure is None
+        )
+        for column in columns
+    }
+    lines = [["method", *header], ["---"] * (len(header) + 1)]
+    for name, title in NAMES.items():
+        cells = [title]
+        for model, score in columns:
+            found = tables[model].methods[name]
+            if found.failure is not None:
+                cells.append("not supported")
+                continue
+            mean, (low, high) = found.mean(score), found.interval(score)
+            text = f"{mean:.2f}".replace("-0.00", "0.00")
+            if "oracle" not in name and text == f"{best[model, score]:.2f}":
+                text = f"**{text}**"
+            cells.append(f"{text} [{low:.2f}, {high:.2f}]" if score == "gae" else text)
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def write_between_marks(path: Path, text: str) -> None:
+    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- gae: begin -->\n")
+    _, end, after = rest.partition("<!-- gae: end -->\n")
+    if not end:
+        raise ValueError(f"Expected {path} to have the marks of the table, but got none.")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def plot_scores(tables: dict[str, Comparison]) -> Figure:
@@ -210,7 +247,8 @@ def plot_frontier(tables: dict[str, Comparison]) -> Figure:
     figure = Figure(figsize=(13, 8.4), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(tables), sharex=True, sharey="row")
     colours = {None: "#bbbbbb", "others": "#cc3311", "softmax": "#0077bb"}
-    for row, column in enumerate(("lerf_morf", "gae")):
+    others = [name for name in NAMES if name not in VARIANTS and "oracle" not in name]
+    for row, (column, reach) in enumerate({"lerf_morf": 0.03, "gae": 0.012}.items()):
         for axis, (model, table) in zip(axes[row], tables.items(), strict=True):
             for name, options in VARIANTS.items():
                 scores = table.methods[name]
@@ -227,25 +265,38 @@ def plot_frontier(tables: dict[str, Comparison]) -> Figure:
                     label=name,
                     zorder=3,
                 )
-            for name, title in NAMES.items():
+            labels: dict[tuple[float, float], list[str]] = {}
+            for number, name in enumerate(others, start=1):
                 scores = table.methods[name]
-                if name in VARIANTS or "oracle" in name or scores.failure is not None:
-                    continue
-                point = scores.mean("localization"), scores.mean(column)
-                axis.scatter(*point, s=14, color="0.3")
+                if scores.failure is None:
+                    x, y = scores.mean("localization"), scores.mean(column)
+                    axis.scatter(x, y, s=14, color="0.3")
+                    # Points that would hide each other's numbers share a label.
+                    near = (at for at in labels if abs(at[0] - x) < 0.03 and abs(at[1] - y) < reach)
+                    labels.setdefault(next(near, (x, y)), []).append(str(number))
+            for point, numbers in labels.items():
                 axis.annotate(
-                    title,
+                    ", ".join(numbers),
                     point,
                     textcoords="offset points",
-                    xytext=(4, -3),
-                    fontsize=7,
-                    color="0.3",
+                    xytext=(4, 3),
+                    fontsize=8,
+                    color="0.2",
                 )
             axis.set_title(f"{TITLES[model]}", fontsize=11)
             axis.set_xlabel(SHOWN["localization"] if row else "")
         axes[row, 0].set_ylabel(SHOWN[column])
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
+    key = ", ".join(f"{number} {NAMES[name]}" for number, name in enumerate(others, start=1))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=5,
+        fontsize=9,
+        title=key,
+        title_fontsize=9,
+    )
     return figure
 
 

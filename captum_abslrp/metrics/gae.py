@@ -5,6 +5,7 @@ Axes: M mosaics, C channels, H height, W width, K classes, S states of masking.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -346,7 +347,10 @@ def _explain(
     )
     maps = []
     for x, target in tqdm(batches, desc="attributions", disable=not show_progress):
-        attribution = explain(x.clone(), target=target, **kwargs).detach()
+        with warnings.catch_warnings():
+            # Little is left to tell classes apart by in an image that is masked nearly everywhere.
+            warnings.filterwarnings("ignore", "The maps of target and contrast")
+            attribution = explain(x.clone(), target=target, **kwargs).detach()
         if attribution.dim() == 3:
             attribution = attribution.unsqueeze(1)
         fits = attribution.dim() == 4 and attribution.shape[1] in (1, x.shape[1])
