@@ -150,6 +150,10 @@ class AbsLRP(GradientAttribution):
             lost. With ``return_convergence_delta`` a pair of it and the delta, of shape (B,): the sum
             of the relevance of all inputs less that of the seeds (1, or 0 for a difference).
 
+        Warns:
+            UserWarning: if a layer is in training mode, or if the maps of target and contrast are so
+                alike that their difference is rounding.
+
         Raises:
             TypeError: if inputs or target are not of a type that is listed here, or the model does
                 not return a tensor.
@@ -266,6 +270,7 @@ class AbsLRP(GradientAttribution):
                 return relevances, 1.0
             others = _propagate(output, explained, held_against, retain_graph=False)
             pairs = list(zip(relevances, others, strict=True))
+            _warn_of_noise(pairs)
             if combine == "difference":
                 return [r - o for r, o in pairs], 0.0
             return [r.where(r > o, 0) for r, o in pairs], 1.0
@@ -333,6 +338,24 @@ def _propagate(
         torch.zeros_like(tensor) if r is None else r / TOTAL
         for r, tensor in zip(relevances, explained, strict=True)
     ]
+
+
+def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Warn where the maps of target and contrast are so alike that rounding is left of their difference."""
+    exact = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    apart = sum((r - o).abs().sum(dtype=exact) for r, o in pairs)
+    total = sum(r.abs().sum(dtype=exact) + o.abs().sum(dtype=exact) for r, o in pairs)
+    share = float(apart / total)
+    if 0 < share < 100 * torch.finfo(exact).eps:
+        better = (
+            "" if exact == torch.float64 else " Compute in float64: `model.double()`, `x.double()`."
+        )
+        warnings.warn(
+            f"The maps of target and contrast differ by {share:.0e} of their total only, which {exact} "
+            f"can hardly tell from rounding.{better} Or look at the map of the target alone, "
+            f"`contrast=None`.",
+            stacklevel=7,
+        )
 
 
 def _logits(output: Any) -> Any:

@@ -409,8 +409,8 @@ def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float)
 def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
     r"""The numerator of the rule of softmax; maximum and denominator are constants of the call.
 
-    :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`. Masked logits (:math:`-\infty`) take
-    no part; where all are masked there is no relevance.
+    :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`. What is masked, by :math:`-\infty` or a number
+    that leaves it a probability below ``EPS``, takes no part; where all is masked there is no relevance.
 
     Args:
         x: logits, any shape.
@@ -425,7 +425,7 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         >>> softmax(x, x.softmax(0), 0)
         tensor([0.0000, 0.0000, 1.4621])
     """
-    masked = torch.isneginf(x)
+    masked = torch.isneginf(x) | (probabilities < EPS)
     absolute = x.abs().masked_fill(masked, 0)
     twin_probabilities = absolute.masked_fill(masked, -torch.inf).softmax(dim).nan_to_num()
     return x.masked_fill(masked, 0) * probabilities.nan_to_num() + absolute * twin_probabilities

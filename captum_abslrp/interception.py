@@ -496,7 +496,12 @@ class _ModuleStack:
 
     def __init__(self, interception: Interception, model: nn.Module | None) -> None:
         self._interception = interception
-        self._paths = {m: name for name, m in model.named_modules()} if model is not None else {}
+        # A compiled part is called as the module inside of its wrapper.
+        self._paths = (
+            {m: name.replace("_orig_mod.", "") for name, m in model.named_modules()}
+            if model is not None
+            else {}
+        )
         self._stack: list[_Frame] = []
         self._handles: list[Any] = []
         self._thread = -1

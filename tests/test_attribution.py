@@ -517,6 +517,30 @@ def test_training_mode_is_warned_about(layer: nn.Module) -> None:
         AbsLRP(model).attribute(batch(3, 6), 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_difference_that_is_rounding_is_warned_about(dtype: torch.dtype) -> None:
+    class Alike(nn.Module):
+        """Two classes whose weights differ in the last digits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.rand(1, 50, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+            self.weight = self.weight.to(dtype)
+            self.weight[1, 3] *= 1 + 20 * torch.finfo(dtype).eps
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    x = torch.rand(2, 50).to(dtype)
+    remedy = r"`model\.double\(\)`.*" if dtype == torch.float32 else ""
+    with pytest.warns(
+        UserWarning, match=rf"hardly tell from rounding.*{remedy}contrast=None"
+    ) as seen:
+        AbsLRP(Alike()).attribute(x, 1)
+    assert seen[0].filename == __file__
+    AbsLRP(Alike()).attribute(x, 1, contrast=None)
+
+
 def test_many_architectures_share_one_contract() -> None:
     x = torch.rand(2, 3, 160, 160)
     for name in ("test_vit", "test_resnet"):

@@ -40,6 +40,8 @@ def check(model: nn.Module, x: Tensor, target: int = 0) -> None:
     assert bool((delta.abs() < 1e-4).all())
 
 
+# With random weights the classes of some are told apart in float64 only.
+@pytest.mark.filterwarnings("ignore:The maps of target and contrast")
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_models(name: str) -> None:
     torch.manual_seed(0)

@@ -50,7 +50,9 @@ def parameter(representative: Representative) -> object:
     return pytest.param(representative, id=representative.family, marks=marks)
 
 
-@pytest.mark.parametrize("representative", map(parameter, FAMILIES))
+# With random weights the classes of some are told apart in float64 only.
+@pytest.mark.filterwarnings("ignore:The maps of target and contrast")
+@pytest.mark.parametrize("representative", [parameter(family) for family in FAMILIES])
 def test_every_family_is_explained(representative: Representative) -> None:
     assert representative.model in timm.list_models(module=representative.family)
     torch.manual_seed(0)

@@ -74,12 +74,16 @@ def passed(output: Tensor, sources: Sequence[Tensor]) -> Answer:
 
 
 def once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Compute what does not depend on the seed with the first seed, and keep it for the others."""
+    """Compute what does not depend on the seed with the first seed, and keep it for the others.
+
+    What it was computed from is let go.
+    """
+    steps = [compute]
     result: list[Tensor] = []
 
     def get() -> Tensor:
-        if not result:
-            result.append(compute())
+        if steps:
+            result.append(steps.pop()())
         return result[0]
 
     return get

@@ -74,6 +74,10 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Answer:
     return Answer(call.run(lambda: torch.relu(input)), [input], lambda relevance: [relevance])
 
 
+MASKED = -100.0
+"""What is added to a logit so that softmax leaves nothing of it, or any lower number."""
+
+
 def answer_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
     summand = other if alpha == 1 else other * alpha
     return _answer_summands(call, (input, other), (input, summand))
@@ -85,6 +89,9 @@ def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) 
 
 def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
     output = call.run(lambda: summands[0] + summands[1])
+    for x, other in (arguments, arguments[::-1]):
+        if is_source(x) and not is_source(other) and _is_mask(other):
+            return passed(output, [x])
     z = call.keep(output)
     pairs = [(a, call.keep(s)) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
     factors = [once(partial(_factor_of_summand, summand, z)) for _, summand in pairs]
@@ -93,6 +100,13 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
         [argument for argument, _ in pairs],
         lambda relevance: [factor() * relevance for factor in factors],
     )
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a constant summand only masks: it holds 0 where all stays, and a very low number."""
+    if not isinstance(value, Tensor):
+        return bool(value == 0)
+    return bool(((value == 0) | (value <= MASKED)).all())
 
 
 def _factor_of_summand(summand: Kept, output: Kept) -> Tensor:

@@ -5,7 +5,7 @@ from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import At, Mapping, register_mapping
 from captum_abslrp.rules import DropoutRule, HeadSumRule, PassThroughRule
 
-__all__ = ["VIT", "VIT_DISTILLED"]
+__all__ = ["TWO_HEADS", "VIT", "VIT_DISTILLED"]
 
 VIT = register_mapping(
     Mapping(
@@ -25,4 +25,11 @@ VIT = register_mapping(
 VIT_DISTILLED = register_mapping(
     Mapping("vit_distilled", [(At("", call="add"), HeadSumRule())], base=VIT),
     architectures=["timm.models.deit.VisionTransformerDistilled"],
+)
+
+TWO_HEADS = register_mapping(
+    Mapping("two_heads", [(At("", call="add"), HeadSumRule())], base=GENERIC),
+    architectures=[
+        "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher",
+    ],
 )
