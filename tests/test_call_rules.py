@@ -339,6 +339,17 @@ def test_a_difference_is_a_sum(seed: int) -> None:
         torch.testing.assert_close(actual, expected / (expected.sum() + EPS))
 
 
+@pytest.mark.parametrize("lowest", [-100.0, torch.finfo(torch.float64).min, -torch.inf])
+def test_an_added_mask_passes_relevance_and_a_subtracted_one_does_not(lowest: float) -> None:
+    x = draw_tensor(0, 2, 3)
+    mask = torch.tensor([0.0, lowest, 0.0], dtype=torch.float64)
+    for call in (lambda x: x + mask, lambda x: mask + x, lambda x: x - -mask, lambda x: x + 0.0):
+        _, (actual,), relevance = by_mapping(call, [x], 0)
+        assert torch.equal(actual, relevance)
+    _, (actual,), relevance = by_mapping(lambda x: x - mask.clamp(min=-200), [x], 0)
+    assert not torch.allclose(actual, relevance)
+
+
 @settings(max_examples=10)
 @given(seed=seeds)
 def test_a_divisor_is_a_constant(seed: int) -> None:

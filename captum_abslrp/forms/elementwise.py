@@ -89,15 +89,15 @@ def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) 
 
 def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
     output = call.run(lambda: summands[0] + summands[1])
-    for x, other in (arguments, arguments[::-1]):
-        if is_source(x) and not is_source(other) and _is_mask(other):
-            return passed(output, [x])
+    sources = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
+    constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
+    if constants and _is_mask(constants[0]):
+        return passed(output, [argument for argument, _ in sources])
     z = call.keep(output)
-    pairs = [(a, call.keep(s)) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
-    factors = [once(partial(_factor_of_summand, summand, z)) for _, summand in pairs]
+    factors = [once(partial(_factor_of_summand, call.keep(s), z)) for _, s in sources]
     return Answer(
         output,
-        [argument for argument, _ in pairs],
+        [argument for argument, _ in sources],
         lambda relevance: [factor() * relevance for factor in factors],
     )
 
