@@ -100,7 +100,8 @@ def inspect_rules(
 
     Args:
         model, mapping, output: as for :class:`~captum_abslrp.AbsLRP`.
-        inputs: an example input, of shape (B, ...), or a tuple of them; one sample is enough.
+        inputs: an example input, of shape (B, ...), or a tuple of them; one sample is enough. A model and
+            an input on the ``meta`` device, without values, will do: large models cost nothing.
         additional_forward_args: what the model is given after the inputs, one argument or a tuple.
 
     Returns:

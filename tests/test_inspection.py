@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from captum.attr._utils.lrp_rules import EpsilonRule
 from torch import Tensor, nn
@@ -288,6 +289,13 @@ def test_samples_that_a_model_mixes_are_inspected_one_at_a_time() -> None:
 
     calls = inspect_rules(Mixing(), batch(3, 6)).calls
     assert [c.rule for c in calls if c.call == "torch.Tensor.exp"] == ["ActivationRule()"]
+
+
+def test_models_without_values_are_inspected() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_large_patch16_224").eval()
+        calls = inspect_rules(model, torch.empty(1, 3, 224, 224)).calls
+    assert sum(call.call == "torch.nn.functional.layer_norm" for call in calls) == 49
 
 
 def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

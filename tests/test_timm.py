@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from captum_abslrp import AbsLRP
+from captum_abslrp import AbsLRP, inspect_rules
 from tests.conftest import realistic, relative_error
 from tests.test_no_trace import no_trace
 
@@ -57,6 +57,8 @@ def test_every_family_is_explained(representative: Representative) -> None:
     assert representative.model in timm.list_models(module=representative.family)
     torch.manual_seed(0)
     model = timm.create_model(representative.model)
+    if not model.num_classes:  # made for its features
+        model = timm.create_model(representative.model, num_classes=10)
     x = torch.randn(2, 3, representative.size, representative.size)
     realistic(model, x)
     model, x = model.double(), x.double()
@@ -72,3 +74,13 @@ def test_every_family_is_explained(representative: Representative) -> None:
     single = AbsLRP(model.float()).attribute(x.float(), target)
     assert bool(torch.isfinite(single).all())
     assert bool(single.flatten(1).any(1).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", timm.list_modules())
+def test_every_call_of_every_model_has_a_rule(family: str) -> None:
+    for name in timm.list_models(module=family):
+        with torch.device("meta"):  # no values are needed
+            model = timm.create_model(name).eval()
+            inspection = inspect_rules(model, torch.empty(1, *model.default_cfg["input_size"]))
+        assert not inspection.unsupported, f"{name}\n{inspection}"

@@ -106,6 +106,8 @@ def _is_mask(value: Any) -> bool:
     """Whether a constant summand only masks: it holds 0 where all stays, and a very low number."""
     if not isinstance(value, Tensor):
         return bool(value == 0)
+    if value.is_meta:  # inspected without values
+        return False
     return bool(((value == 0) | (value <= MASKED)).all())
 
 
