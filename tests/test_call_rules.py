@@ -235,6 +235,14 @@ CASES: dict[str, Callable[[int], Case]] = {
     "var": one("var", 1),
     "lp_pool1d": one("lp_pool1d", 2.0, 2),
     "lp_pool2d": one("lp_pool2d", 2.0, 2, shape=IMAGE),
+    "index_add": lambda s: Case(
+        lambda x, y: x.index_add(1, torch.tensor([0, 2, 2]), y),
+        [draw_tensor(s, 2, 4), draw_tensor(s + 1, 2, 3)],
+    ),
+    "scatter_add": lambda s: Case(
+        lambda x, y: x.scatter_add(1, torch.tensor([[0, 2, 2], [1, 1, 3]]), y),
+        [draw_tensor(s, 2, 4), draw_tensor(s + 1, 2, 3)],
+    ),
     "bilinear": lambda s: Case(
         F.bilinear,
         [draw_tensor(s, 2, 3), draw_tensor(s + 1, 2, 4)],

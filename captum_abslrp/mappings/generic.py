@@ -23,10 +23,10 @@ __all__ = ["GENERIC"]
 DIVISORS = ("reciprocal", "rsqrt")
 # The logarithm of softmax's denominator is an offset that all classes share.
 SHIFTED_OR_SCALED = ("neg", "log_softmax", "nan_to_num", "rad2deg", "deg2rad")
-REDUCTIONS = (
-    "amax", "amin", "bilinear", "cumprod", "linalg_norm", "linalg_vector_norm",
+BY_DEFINITION = (
+    "amax", "amin", "bilinear", "cumprod", "index_add", "linalg_norm", "linalg_vector_norm",
     "logcumsumexp", "logsumexp", "lp_pool1d", "lp_pool2d", "maximum", "minimum", "norm", "prod",
-    "std", "var",
+    "scatter_add", "std", "var",
 )  # fmt: skip
 
 GENERIC = register_mapping(
@@ -45,7 +45,7 @@ GENERIC = register_mapping(
             (tuple(CompositeRule.closed_forms), CompositeRule()),
             ((*forms.DROPOUTS, *SHIFTED_OR_SCALED), PassThroughRule()),
             (DIVISORS, ConstantRule()),
-            (REDUCTIONS, TwinRule()),
+            (BY_DEFINITION, TwinRule()),
         ],
     )
 )
