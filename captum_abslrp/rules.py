@@ -156,8 +156,12 @@ class ConstantRule(Rule):
     """No relevance: the result is a constant of the call that uses it, as a divisor is.
 
     Example:
+        >>> class Gated(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x) * x.softmax(1)
         >>> mapping = get_mapping().extended({"softmax": ConstantRule()})
-        >>> gates = lambda x: x * x.softmax(1)
+        >>> AbsLRP(Gated(3, 3), mapping).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
     """
 
     def answer(self, call: Call) -> Any:

@@ -166,7 +166,11 @@ def register_call_rule(
     Example:
         >>> from captum_abslrp.rules import TwinRule
         >>> register_call_rule("erfinv", TwinRule())
-        >>> model = lambda x: torch.erfinv(x.tanh())
+        >>> class Inverse(nn.Linear):
+        ...     def forward(self, x):
+        ...         return torch.erfinv(super().forward(x).tanh())
+        >>> AbsLRP(Inverse(3, 2)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
         >>> _ = _CALL_RULES.pop("erfinv")
     """
     if not isinstance(rule, Rule):
