@@ -30,13 +30,9 @@ from captum_abslrp.contrast import (
 )
 from captum_abslrp.interception import Interception, UnsupportedCallError, is_answered
 from captum_abslrp.mappings import Mapping, get_mapping
+from captum_abslrp.propagation import TOTAL, propagate
 
 __all__ = ["AbsLRP"]
-
-TOTAL = 256.0
-"""Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
-keeps the relevance of single elements and of sums over branches within the range of float16, too."""
-
 
 Forward = Callable[[Sequence[Tensor], tuple[Any, ...]], tuple[Tensor, Sequence[Tensor]]]
 """From inputs and further arguments to the output and the tensors that relevance is asked for."""
@@ -265,11 +261,11 @@ class AbsLRP(GradientAttribution):
             values = output.detach()
             seed = target_seed(values, target)
             held_against = contrast_seed(values, seed, contrast)
-            relevances = _propagate(output, explained, seed, retain_graph=held_against is not None)
+            seeds = [seed] if held_against is None else [seed, held_against]
+            relevances = propagate(output, explained, torch.stack(seeds))
             if held_against is None:
-                return relevances, 1.0
-            others = _propagate(output, explained, held_against, retain_graph=False)
-            pairs = list(zip(relevances, others, strict=True))
+                return [r[0] for r in relevances], 1.0
+            pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
             _warn_of_noise(pairs)
             if combine == "difference":
                 return [r - o for r, o in pairs], 0.0
@@ -325,19 +321,6 @@ class AbsLRP(GradientAttribution):
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
         return output
-
-
-def _propagate(
-    output: Tensor, explained: Sequence[Tensor], seed: Tensor, *, retain_graph: bool
-) -> list[Tensor]:
-    """Relevance of tensors that the output depends on, for relevance ``seed`` of the output."""
-    relevances = torch.autograd.grad(
-        output, explained, seed * TOTAL, retain_graph=retain_graph, allow_unused=True
-    )
-    return [
-        torch.zeros_like(tensor) if r is None else r / TOTAL
-        for r, tensor in zip(relevances, explained, strict=True)
-    ]
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

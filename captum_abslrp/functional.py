@@ -1,17 +1,25 @@
 r"""The mathematics of absLRP as pure tensor functions.
 
-Every function works on one call ``z = f(x; w, b)`` of a network and on
+The definition (Vukadin et al., *Advancing Attribution-Based Neural Network Explainability through
+Relative Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component Evaluation*, ACM TIST
+15(3), 2024) divides the relevance of a call's output by its magnitude at the start of every rule,
+:math:`s = R / |z|`, and multiplies by the input at its end,
+
+.. math:: R_{in} = x \, \partial/\partial x \, \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle .
+
+Between two rules the one undoes the other. So what is handed from call to call is not the relevance but
+the *relevance per magnitude* of a tensor, :math:`s_t = R_t / |t|`: no rule divides, and none but the
+last multiplies by its input. :func:`divide` makes it at the output of the network, :func:`relevance`
+turns it back.
+
+Every function works on one call ``z = f(x; w, b)`` and takes
 
 - ``x``: the input of the call; ``weight``: what it is multiplied by,
-- ``s = R / (|z| + EPS)``, see :func:`divide`: the relevance ``R`` of the output, shaped like ``z``,
-  divided by the *magnitude* of the output,
+- ``s``: relevance per magnitude of ``z``, of shape (S, ...) for S seeds at once,
 
-and returns the relevance of ``x``, shaped like ``x``, before it is scaled (:func:`normalize`).
-Relevance has no unit: only its share of the sample's total has a meaning.
-
-Source: Vukadin et al., *Advancing Attribution-Based Neural Network Explainability through Relative
-Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component Evaluation*, ACM TIST 15(3),
-2024. The definition is the *twin* form, :func:`twin`; everything else here is a closed form of it.
+and returns that of ``x``, of shape (S, ...), up to a constant that is the same for all inputs of the
+call; it is scaled afterwards (:func:`scale`). Where ``x`` is zero so is the result. Relevance has no
+unit: only its share of the sample's total has a meaning.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ __all__ = [
     "diagonal",
     "divide",
     "elementwise",
+    "gate",
     "group_norm",
     "layer_norm",
     "linear",
@@ -35,10 +44,13 @@ __all__ = [
     "magnitude",
     "matmul",
     "max_pool",
-    "normalize",
     "positive_contributions",
+    "rectify",
+    "relevance",
     "rms_norm",
+    "scale",
     "softmax",
+    "stabiliser",
     "sum_to_size",
     "twin",
 ]
@@ -46,16 +58,22 @@ __all__ = [
 EPS = 1e-9
 """The one stabiliser: added to the magnitude of a divisor, always in float32 or float64."""
 
+LEAST = 1e-20
+"""Magnitude of an output that is zero where it is divided by without a stabiliser."""
+
+PIECE = 2**22
+"""Elements of a weight whose positive part is made at a time: it is never copied whole."""
+
 
 def divide(relevance: Tensor, output: Tensor) -> Tensor:
-    """Divide relevance by the magnitude of the output that it belongs to.
+    """Relevance per magnitude, from relevance.
 
     Args:
-        relevance: relevance ``R`` of the output, any shape.
-        output: the output ``z`` of the call, same shape.
+        relevance: relevance ``R`` of a tensor, any shape that broadcasts with it.
+        output: the tensor ``z`` that it belongs to.
 
     Returns:
-        ``s = R / (|z| + EPS)``, same shape.
+        ``s = R / (|z| + EPS)``.
 
     Example:
         >>> divide(torch.tensor([1.0, 3.0]), torch.tensor([2.0, -3.0]))
@@ -64,86 +82,163 @@ def divide(relevance: Tensor, output: Tensor) -> Tensor:
     return relevance / (output.abs() + EPS)
 
 
-def normalize(
-    relevances: Sequence[Tensor], *, totals: Tensor | float, joint: bool = False
+def stabiliser(output: Tensor) -> Tensor:
+    """The factor ``|z| / (|z| + EPS)`` from ``R / |z|`` to ``R / (|z| + EPS)``: 1, but where ``z`` vanishes.
+
+    Example:
+        >>> stabiliser(torch.tensor([1.0, 3e-9, 1e-9]))
+        tensor([1.0000, 0.7500, 0.5000])
+    """
+    return (EPS / output.abs().clamp_(min=LEAST)).add_(1).reciprocal_()
+
+
+def relevance(x: Tensor, s: Tensor) -> Tensor:
+    """Relevance, from relevance per magnitude: ``|x| s``; 0 where ``s`` is, however large ``x``.
+
+    Example:
+        >>> relevance(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0]))
+        tensor([1., 3.])
+    """
+    return x.abs().clamp_(max=torch.finfo(x.dtype).max) * s
+
+
+def scale(
+    inputs: Sequence[Tensor],
+    shares: Sequence[Tensor],
+    *,
+    totals: Tensor | float,
+    joint: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Scale the relevance that one call hands to its inputs, sample by sample.
+    """Scale what one call hands to its inputs, sample by sample and seed by seed.
+
+    Axes: S seeds, B samples, N elements.
 
     Args:
-        relevances: one tensor per input of the call, each of shape (B, ...).
-        totals: what the sum of magnitudes shall be: a number, or a tensor of shape (B,).
+        inputs: each input of the call, (B, N).
+        shares: its relevance per magnitude, (S, B, N).
+        totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (S, B).
         joint: scale all inputs together to ``totals``; by default each is scaled on its own.
 
     Returns:
-        The scaled relevances, same shapes. A sample without any relevance stays zero.
+        The scaled relevances per magnitude, same shapes. A sample without any relevance stays zero.
 
     Example:
-        >>> a, b = torch.tensor([[1.0, 3.0]]), torch.tensor([[4.0]])
-        >>> normalize([a, b], totals=1.0)
-        (tensor([[0.2500, 0.7500]]), tensor([[1.]]))
-        >>> normalize([a, b], totals=1.0, joint=True)
-        (tensor([[0.1250, 0.3750]]), tensor([[0.5000]]))
+        >>> x, s = torch.tensor([[1.0, -2.0]]), torch.tensor([[[1.0, 1.5]]])
+        >>> scale([x, x], [s, s], totals=1.0)[0]
+        tensor([[[0.2500, 0.3750]]])
+        >>> scale([x, x], [s, s], totals=1.0, joint=True)[0]
+        tensor([[[0.1250, 0.1875]]])
     """
-    sums = [r.abs().flatten(1).sum(1) if r.dim() > 1 else r.abs() for r in relevances]
+    sums = [relevance(x, s).abs_().sum(2) for x, s in zip(inputs, shares, strict=True)]
     if joint:
         sums = [torch.stack(sums).sum(0)] * len(sums)
     return tuple(
-        r * (totals / (total + EPS)).view(-1, *[1] * (r.dim() - 1))
-        for r, total in zip(relevances, sums, strict=True)
+        s * (totals / total.clamp(min=_SMALLEST)).unsqueeze(2)
+        for s, total in zip(shares, sums, strict=True)
     )
 
 
-def sum_to_size(relevance: Tensor, like: Tensor) -> Tensor:
-    """Add up the relevance of an input that was broadcast, so that it has the input's shape.
+_SMALLEST = 1e-30
+"""A sum that is less is taken for none."""
+
+
+def sum_to_size(s: Tensor, like: Tensor) -> Tensor:
+    """Add up what reaches an input that was broadcast, seed by seed, so that it has the input's shape.
 
     Example:
-        >>> sum_to_size(torch.ones(2, 3), torch.zeros(3))
-        tensor([2., 2., 2.])
+        >>> sum_to_size(torch.ones(1, 2, 3), torch.empty(3))
+        tensor([[2., 2., 2.]])
     """
-    return relevance.sum_to_size(like.shape)
+    added = s.dim() - 1 - like.dim()
+    if added > 0:
+        s = s.sum(tuple(range(1, added + 1)))
+    return s.sum_to_size((len(s), *like.shape))
+
+
+def rectify(s: Tensor, x: Tensor) -> Tensor:
+    """``s`` where ``x`` is positive, and 0 elsewhere.
+
+    Example:
+        >>> rectify(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([4.0, -5.0, 0.0]))
+        tensor([[1., 0., 0.]])
+    """
+    result: Tensor = torch.ops.aten.threshold_backward(s, x, 0)
+    return result
 
 
 def positive_contributions(
-    x: Tensor, weight: Tensor, transposed: Callable[[Tensor], Tensor]
+    x: Tensor,
+    weight: Tensor,
+    transposed: Callable[[Tensor], Tensor],
+    *,
+    nonnegative: bool = False,
+    weight_nonnegative: bool = False,
 ) -> Tensor:
     r"""The rule for a call that is linear in ``x``: only positive contributions count.
 
-    :math:`R_i = \sum_j (x_i w_{ij} + |x_i w_{ij}|) s_j = 2 \sum_j (x_i w_{ij})^+ s_j`, computed as
-    :math:`2 (x^+ \, T(w^+) + x^- \, T(w^-))`. Where ``x`` has no negative entry the second product
-    is left out.
+    :math:`R_i = \sum_j (x_i w_{ij} + |x_i w_{ij}|) s_j = 2 \sum_j (x_i w_{ij})^+ s_j`, per magnitude:
+    :math:`T(w^+)` where :math:`x > 0` and :math:`-T(w^-)` where :math:`x < 0`, but for the 2. The
+    second product is left out where it is known that one of them has no negative entry.
 
     Args:
         x: input, any shape.
         weight: the weight, any shape.
-        transposed: the transposed product :math:`T(w)` of ``s`` with a weight, shaped like ``x``.
+        transposed: the transposed product :math:`T(w)` of ``s`` with a weight, shaped (S, ``*x.shape``);
+            a new tensor.
+        nonnegative: whether ``x`` is known to have no negative entry that takes part.
+        weight_nonnegative: whether ``weight`` is known to have no negative entry.
 
     Returns:
-        Relevance shaped like ``x``.
+        Relevance per magnitude of ``x``.
 
     Example:
-        >>> x, w = torch.tensor([1.0, -2.0]), torch.tensor([[3.0, 5.0]])
-        >>> positive_contributions(x, w, lambda w: torch.ones(1) @ w)
-        tensor([6., 0.])
+        >>> x, w = torch.tensor([1.0, -2.0]), torch.tensor([[3.0, -5.0]])
+        >>> positive_contributions(x, w, lambda w: torch.ones(1, 1) @ w)
+        tensor([[3., 5.]])
     """
-    relevance = x.clamp(min=0) * transposed(weight.clamp(min=0))
-    if bool((x < 0).any()):
-        relevance = relevance + x.clamp(max=0) * transposed(weight.clamp(max=0))
-    return 2 * relevance
+    positive = transposed(weight if weight_nonnegative else weight.clamp(min=0))
+    _rectify_in_place(positive, x)
+    if not (nonnegative or weight_nonnegative):
+        negative = transposed(weight.clamp(max=0))
+        positive -= _rectify_in_place(negative, -x)
+    return positive
 
 
-def linear(x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
+def _rectify_in_place(s: Tensor, x: Tensor) -> Tensor:
+    """:func:`rectify` of a tensor that nothing else has."""
+    torch.ops.aten.threshold_backward.grad_input(s, x, 0, grad_input=s)
+    return s
+
+
+def linear(x: Tensor, weight: Tensor, s: Tensor, *, nonnegative: bool = False) -> Tensor:
     """:func:`positive_contributions` of ``F.linear``.
 
     Args:
         x: (..., in_features).
         weight: (out_features, in_features).
-        s: (..., out_features), see :func:`divide`.
+        s: (S, ..., out_features).
+        nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
-        >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1))
-        tensor([[ 6., 16.]])
+        >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1, 1))
+        tensor([[[3., 4.]]])
     """
-    return positive_contributions(x, weight, lambda w: s @ w)
+    rows = s.flatten(0, -2)
+    step = max(1, PIECE // max(1, weight.shape[1]))
+
+    def transposed(**sign: float) -> Tensor:
+        result: Tensor | None = None
+        for start in range(0, max(1, len(weight)), step):
+            piece = weight[start : start + step].to(s.dtype).clamp(**sign)
+            columns = rows[:, start : start + step]
+            result = columns @ piece if result is None else result.addmm_(columns, piece)
+        assert result is not None
+        return result.view(*s.shape[:-1], weight.shape[1])
+
+    positive = _rectify_in_place(transposed(min=0), x)
+    if not nonnegative:
+        positive -= _rectify_in_place(transposed(max=0), -x)
+    return positive
 
 
 def convolution(
@@ -156,54 +251,70 @@ def convolution(
     dilation: Sequence[int],
     groups: int,
     output_padding: Sequence[int] | None = None,
+    nonnegative: bool = False,
 ) -> Tensor:
     """:func:`positive_contributions` of a convolution in one, two or three dimensions.
 
     Args:
         x: (B, C_in, ...).
         weight: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...) where transposed.
-        s: (B, C_out, ...), see :func:`divide`.
+        s: (S, B, C_out, ...).
         stride, padding, dilation: one number per spatial dimension.
         groups: number of blocks of channels.
         output_padding: of a transposed convolution; None for a convolution.
+        nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
         >>> x, w = torch.ones(1, 1, 2, 2), torch.tensor([[[[2.0]]], [[[-1.0]]]])
-        >>> convolution(x, w, torch.ones(1, 2, 2, 2), stride=(1, 1), padding=(0, 0),
+        >>> convolution(x, w, torch.ones(1, 1, 2, 2, 2), stride=(1, 1), padding=(0, 0),
         ...             dilation=(1, 1), groups=1).flatten()
-        tensor([4., 4., 4., 4.])
+        tensor([2., 2., 2., 2.])
     """
     is_transposed = output_padding is not None
+    rows = s.flatten(0, 1)
+    # Only its shape and layout are looked at.
+    like = (
+        torch.empty_like(x.unsqueeze(0).expand(len(s), *x.shape).flatten(0, 1)) if len(s) > 1 else x
+    )
 
     def transposed(w: Tensor) -> Tensor:
         grad_input: Tensor = torch.ops.aten.convolution_backward(
-            s, x, w, None, stride, padding, dilation, is_transposed,
+            rows, like, w, None, stride, padding, dilation, is_transposed,
             output_padding or [0] * len(stride), groups, [True, False, False],
         )[0]  # fmt: skip
-        return grad_input
+        return grad_input.unflatten(0, (len(s), -1))
 
-    return positive_contributions(x, weight, transposed)
+    return positive_contributions(x, weight, transposed, nonnegative=nonnegative)
 
 
-def matmul(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def matmul(
+    a: Tensor, b: Tensor, s: Tensor, *, nonnegative: Sequence[bool] = (False, False)
+) -> tuple[Tensor, Tensor]:
     """:func:`positive_contributions` of ``a @ b`` for each argument, the other one fixed.
 
     Args:
         a: (..., N, K).
         b: (..., K, M), batch dimensions broadcast with those of ``a``.
-        s: (..., N, M), see :func:`divide`.
+        s: (S, ..., N, M).
+        nonnegative: whether ``a`` and ``b`` are known to have no negative entry.
 
     Returns:
-        The relevance of ``a`` and of ``b``.
+        What ``a`` and ``b`` get.
 
     Example:
-        >>> matmul(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.ones(1, 1))
-        (tensor([[4., 0.]]), tensor([[4.],
-                [0.]]))
+        >>> matmul(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.ones(1, 1, 1))
+        (tensor([[[2., 0.]]]), tensor([[[1.],
+                 [0.]]]))
     """
-    of_a = positive_contributions(a, b, lambda w: sum_to_size(s @ w.mT, a))
-    of_b = positive_contributions(b, a, lambda w: sum_to_size(w.mT @ s, b))
-    return of_a, of_b
+    of_a, of_b = nonnegative
+    return (
+        positive_contributions(
+            a, b, lambda w: sum_to_size(s @ w.mT, a), nonnegative=of_a, weight_nonnegative=of_b
+        ),
+        positive_contributions(
+            b, a, lambda w: sum_to_size(w.mT @ s, b), nonnegative=of_b, weight_nonnegative=of_a
+        ),
+    )
 
 
 def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
@@ -215,13 +326,13 @@ def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor
     Args:
         x: input, any shape.
         call: the call, linear in ``x``.
-        s: shaped like the output of the call, see :func:`divide`.
+        s: (S, ...), shaped like the output of the call.
 
     Example:
-        >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1))
-        tensor([[1., 0.]])
+        >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1, 1))
+        tensor([[[0.5000, 0.0000]]])
     """
-    return 2 * x.clamp(min=0) * _transposed(call, x, s)
+    return rectify(_transposed(call, x, s), x)
 
 
 def bilinear(
@@ -233,14 +344,14 @@ def bilinear(
         a: first argument, any shape.
         b: second argument, any shape.
         call: ``(a, b) -> z``, a sum of products of their elements: einsum, outer, dot ...
-        s: shaped like ``z``, see :func:`divide`.
+        s: (S, ...), shaped like ``z``.
 
     Returns:
-        The relevance of ``a`` and of ``b``.
+        What ``a`` and ``b`` get.
 
     Example:
-        >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.tensor(1.0))
-        (tensor([4., 0.]), tensor([4., 0.]))
+        >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.ones(1))
+        (tensor([[2., 0.]]), tensor([[1., 0.]]))
     """
     of_a = positive_contributions(a, b, lambda w: _transposed(lambda v: call(v, w), a, s))
     of_b = positive_contributions(b, a, lambda w: _transposed(lambda v: call(w, v), b, s))
@@ -248,50 +359,60 @@ def bilinear(
 
 
 def _transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor:
-    """The transposed product of ``s`` with a call that is linear in ``x``."""
+    """The transposed product of ``s`` with the linear part of a call at ``x``; a new tensor."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = call(leaf)
-    return torch.autograd.grad(output, leaf, s)[0]
+    last = len(s) - 1
+    return torch.stack(
+        [
+            torch.autograd.grad(output, leaf, part, retain_graph=i < last)[0]
+            for i, part in enumerate(s)
+        ]
+    )
 
 
-def diagonal(x: Tensor, scale: Tensor | float, output: Tensor) -> Tensor:
-    r"""The factor from output to input relevance where every element has a weight of its own.
+def diagonal(x: Tensor, scale: Tensor, s: Tensor) -> Tensor:
+    r"""Calls in which every element has a weight of its own: batch norm in evaluation mode, a product.
 
-    :math:`R_{in} = k R` with :math:`k = 2 (x c)^+ / (|z| + EPS)`: batch norm in evaluation mode,
-    addition (:math:`c = 1`), elementwise product.
+    :math:`R_{in} = 2 (x c)^+ s`, per magnitude :math:`|c| s` where :math:`x c > 0`, but for the 2.
 
     Args:
         x: input, broadcastable to the output.
         scale: weight ``c``, broadcastable to the output.
-        output: output ``z``, bias included.
+        s: (S, ...), shaped like the output.
 
     Returns:
-        ``k``, shaped like the output.
+        Shaped like the output, (S, ...).
 
     Example:
-        >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]), torch.tensor([4.0, -2.0]))
-        tensor([1., 0.])
+        >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]), torch.ones(1, 2))
+        tensor([[2., 0.]])
     """
-    return 2 * (x * scale).clamp(min=0) / (output.abs() + EPS)
+    return s * rectify(scale.abs().expand(s.shape[1:]), x * scale)
 
 
-def elementwise(x: Tensor, call: Callable[[Tensor], Tensor], *, even_slope: bool = False) -> Tensor:
-    r"""The factor from output to input relevance of a call that acts on each element alone.
+def elementwise(
+    x: Tensor,
+    call: Callable[[Tensor], Tensor],
+    *,
+    even_slope: bool = False,
+) -> Tensor:
+    r"""The factor of a call that acts on each element alone.
 
-    The twin form: :math:`k = (x f'(x) + |x| f'(|x|)) / (|f(x)| + EPS)`; 0 where :math:`x = 0`.
+    The twin form, per magnitude: :math:`k = \mathrm{sign}(x) f'(x) + f'(|x|)`; 0 where :math:`x = 0`.
 
     Args:
         x: input, any shape.
-        call: ``f``, for example ``torch.nn.functional.gelu``.
-        even_slope: whether :math:`f'(x) = f'(-x)`, so that :math:`k = 2 x^+ f'(x) / (|f(x)| + EPS)`.
+        call: ``f``, for example ``torch.tanh``.
+        even_slope: whether :math:`f'(x) = f'(-x)`, so that :math:`k = 2 f'(x)` where :math:`x > 0`.
 
     Returns:
-        ``k``, shaped like ``x``.
+        ``k``, what ``s`` is multiplied by, shaped like ``x``.
 
     Example:
-        >>> elementwise(torch.tensor([2.0]), torch.square)
-        tensor([4.])
+        >>> elementwise(torch.tensor([2.0, -2.0]), torch.square)
+        tensor([8., 8.])
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -299,45 +420,57 @@ def elementwise(x: Tensor, call: Callable[[Tensor], Tensor], *, even_slope: bool
         both = output if even_slope else output + call(leaf.abs())
         (gradient,) = torch.autograd.grad(both.sum(), leaf)
     if even_slope:
-        numerator = 2 * x.clamp(min=0) * gradient
-    else:  # at 0 the slope may be infinite (square root)
-        numerator = (x * gradient).masked_fill(x == 0, 0)
-    return numerator / (output.detach().abs() + EPS)
+        return rectify(2 * gradient, x)
+    # At 0 the slope may be infinite (square root).
+    return (x.sign() * gradient).masked_fill_(x == 0, 0)
 
 
-def max_pool(x: Tensor, pool: Callable[[Tensor], tuple[Tensor, Tensor]], s: Tensor) -> Tensor:
+def gate(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    r""":func:`elementwise` of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
+
+    Their slopes at ``x`` and ``-x`` add up to one, so that one is enough:
+    :math:`k = 2 f'(|x|) - [x < 0]`.
+
+    Example:
+        >>> gate(torch.tensor([1.0, -1.0]), torch.nn.functional.silu)
+        tensor([1.8553, 0.8553])
+    """
+    with torch.enable_grad():
+        leaf = x.abs().requires_grad_()
+        (slope,) = torch.autograd.grad(call(leaf).sum(), leaf)
+    sign = x.sign()
+    return slope.mul_(2).sub_(0.5).mul_(sign.abs()).add_(sign, alpha=0.5)
+
+
+def max_pool(
+    x: Tensor, pool: Callable[[Tensor], Tensor], s: Tensor, *, nonnegative: bool = False
+) -> Tensor:
     r"""The twin form of max pooling: the maximum of ``x`` and of ``|x|`` in every window.
 
     Padding by :math:`-\infty` takes no part.
 
     Args:
         x: (B, C, ...).
-        pool: ``x -> (maximum, indices)``; the indices count the elements of one channel.
-        s: shaped like the maximum.
+        pool: ``x -> maximum``.
+        s: (S, ...), shaped like the maximum.
+        nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
         >>> x = torch.tensor([[[1.0, -2.0]]])
-        >>> pool = lambda x: torch.nn.functional.max_pool1d(x, 2, return_indices=True)
-        >>> max_pool(x, pool, torch.ones(1, 1, 1))
-        tensor([[[1., 2.]]])
+        >>> max_pool(x, lambda x: torch.nn.functional.max_pool1d(x, 2), torch.ones(1, 1, 1, 1))
+        tensor([[[[1., 1.]]]])
     """
-    spatial = s.dim() - 2
-
-    def routed(values: Tensor) -> Tensor:
-        maximum, indices = pool(values)
-        scattered = torch.zeros_like(x).flatten(-spatial)
-        contributions = (maximum * s).flatten(-spatial)
-        return scattered.scatter_add(-1, indices.flatten(-spatial), contributions).view_as(x)
-
-    if bool((x < 0).any()):
-        return routed(x) + routed(magnitude(x))
-    return 2 * routed(x)
+    routed = _transposed(pool, x, s)
+    if nonnegative:
+        return routed.mul_(2)
+    return routed.mul_(x.sign()).add_(_transposed(pool, magnitude(x), s))
 
 
 def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The numerator of the rule of layer norm; mean and variance are constants of the call.
+    r"""The factor of layer norm; mean and variance are constants of the call.
 
-    :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s`.
+    :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s`, per magnitude
+    :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`.
 
     Args:
         x: input, (..., D).
@@ -353,14 +486,17 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
         tensor([[1.7071, 0.2929]])
     """
     dims = list(range(-normalized_dims, 0))
-    plain, twin_part = _scaled(x, dims, eps), _scaled(x.abs(), dims, eps)
-    return plain + twin_part if weight is None else plain * weight + twin_part * weight.abs()
+    plain, twin_part = _rsigma(x, dims, eps), _rsigma(x.abs(), dims, eps)
+    if weight is not None:
+        plain, twin_part = plain * weight, twin_part * weight.abs()
+    sign = x.sign()
+    return (sign * plain).addcmul_(sign.abs(), twin_part)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The numerator of the rule of group norm (of instance norm, with one channel in each group).
+    r"""The factor of group norm (of instance norm, with one channel in each group).
 
-    As :func:`layer_norm`: :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s` with
+    As :func:`layer_norm`: :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)` with
     :math:`\sigma` over the channels of a group and all places.
 
     Args:
@@ -377,40 +513,47 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Ten
         tensor([[[1.7071, 0.2929]]])
     """
     grouped = x.unflatten(1, (groups, -1)).flatten(2)
-    plain, twin_part = (_scaled(v, [2], eps).view_as(x) for v in (grouped, grouped.abs()))
-    if weight is None:
-        return plain + twin_part
-    weight = weight.view(-1, *[1] * (x.dim() - 2))
-    return plain * weight + twin_part * weight.abs()
+    per_channel = (1, x.shape[1], *[1] * (x.dim() - 2))
+    plain, twin_part = (
+        _rsigma(v, [2], eps).expand(-1, -1, x.shape[1] // groups).reshape(-1, *per_channel[1:])
+        for v in (grouped, grouped.abs())
+    )
+    if weight is not None:
+        weight = weight.view(per_channel)
+        plain, twin_part = plain * weight, twin_part * weight.abs()
+    sign = x.sign()
+    return (sign * plain).addcmul_(sign.abs(), twin_part)
 
 
-def _scaled(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """The tensor divided by its standard deviation over some dimensions."""
-    return x * (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+def _rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """The reciprocal of the standard deviation over some dimensions."""
+    return (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
 
 
 def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The numerator of the rule of RMS norm; the mean square is a constant of the call.
+    r"""The factor of RMS norm; the mean square is a constant of the call.
 
-    The mean square of ``x`` is that of ``|x|``:
-    :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`.
+    The mean square of ``x`` is that of ``|x|``: :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`,
+    per magnitude :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
 
     Args and returns: as :func:`layer_norm`.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, -4.0]]), 1, torch.ones(2), 0.0)
-        tensor([[1.6971, 0.0000]])
+        tensor([[0.5657, 0.0000]])
     """
     dims = list(range(-normalized_dims, 0))
-    scaled = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return 2 * (scaled if weight is None else scaled * weight).clamp(min=0)
+    scale = 2 * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    scale = scale.expand_as(x) if weight is None else scale * weight
+    return rectify(scale.abs(), x * scale)
 
 
 def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
-    r"""The numerator of the rule of softmax; maximum and denominator are constants of the call.
+    r"""The factor of softmax; maximum and denominator are constants of the call.
 
-    :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`. What is masked, by :math:`-\infty` or a number
-    that leaves it a probability below ``EPS``, takes no part; where all is masked there is no relevance.
+    :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`, per magnitude
+    :math:`k = \mathrm{sign}(x) p + \mathrm{softmax}(|x|)`. What is masked, by :math:`-\infty` or a number
+    that leaves it a probability of at most ``EPS``, takes no part; where all is masked there is none.
 
     Args:
         x: logits, any shape.
@@ -425,10 +568,18 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         >>> softmax(x, x.softmax(0), 0)
         tensor([0.0000, 0.0000, 1.4621])
     """
-    masked = torch.isneginf(x) | (probabilities < EPS)
-    absolute = x.abs().masked_fill(masked, 0)
-    twin_probabilities = absolute.masked_fill(masked, -torch.inf).softmax(dim).nan_to_num()
-    return x.masked_fill(masked, 0) * probabilities.nan_to_num() + absolute * twin_probabilities
+
+    def unmasked(values: Tensor) -> Tensor:
+        result: Tensor = torch.ops.aten.threshold_backward(values, shares, EPS)
+        return result
+
+    shares = probabilities.nan_to_num()
+    # What is masked counts as zero here, and is left out of the denominator by the division below.
+    absolute = unmasked(x.abs())
+    twin_part = unmasked(absolute.softmax(dim))
+    twin_part /= twin_part.sum(dim, keepdim=True).clamp(min=_SMALLEST)
+    sign = x.sign()
+    return unmasked(shares).mul_(sign).addcmul_(twin_part, sign.abs())
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -438,7 +589,7 @@ def magnitude(x: Tensor) -> Tensor:
         >>> magnitude(torch.tensor([-2.0, -float("inf")]))
         tensor([2., 0.])
     """
-    return x.abs().masked_fill(x.isinf(), 0)
+    return x.abs().masked_fill_(x.isinf(), 0)
 
 
 def twin(
@@ -449,25 +600,25 @@ def twin(
 ) -> Tensor:
     r"""The definition of the rule, for any differentiable call.
 
-    :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`.
-    Infinite values mask an element, which takes no part.
+    :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`, per
+    magnitude with :math:`\mathrm{sign}(x)` in place of :math:`x`. Infinite values mask an element, which
+    takes no part.
 
     Args:
         x: input, any shape.
         call: ``x -> f(x; w, b)``.
         absolute_call: ``x -> f(x; |w|, |b|)``; it is given ``|x|``.
-        s: shaped like the output of the call, see :func:`divide`.
+        s: (S, ...), shaped like the output of the call.
 
     Returns:
-        Relevance shaped like ``x``.
+        Relevance per magnitude of ``x``.
 
     Example:
         >>> w = torch.tensor([[3.0, -4.0]])
         >>> twin(torch.tensor([[1.0, -2.0]]), lambda x: F.linear(x, w),
-        ...      lambda x: F.linear(x, w.abs()), torch.ones(1, 1))
-        tensor([[ 6., 16.]])
+        ...      lambda x: F.linear(x, w.abs()), torch.ones(1, 1, 1))
+        tensor([[[6., 8.]]])
     """
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        value = call(leaf) + absolute_call(magnitude(leaf))
-    return (x * torch.autograd.grad(value, leaf, s)[0]).masked_fill(x.isinf(), 0)
+    gradient = _transposed(lambda x: call(x) + absolute_call(magnitude(x)), x, s)
+    sign = x.sign()
+    return (sign * gradient).masked_fill_((x == 0) | x.isinf(), 0)

@@ -4,6 +4,8 @@ The model is never changed. Its forward pass runs under a ``TorchFunctionMode``:
 that carries relevance (``F.linear``, ``+``, ``@``, ``softmax``, an in-place ReLU ...) is answered by a
 node of the autograd graph whose forward is the call itself and whose backward is the rule. Autograd
 then does the bookkeeping: relevance of a tensor that is used twice adds up, views and slices route it.
+What goes along the graph is relevance per magnitude, see :mod:`captum_abslrp.functional`; the graph is
+run back in :mod:`captum_abslrp.propagation`.
 
 A call has one of three fates:
 
@@ -56,7 +58,8 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Call", "Interception", "UnsupportedCallError"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
-"""From the relevance of the output to that of each source, before it is scaled."""
+"""From relevance per magnitude of the output, of shape (S, ``*output.shape``) for S seeds, to that of each
+source, (S, ``*source.shape``), before it is scaled. A factor that all sources share may be left out."""
 
 
 class UnsupportedCallError(NotImplementedError):
@@ -71,11 +74,17 @@ class Answer(NamedTuple):
     sources: Sequence[Tensor]
     """The inputs of the call that receive relevance."""
     propagate: Propagate
-    """Hands relevance of the output to the sources; may be called once per seed."""
+    """Hands relevance per magnitude of the output to the sources; is called once, for all seeds."""
     scaled: bool = True
     """Whether the relevance of each sample is scaled afterwards (pass-through calls: no)."""
     constants: Sequence[Tensor] = ()
     """Arguments that depend on the explained inputs, too, and are constants of this call."""
+    nonnegative: bool = False
+    """Whether no negative entry of the output takes part in what comes after: there is none, or the rule
+    hands nothing on where the output is negative. The rules of later calls may make use of it."""
+    vanishing: bool = False
+    """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
+    is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
 
 
 class Kept:
@@ -108,6 +117,7 @@ class Call:
         interception: the forward pass that the call belongs to.
         reflected: whether the positional arguments are in reverse order.
         result: the output, where it is known already.
+        target: the tensor that the call overwrites, if it is an in-place call.
         absolute_func: the function with the magnitude of its own parameters, where it has any (a layer).
     """
 
@@ -121,6 +131,7 @@ class Call:
     interception: Interception
     reflected: bool = False
     result: Tensor | None = None
+    target: Tensor | None = None
     absolute_func: Callable[..., Any] | None = None
 
     @property
@@ -135,6 +146,15 @@ class Call:
     def run(self, compute: Callable[[], Tensor]) -> Tensor:
         """The output of the call: computed, unless it is known already."""
         return compute() if self.result is None else self.result.detach()
+
+    def is_nonnegative(self, *values: Any) -> bool:
+        """Whether it is known, without a look at them, that no value is negative: numbers and tensors."""
+        return all(
+            self.interception.is_nonnegative(v)
+            if isinstance(v, Tensor)
+            else isinstance(v, (int, float)) and v >= 0
+            for v in values
+        )
 
     def __str__(self) -> str:
         where = f"`{self.path}`" if self.path else "the model itself"
@@ -173,6 +193,9 @@ class Interception(TorchFunctionMode):
         self.result = result
         self._modules = _ModuleStack(self, model)
         self._kept: dict[int, list[Kept]] = {}
+        self._overwritten: dict[int, int] = {}
+        self._aliased: dict[int, list[Tensor]] = {}
+        self._fresh: Tensor | None = None
 
     def __enter__(self) -> Interception:
         self._modules.start()
@@ -191,6 +214,8 @@ class Interception(TorchFunctionMode):
     ) -> None:
         self._modules.stop()
         self._kept.clear()
+        self._aliased.clear()
+        self._fresh = None
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_function__(
@@ -206,6 +231,7 @@ class Interception(TorchFunctionMode):
             return self._in_place(name, func, args, kwargs)
         if not any(map(carries_relevance, tensors_in((args, kwargs)))):
             return _untracked(func, args, kwargs)
+        self._fresh = None
         kwargs.pop("out", None)
         self.check_visible((args, kwargs))
         return self._answer(name, func, args, kwargs, reflected=reflected)
@@ -214,8 +240,14 @@ class Interception(TorchFunctionMode):
         """Look for tensors that an autograd function of the model has made."""
         for tensor in tensors_in(value):
             node = tensor.grad_fn
-            if isinstance(node, BackwardCFunction) and not is_answered(node):
+            if isinstance(node, BackwardCFunction) and not isinstance(node, _OWN_NODES):
                 self._opaque(node.name().removesuffix("Backward"), self.innermost)
+            if hasattr(tensor, _STALE):
+                raise UnsupportedCallError(
+                    f"Expected a tensor that a call has handed on as it was to be left alone afterwards, "
+                    f"but got one in `{self.innermost.path}` that was changed in place by that other name "
+                    f"and is used again. Replace the in-place call, or clone the tensor before."
+                )
 
     def _answer(
         self,
@@ -225,6 +257,7 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any],
         *,
         reflected: bool = False,
+        target: Tensor | None = None,
     ) -> Any:
         is_property = getattr(func, "__name__", "") == "__get__"
         if name in PASS_THROUGH and torch.is_grad_enabled():
@@ -246,6 +279,7 @@ class Interception(TorchFunctionMode):
             self,
             reflected,
             self.result,
+            target,
         )
         rule = self.rule_of(call)
         if rule is None:
@@ -299,6 +333,13 @@ class Interception(TorchFunctionMode):
             args, kwargs = tree_unflatten(leaves, spec)
         result = func(*args, **kwargs)
         follow(name, func, args, kwargs, result, self.batch_size)
+        leaves = tree_flatten((args, kwargs))[0]
+        floating = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        if all(map(self.is_nonnegative, floating)) and not (
+            name in _FILLING and any(isinstance(v, (int, float)) and v < 0 for v in leaves)
+        ):
+            for tensor in tensors_in(result):
+                self.mark_nonnegative(tensor)
         return result
 
     def rule_of(self, call: Call) -> Rule | None:
@@ -327,7 +368,8 @@ class Interception(TorchFunctionMode):
         layer, sources = frame.module, frame.sources
         assert layer is not None and sources is not None
         if not isinstance(rule, Rule):
-            return self.attach(answer_by_captum_rule(rule, layer, sources, output))
+            kept = self.keep(output)
+            return self.attach(answer_by_captum_rule(rule, layer, sources, output, kept))
         call = Call(
             type(layer).__name__,
             layer.forward,
@@ -351,38 +393,41 @@ class Interception(TorchFunctionMode):
         for source in answer.sources:
             check_aligned(source, self.batch_size)
         output = answer.output
-        if any(_storage(output) == _storage(s) for s in answer.sources):
-            output = output.clone()
-        elif output._is_view():  # of a tensor that nothing else has, made inside of the call
+        aliased = [s for s in answer.sources if _storage(s) == _storage(output)]
+        if aliased:  # handed on as it is: dropout
+            self._aliased.setdefault(_storage(output), []).extend(aliased)
+        if (
+            aliased or output._is_view()
+        ):  # of a tensor that nothing else has, made inside of the call
             output = output.data
+        step = Step(
+            answer.propagate,
+            [self.keep(source) for source in answer.sources] if answer.scaled else [],
+            # The step must not hold the output, whose history it becomes, itself.
+            self.keep(output) if answer.scaled and self.joint else None,
+            [(source.shape, source.dtype) for source in answer.sources],
+            self.batch_size,
+            self.total,
+            self.keep(output) if answer.vanishing else None,
+        )
+        result: Tensor = _Node.apply(step, [output], *answer.sources)
+        if answer.nonnegative:
+            self.mark_nonnegative(result)
+        self._fresh = result
+        return result
 
-        # The closure must not hold the output, whose history it becomes: memory would be freed late.
-        rule, scaled = answer.propagate, answer.scaled
-        shapes = [(s.shape, s.dtype) for s in answer.sources]
+    def is_fresh(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the output of the last call, so that nothing else has made use of it."""
+        return tensor is self._fresh
 
-        def propagate(relevance: Tensor) -> list[Tensor]:
-            relevance = in_full_precision(relevance)
-            relevances = [
-                r.sum_to_size(shape) for r, (shape, _) in zip(rule(relevance), shapes, strict=True)
-            ]
-            if scaled:
-                relevances = self.normalize(relevance, relevances)
-            return [r.to(dtype) for r, (_, dtype) in zip(relevances, shapes, strict=True)]
+    def is_nonnegative(self, tensor: Tensor) -> bool:
+        """Whether it is known that no negative entry of a tensor takes part in the calls on it."""
+        mark = getattr(tensor, _NONNEGATIVE, None)
+        return mark is not None and mark == self._overwritten.get(_storage(tensor), 0)
 
-        return _Node.apply(propagate, [output], *answer.sources)
-
-    def normalize(self, relevance: Tensor, relevances: Sequence[Tensor]) -> list[Tensor]:
-        """Scale what a call hands to its inputs: each to the total, or all to what arrived."""
-        rows = [self._by_sample(r) for r in relevances]
-        totals: Tensor | float = self.total
-        if self.joint:
-            totals = self._by_sample(relevance).abs().sum(1)
-        scaled = functional.normalize(rows, totals=totals, joint=self.joint)
-        return [r.reshape(like.shape) for r, like in zip(scaled, relevances, strict=True)]
-
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        """View of shape (B, -1). A leading dimension of k B holds k parts of every sample."""
-        return tensor.reshape(self.batch_size, -1)
+    def mark_nonnegative(self, tensor: Tensor) -> None:
+        """Make it known that no entry of a tensor is negative, until it is changed in place."""
+        setattr(tensor, _NONNEGATIVE, self._overwritten.get(_storage(tensor), 0))
 
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor for the backward pass without a copy, unless it is changed in place later."""
@@ -408,32 +453,110 @@ class Interception(TorchFunctionMode):
         if not isinstance(target, Tensor):
             return _untracked(func, args, kwargs)
         if not any(map(carries_relevance, tensors_in((args, kwargs)))):
-            self._release(target)
+            self.release(target)
             return _untracked(func, args, kwargs)
         if name in IN_PLACE_PASS_THROUGH:
-            self._release(target)
+            self.release(target)
             for tensor in tensors_in((args, kwargs)):
                 if carries_relevance(tensor):
                     check_aligned(tensor, self.batch_size)
             return func(*args, **kwargs)
+        self.check_visible((args, kwargs))
         func, args, kwargs = out_of_place(name, func, args, kwargs)
-        result = self._answer(name, func, args, kwargs)
-        self._release(target)
+        result = self._answer(name, func, args, kwargs, target=target)
+        if result is target:  # the rule has changed it already
+            return target
+        self.release(target)
+        if not target._is_view() and not target.is_leaf:
+            target.detach_()  # what was there has no part in what is there now
         target.copy_(result)
+        if isinstance(result, Tensor) and self.is_nonnegative(result):
+            self.mark_nonnegative(target)
         return target
 
-    def _release(self, target: Tensor) -> None:
-        """Clone what is kept of a tensor that is about to change."""
-        for cell in self._kept.pop(_storage(target), []):
+    def release(self, target: Tensor) -> None:
+        """Get ready for a change of a tensor in place: what is kept of it is cloned."""
+        storage = _storage(target)
+        for cell in self._kept.pop(storage, []):
             cell.tensor = cell.tensor.clone()
+        self._overwritten[storage] = self._overwritten.get(storage, 0) + 1
+        for source in self._aliased.pop(storage, []):
+            if source is not target:
+                setattr(source, _STALE, True)
+
+
+@dataclass
+class Step:
+    """The way back through one call that was answered by a rule."""
+
+    propagate: Propagate | None
+    sources: Sequence[Kept]
+    """The sources, where what they get is scaled."""
+    output: Kept | None
+    """The output, where all sources together are scaled to what arrived at it (``"joint"``)."""
+    layouts: Sequence[tuple[torch.Size, torch.dtype]]
+    """Shape and dtype of each source."""
+    batch_size: int
+    total: float
+    vanishing: Kept | None
+    """The output, where it may be next to nothing."""
+    stabilised: bool = False
+    """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
+    unscaled: frozenset[int] = frozenset()
+    """Sources whose scale does not matter, because what comes next is scaled itself."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether what the sources get is scaled."""
+        return bool(self.sources)
+
+    def __call__(self, s: Tensor) -> tuple[Tensor, ...]:
+        """Relevance per magnitude of the sources from that of the output: (S, ...) for S seeds."""
+        rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
+        if rule is None:
+            raise RuntimeError("Expected each call to be run back once, but got a second time.")
+        arrived = given = in_full_precision(s)
+        if self.vanishing is not None:
+            given = given * functional.stabiliser(self.vanishing())
+            self.vanishing = None
+        shares = [
+            functional.sum_to_size(share, torch.empty(shape, device="meta"))
+            for share, (shape, _) in zip(rule(given), self.layouts, strict=True)
+        ]
+        del rule
+        if self.scaled:
+            shares = self._scale(arrived, shares)
+        return tuple(
+            share.to(dtype) for share, (_, dtype) in zip(shares, self.layouts, strict=True)
+        )
+
+    def _scale(self, s: Tensor, shares: list[Tensor]) -> list[Tensor]:
+        """Scale each source to the total, or all of them to what arrived."""
+        chosen = [i for i in range(len(shares)) if i not in self.unscaled]
+        totals: Tensor | float = self.total
+        if self.output is not None:
+            magnitudes = self.output().abs() + (functional.EPS if self.stabilised else 0)
+            arrived = functional.relevance(magnitudes, s)
+            totals = arrived.reshape(len(s), self.batch_size, -1).abs().sum(2)
+        scaled = functional.scale(
+            [self.sources[i]().reshape(self.batch_size, -1) for i in chosen],
+            # A leading dimension of k B holds k parts of every sample.
+            [shares[i].reshape(len(s), self.batch_size, -1) for i in chosen],
+            totals=totals,
+            joint=self.output is not None,
+        )
+        for i, share in zip(chosen, scaled, strict=True):
+            shares[i] = share.view_as(shares[i])
+        self.sources, self.output = (), None
+        return shares
 
 
 class _Node(torch.autograd.Function):
-    """The node of the autograd graph whose backward is a rule."""
+    """The node of the autograd graph whose backward is a step."""
 
     @staticmethod
-    def forward(ctx: Any, propagate: Propagate, output: list[Tensor], *sources: Tensor) -> Tensor:
-        ctx.propagate = propagate
+    def forward(ctx: Any, step: Step, output: list[Tensor], *sources: Tensor) -> Tensor:
+        ctx.step = step
         ctx.set_materialize_grads(False)
         # Handed over in a list: autograd takes a tensor that is an argument and is returned for a
         # view of it, which later in-place calls of the model could then not change.
@@ -441,16 +564,62 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (relevance,) = grad_outputs
-        if relevance is None:
+        (s,) = grad_outputs
+        if s is None:
             return (None,) * len(ctx.needs_input_grad)
-        with torch.autocast(relevance.device.type, enabled=False):
-            return (None, None, *ctx.propagate(relevance))
+        with torch.autocast(s.device.type, enabled=False):
+            return (None, None, *_ForAllSeeds.apply(ctx.step, s))
+
+
+class _ForAllSeeds(torch.autograd.Function):
+    """A step, which sees all seeds at once where autograd is run for many under ``vmap``."""
+
+    @staticmethod
+    def forward(step: Step, s: Tensor) -> tuple[Tensor, ...]:
+        return tuple(share.squeeze(0) for share in step(s.unsqueeze(0)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there is no way back through the way back."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, Any], step: Step, s: Tensor) -> Any:
+        shares = step(s.movedim(in_dims[1], 0))
+        return shares, (0,) * len(shares)
+
+
+class Given(torch.autograd.Function):
+    """The input of a module under Captum's ``LRP``, which is given relevance by the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *s: Tensor) -> Tensor:
+        return functional.relevance(*ctx.saved_tensors, *s)
+
+
+class Returned(torch.autograd.Function):
+    """The output of a module under Captum's ``LRP``, which gives relevance to the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.clone()  # which may be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> Tensor:
+        return functional.divide(*relevance, *ctx.saved_tensors)
 
 
 def is_answered(node: Any) -> bool:
     """Whether a node of the autograd graph is the answer of a rule."""
     return isinstance(node, _Node._backward_cls)  # type: ignore[attr-defined]  # of its metaclass
+
+
+_OWN_NODES = tuple(function._backward_cls for function in (_Node, Given, Returned))  # type: ignore[attr-defined]
 
 
 class _Reentered:
@@ -623,6 +792,17 @@ def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return func(*args, **kwargs)
     with torch.no_grad():
         return func(*args, **kwargs)
+
+
+_NONNEGATIVE = "_abslrp_nonnegative"
+"""Mark of a tensor without negative entries: how often its memory had been overwritten by then."""
+_STALE = "_abslrp_stale"
+"""Mark of a tensor whose memory was overwritten by another name, so that its history is wrong."""
+_FILLING = frozenset(
+    "__setitem__ index_copy masked_fill masked_scatter pad scatter select_scatter slice_scatter "
+    "diagonal_scatter where".split()
+)
+"""Calls that move elements and may put numbers beside them."""
 
 
 def _storage(tensor: Tensor) -> int:

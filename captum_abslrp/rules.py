@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 import torch
 from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from captum_abslrp import forms
-from captum_abslrp.interception import Answer, Call, Interception
+from captum_abslrp import forms, functional
+from captum_abslrp.interception import Answer, Call, Given, Interception, Kept, Returned
 
 __all__ = [
     "AbsLRPRule",
@@ -95,12 +96,14 @@ class Rule(PropagationRule):
             )
         # Calls of torch's own leaf modules are single, so their result is the module's.
         own = type(module).__module__.startswith("torch.nn.") and not list(module.children())
+        given = [Given.apply(x) for x in inputs]
         with Interception(
             lambda call: self,
             batch_size=inputs[0].shape[0],
             result=outputs if own and isinstance(outputs, Tensor) else None,
         ):
-            return module.forward(*(x.view_as(x) for x in inputs))
+            output = module.forward(*given)
+        return tree_map_only(Tensor, Returned.apply, output)
 
     def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Captum's place to change weights: these rules need none of it."""
@@ -388,7 +391,7 @@ class AbsLRPRule(Rule):
 
 
 def answer_by_captum_rule(
-    rule: PropagationRule, module: nn.Module, inputs: Sequence[Any], output: Tensor
+    rule: PropagationRule, module: nn.Module, inputs: Sequence[Any], output: Tensor, z: Kept
 ) -> Answer:
     """Let a rule of Captum's (or one written for it) answer a module.
 
@@ -400,11 +403,19 @@ def answer_by_captum_rule(
         module: the module, with one output.
         inputs: its positional inputs, as they came.
         output: its output, of any shape.
+        z: the output, kept for the backward pass.
     """
     kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     at = [i for i, x in enumerate(inputs) if forms.is_source(x)]
 
-    def propagate(relevance: Tensor) -> list[Tensor]:
+    def propagate(s: Tensor) -> list[Tensor]:
+        relevances = functional.relevance(z(), s)
+        parts = zip(*(of_seed(relevance) for relevance in relevances), strict=True)
+        return [
+            functional.divide(torch.stack(part), kept[i]) for i, part in zip(at, parts, strict=True)
+        ]
+
+    def of_seed(relevance: Tensor) -> list[Tensor]:
         layer = copy.deepcopy(module)
         own = copy.copy(rule)
         own.relevance_input = defaultdict(list)

@@ -496,7 +496,10 @@ def test_inputs_without_further_dimensions() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x.unsqueeze(1))
 
-    relevance, delta = AbsLRP(Unsqueezed()).attribute(batch(3), 1, return_convergence_delta=True)
+    # Each sample has one element, which gets all: the maps of target and contrast are the same.
+    relevance, delta = AbsLRP(Unsqueezed()).attribute(
+        batch(3), 1, contrast=None, return_convergence_delta=True
+    )
     assert relevance.shape == delta.shape == (3,)
     assert delta.dtype == torch.float64
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from captum_abslrp.interception import Interception
+from captum_abslrp.propagation import TOTAL, propagate
 from captum_abslrp.rules import (
     AbsLRPRule,
     DropoutRule,
@@ -56,6 +57,12 @@ def literal(
     return results
 
 
+def share(relevance: Tensor) -> Tensor:
+    """Relevance scaled to one, if there is any."""
+    total = relevance.abs().sum()
+    return relevance / total if total > 0 else relevance
+
+
 def by_rule(
     rule: Rule,
     call: Callable[..., Tensor],
@@ -65,10 +72,10 @@ def by_rule(
     """Relevance of the inputs as the rule hands it over, and the relevance that it was given."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     given_ = [leaf.clone() for leaf in leaves]
-    with Interception(lambda call: rule, batch_size=1, total=1.0):
+    with Interception(lambda call: rule, batch_size=1, total=TOTAL):
         z = call(*given_)
     r = relevance(z.detach())
-    return list(torch.autograd.grad(z, leaves, r)), r
+    return [of_leaf[0] for of_leaf in propagate(z, leaves, r.unsqueeze(0))], r
 
 
 def assert_literal(
@@ -87,7 +94,7 @@ def assert_literal(
         lambda z: draw_tensor(seed + 1, *z.shape).abs(),
     )
     for got, expected in zip(actual, literal(call, inputs, weights, relevance), strict=True):
-        scaled = expected / (expected.abs().sum() + EPS)
+        scaled = share(expected)
         torch.testing.assert_close(got, scaled, rtol=1e-8, atol=1e-12)
 
 
@@ -184,9 +191,7 @@ def test_max_pooling(
     leaf = x.clone().requires_grad_()
     total = (relevance * (call(leaf) + call(leaf.abs()))).sum()
     expected = x * torch.autograd.grad(total, leaf)[0]
-    torch.testing.assert_close(
-        actual[0], expected / (expected.abs().sum() + EPS), rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-8, atol=1e-12)
 
 
 @given(seeds, st.sampled_from([1, 2, 3]), st.integers(1, 3))
@@ -215,9 +220,7 @@ def test_batch_norm(seed: int, channels: int, spatial: int, affine: bool) -> Non
         lambda z: draw_tensor(seed + 1, *z.shape).abs(),
     )
     (expected,) = literal(affine_call, [x], [scale, shift], relevance)
-    torch.testing.assert_close(
-        actual[0], expected / (expected.abs().sum() + EPS), rtol=1e-7, atol=1e-12
-    )
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-7, atol=1e-12)
 
 
 ELEMENTWISE = [F.relu6, F.leaky_relu, F.gelu, F.silu, F.mish, F.elu, F.celu, F.selu, torch.sigmoid,
@@ -244,7 +247,7 @@ def test_relu(function: Callable[[Tensor], Tensor], seed: int, b: int) -> None:
         AbsLRPRule(), function, [x], lambda z: draw_tensor(seed + 1, *z.shape).abs() * (z > 0)
     )
     (expected,) = literal(torch.relu, [x], [], relevance)
-    torch.testing.assert_close(actual[0], expected / (expected.sum() + EPS), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-6, atol=1e-12)
 
 
 @given(seeds, st.sampled_from(["none", "tanh"]))
@@ -275,9 +278,7 @@ def test_layer_norm(seed: int, n: int, d: int, affine: bool, two_dims: bool) -> 
         return (values.var(dims, correction=0, keepdim=True) + 1e-5).sqrt()
 
     expected = (x * w / sigma(x) + (x * w).abs() / sigma(x.abs())) * s
-    torch.testing.assert_close(
-        actual[0], expected / (expected.abs().sum() + EPS), rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-8, atol=1e-12)
 
 
 @given(seeds, sizes, st.integers(2, 5))
@@ -295,9 +296,7 @@ def test_rms_norm(seed: int, n: int, d: int) -> None:
 
     s = relevance / ((x * weight / rms(x)).abs() + EPS)
     expected = (x * weight / rms(x) + (x * weight).abs() / rms(x.abs())) * s
-    torch.testing.assert_close(
-        actual[0], expected / (expected.abs().sum() + EPS), rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-8, atol=1e-12)
 
 
 @given(seeds, sizes, st.integers(2, 5), st.sampled_from([1, -1]))
@@ -309,9 +308,7 @@ def test_softmax(seed: int, n: int, d: int, dim: int) -> None:
 
     s = relevance / (x.softmax(dim) + EPS)
     expected = (x * x.softmax(dim) + x.abs() * x.abs().softmax(dim)) * s
-    torch.testing.assert_close(
-        actual[0], expected / (expected.abs().sum() + EPS), rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-8, atol=1e-12)
 
 
 @given(seeds, sizes, sizes, sizes, st.booleans(), st.booleans(), st.booleans())
@@ -354,7 +351,7 @@ def test_dropout_rule_is_the_twin_of_the_identity(seed: int) -> None:
         lambda z: draw_tensor(seed, *z.shape).abs(),
     )
     (expected,) = literal(lambda x: x * 1.0, [x], [], relevance)
-    torch.testing.assert_close(actual[0], expected / (expected.sum() + EPS), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(actual[0], share(expected), rtol=1e-8, atol=1e-12)
 
 
 CALLS = {

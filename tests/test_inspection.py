@@ -113,7 +113,8 @@ def test_the_twin_of_an_opaque_layer_has_the_magnitude_of_its_weights() -> None:
 
     register_call_rule(Scaled, TwinRule())
     x = batch(3, 6)
-    plain = AbsLRP(network(Plain())).attribute(x, 1)
+    by_definition = get_mapping().extended({"mul": TwinRule()})
+    plain = AbsLRP(network(Plain()), by_definition).attribute(x, 1)
     opaque = AbsLRP(network(Scaled())).attribute(x, 1)
     assert relative_error(opaque, plain) < 1e-9
 

@@ -704,14 +704,14 @@ def test_a_layer_in_a_wrapper_is_the_module_inside() -> None:
 def test_additional_arguments_reach_the_model_sample_by_sample() -> None:
     model = Wired(lambda m, x, gate: m.head(m.act(m.first(x)) * gate), act=nn.ReLU())
     x, gate = batch(3, 6), batch(3, 8)
-    relevance = explain(model, "act", x, additional_forward_args=gate)
+    # Of one sample the maps of target and contrast are the same: one feature gets all.
+    relevance = explain(model, "act", x, additional_forward_args=gate, contrast=None)
     of_act = Wired(lambda m, x: m.head(x * gate), head=model.head)
     with torch.no_grad():
         features = model.act(model.first(x))
-    same(relevance, AbsLRP(of_act).attribute(features, 1))
-    same(
-        explain(model, "act", x, additional_forward_args=(gate,), internal_batch_size=1), relevance
-    )
+    same(relevance, AbsLRP(of_act).attribute(features, 1, contrast=None))
+    options = {"contrast": None, "internal_batch_size": 1}
+    same(explain(model, "act", x, additional_forward_args=(gate,), **options), relevance)
 
 
 def test_output_picks_what_is_explained() -> None:

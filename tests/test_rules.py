@@ -11,7 +11,7 @@ from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRu
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP
-from captum_abslrp.attribution import _propagate
+from captum_abslrp.propagation import propagate
 from captum_abslrp.rules import (
     AbsLRPRule,
     BatchNormRule,
@@ -120,7 +120,7 @@ def test_a_rule_of_captums_wins_over_the_mapping_and_stays() -> None:
     # The trunk's map for that relevance: maps are linear in it up to the scale of each sample.
     leaf = x.clone().requires_grad_()
     output = AbsLRP(trunk)._forward([leaf], ())
-    (expected,) = _propagate(output, [leaf], relevance, retain_graph=False)
+    ((expected,),) = propagate(output, [leaf], relevance.unsqueeze(0))
     assert relative_error(mixed, expected) < 1e-6
 
 

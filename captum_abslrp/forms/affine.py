@@ -11,7 +11,6 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source
-from captum_abslrp.functional import divide
 from captum_abslrp.interception import Answer, Call, carries_relevance
 
 
@@ -24,18 +23,21 @@ class _Geometry(TypedDict):
 
 def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Answer:
     output = call.run(lambda: F.linear(input, weight, bias))
-    x, w, z = call.keep(input), call.keep(weight), call.keep(output)
+    x, w = call.keep(input), call.keep(weight)
+    nonnegative = call.is_nonnegative(input)
     if not carries_relevance(weight):
+        # The weight is brought to full precision piece by piece.
         return Answer(
-            output, [input], lambda relevance: [functional.linear(x(), w(), divide(relevance, z()))]
+            output,
+            [input],
+            lambda s: [functional.linear(x(), w.tensor, s, nonnegative=nonnegative)],
         )
     wanted = [carries_relevance(t) for t in (input, weight)]
 
-    def propagate(relevance: Tensor) -> list[Tensor]:
-        s = divide(relevance, z())
+    def propagate(s: Tensor) -> list[Tensor]:
         rows, columns = x().flatten(0, -2), w().mT
-        of_input, of_weight = functional.matmul(rows, columns, s.flatten(0, -2))
-        return list(compress([of_input.view_as(x()), of_weight.mT], wanted))
+        of_input, of_weight = functional.matmul(rows, columns, s.flatten(1, -2))
+        return list(compress([of_input.view(len(s), *x().shape), of_weight.mT], wanted))
 
     return Answer(output, list(compress([input, weight], wanted)), propagate)
 
@@ -73,13 +75,12 @@ def _convolution(dims: int) -> Form:
             "groups": groups,
         }
         output = call.run(lambda: run(input, weight, bias, **geometry))
-        x, w, z = call.keep(input), call.keep(weight), call.keep(output)
+        x, w = call.keep(input), call.keep(weight)
+        nonnegative = call.is_nonnegative(input)
         return Answer(
             output,
             [input],
-            lambda relevance: [
-                functional.convolution(x(), w(), divide(relevance, z()), **geometry)
-            ],
+            lambda s: [functional.convolution(x(), w(), s, nonnegative=nonnegative, **geometry)],
         )
 
     return answer_convolution
@@ -110,13 +111,14 @@ def _transposed_convolution(dims: int) -> Form:
         }
         extra = _each(output_padding, dims)
         output = call.run(lambda: run(input, weight, bias, output_padding=extra, **geometry))
-        x, w, z = call.keep(input), call.keep(weight), call.keep(output)
+        x, w = call.keep(input), call.keep(weight)
+        nonnegative = call.is_nonnegative(input)
         return Answer(
             output,
             [input],
-            lambda relevance: [
+            lambda s: [
                 functional.convolution(
-                    x(), w(), divide(relevance, z()), output_padding=extra, **geometry
+                    x(), w(), s, output_padding=extra, nonnegative=nonnegative, **geometry
                 )
             ],
         )
@@ -132,11 +134,13 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
         return result
 
     output = call.run(lambda: run(input))
-    x, z = call.keep(input), call.keep(output)
+    x = call.keep(input)
+    bicubic = "bicubic" in (*args, *kwargs.values())
     return Answer(
         output,
         [input],
-        lambda relevance: [functional.linear_map(x(), run, divide(relevance, z()))],
+        lambda s: [functional.linear_map(x(), run, s)],
+        nonnegative=call.is_nonnegative(input) and not bicubic,
     )
 
 

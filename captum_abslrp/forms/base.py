@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
 from captum_abslrp.calls import tensors_in
-from captum_abslrp.functional import divide
+from captum_abslrp.functional import EPS
 from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
 
 Form = Callable[..., Any]
@@ -26,10 +26,10 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
     leaves, structure = tree_flatten((call.args, call.kwargs))
     at = [i for i, leaf in enumerate(leaves) if is_source(leaf)]
     kept = [call.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    z = call.keep(output)
+    z = None if divides else call.keep(output)
 
-    def propagate(relevance: Tensor) -> list[Tensor]:
-        s = divide(relevance, z()) if divides else relevance
+    def propagate(s: Tensor) -> list[Tensor]:
+        given = s if z is None else s * functional.magnitude(z())
         plain = [k() if isinstance(k, Kept) else k for k in kept]
         absolute = [_magnitude(value) for value in plain]
 
@@ -42,12 +42,12 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
                 plain[i],
                 partial(call_with, func, plain),
                 partial(call_with, absolute_func, absolute),
-                s,
+                given,
             )
 
         return [of_source(i) for i in at]
 
-    return Answer(output, [leaves[i] for i in at], propagate)
+    return Answer(output, [leaves[i] for i in at], propagate, vanishing=divides)
 
 
 def answer_constant(call: Call) -> Tensor:
@@ -55,7 +55,7 @@ def answer_constant(call: Call) -> Tensor:
     return call.run(lambda: call.func(*call.args, **call.kwargs))
 
 
-def answer_passed(call: Call) -> Answer:
+def answer_passed(call: Call) -> Any:
     """Relevance moves with its element."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
@@ -64,29 +64,44 @@ def answer_passed(call: Call) -> Answer:
             f"Expected relevance to pass through a call that keeps the shape of its input, but got "
             f"{call}."
         )
-    return passed(output, sources)
+    if len(sources) == 1 and is_alias(output, sources[0]):  # dropout that does nothing
+        return sources[0]
+    z, kept = call.keep(output), [call.keep(source) for source in sources]
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        relevance = functional.relevance(z(), s)
+        # At 0, where a rule of Captum's may leave some, it is finite.
+        return [relevance / x().abs().clamp(min=EPS) for x in kept]
+
+    return Answer(output, sources, propagate, scaled=False)
 
 
-def passed(output: Tensor, sources: Sequence[Tensor]) -> Answer:
-    """Scaling by a constant: relevance moves with its element."""
-    n = len(sources)
-    return Answer(output, sources, lambda relevance: [relevance] * n, scaled=False)
+def passed(
+    output: Tensor,
+    sources: Sequence[Tensor],
+    factor: Callable[[], float | Tensor] = lambda: 1.0,
+    *,
+    nonnegative: bool = False,
+) -> Answer:
+    """Scaling by a constant factor: relevance moves with its element."""
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        value = factor()
+        size = value.abs() if isinstance(value, Tensor) else abs(value)
+        return [s if isinstance(size, float) and size == 1 else s * size] * len(sources)
+
+    return Answer(output, sources, propagate, scaled=False, nonnegative=nonnegative)
 
 
-def once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Compute what does not depend on the seed with the first seed, and keep it for the others.
+def is_alias(output: Tensor, source: Tensor) -> bool:
+    """Whether the output is the input under another name."""
+    layouts = [(t.data_ptr(), t.dtype, t.stride(), t.shape) for t in (output, source)]
+    return output.numel() > 0 and not output.is_meta and layouts[0] == layouts[1]
 
-    What it was computed from is let go.
-    """
-    steps = [compute]
-    result: list[Tensor] = []
 
-    def get() -> Tensor:
-        if steps:
-            result.append(steps.pop()())
-        return result[0]
-
-    return get
+def on_host(condition: Tensor) -> bool | None:
+    """A condition, if it is known without waiting for a device; else None."""
+    return bool(condition.numpy()) if condition.device.type == "cpu" else None
 
 
 def is_source(value: Any) -> bool:

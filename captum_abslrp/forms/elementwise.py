@@ -15,11 +15,10 @@ from captum_abslrp.forms.base import (
     answer_constant,
     answer_twin,
     is_source,
-    once,
+    on_host,
     passed,
 )
-from captum_abslrp.functional import divide
-from captum_abslrp.interception import Answer, Call, Kept
+from captum_abslrp.interception import Answer, Call
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -41,9 +40,19 @@ def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor])
     if output.shape != input.shape:  # broadcast with another argument
         return answer_twin(call)
     x = call.keep(input)
-    even_slope = call.name in _EVEN_SLOPE
-    factor = once(lambda: functional.elementwise(x(), run, even_slope=even_slope))
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
+
+    def factor() -> Tensor:
+        if call.name in _GATES:
+            return functional.gate(x(), run)
+        return functional.elementwise(x(), run, even_slope=call.name in _EVEN_SLOPE)
+
+    return Answer(
+        output,
+        [input],
+        lambda s: [s * factor()],
+        nonnegative=call.name in _NONNEGATIVE,
+        vanishing=True,
+    )
 
 
 def answer_power(call: Call, input: Any, exponent: Any) -> Any:
@@ -64,14 +73,19 @@ def answer_clamp(call: Call, input: Tensor, min: Any = None, max: Any = None) ->
     return answer_elementwise(call, *call.operands, **call.kwargs)
 
 
-def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Answer:
+def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     """The twin rule of ReLU is the identity, up to the scale of a sample, where the output is positive.
 
     Where the output is zero, so is the relevance that arrives there: the call that handed it over has
-    multiplied by that zero. A rule that does not (Captum's ``IdentityRule``) is passed on as it is,
-    as under Captum's own ``LRP``; the literal twin would divide it by the stabiliser.
+    multiplied by that zero. So nothing is left to do on the way back.
     """
-    return Answer(call.run(lambda: torch.relu(input)), [input], lambda relevance: [relevance])
+    if call.target is input and call.interception.is_fresh(input):
+        call.interception.release(input)
+        torch.relu_(input)  # its history stays what it is
+        call.interception.mark_nonnegative(input)
+        return input
+    output = call.run(lambda: torch.relu(input))
+    return Answer(output, [input], lambda s: [s], nonnegative=True)
 
 
 MASKED = -100.0
@@ -91,52 +105,57 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
     output = call.run(lambda: summands[0] + summands[1])
     sources = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
     constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
-    if constants and _is_mask(constants[0]):
+    nonnegative = call.is_nonnegative(*summands)
+    is_mask = _is_mask(constants[0]) if constants else False
+    if is_mask is True:
         return passed(output, [argument for argument, _ in sources])
-    z = call.keep(output)
-    factors = [once(partial(_factor_of_summand, call.keep(s), z)) for _, s in sources]
-    return Answer(
-        output,
-        [argument for argument, _ in sources],
-        lambda relevance: [factor() * relevance for factor in factors],
-    )
+    kept = [call.keep(s) for _, s in sources]
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        shares = [functional.rectify(functional.sum_to_size(s, x()), x()) for x in kept]
+        if is_mask is False:
+            return shares
+        return [s * is_mask + share * ~is_mask for share in shares]  # known on the device only
+
+    return Answer(output, [argument for argument, _ in sources], propagate, nonnegative=nonnegative)
 
 
-def _is_mask(value: Any) -> bool:
-    """Whether a constant summand only masks: it holds 0 where all stays, and a very low number."""
+def _is_mask(value: Any) -> bool | Tensor:
+    """Whether a constant summand only masks: it holds 0 where all stays, and a very low number.
+
+    A tensor of one element, where the answer is on a device that would have to be waited for.
+    """
     if not isinstance(value, Tensor):
         return bool(value == 0)
     if value.is_meta:  # inspected without values
         return False
-    return bool(((value == 0) | (value <= MASKED)).all())
-
-
-def _factor_of_summand(summand: Kept, output: Kept) -> Tensor:
-    return functional.diagonal(summand(), 1.0, output())
+    answer = ((value == 0) | (value <= MASKED)).all()
+    known = on_host(answer)
+    return answer if known is None else known
 
 
 def answer_head_sum(call: Call, input: Any, other: Any) -> Answer:
     if not (is_source(input) and is_source(other)):
         return answer_addition(call, input, other)
     output = call.run(lambda: torch.add(input, other))
-    x, y, z = call.keep(input), call.keep(other), call.keep(output)
-
-    def propagate(relevance: Tensor) -> list[Tensor]:
-        s = divide(relevance, z())
-        return [x().abs() * s, y().abs() * s]
-
-    return Answer(output, [input, other], propagate)
+    return Answer(output, [input, other], lambda s: [s, s])
 
 
 def answer_product(call: Call, input: Any, other: Any) -> Answer:
     output = call.run(lambda: input * other)
     sources = [t for t in (input, other) if is_source(t)]
-    if _is_scalar(input, other) or _is_scalar(other, input):
-        return passed(output, sources)
-    a, b, z = call.keep(input), call.keep(other), call.keep(output)
-    factor = once(lambda: functional.diagonal(a(), b(), z()))
-    n = len(sources)
-    return Answer(output, sources, lambda relevance: [factor() * relevance] * n)
+    nonnegative = call.is_nonnegative(input, other)
+    for value, against in ((input, other), (other, input)):
+        if _is_scalar(value, against):
+            factor = call.keep(value) if isinstance(value, Tensor) else partial(float, value)
+            return passed(output, sources, factor, nonnegative=nonnegative)
+    a, b = call.keep(input), call.keep(other)
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        pairs = ((a(), b(), input), (b(), a(), other))
+        return [functional.diagonal(x, y, s) for x, y, given in pairs if is_source(given)]
+
+    return Answer(output, sources, propagate, nonnegative=nonnegative)
 
 
 def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
@@ -144,12 +163,18 @@ def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
     output = call.run(lambda: torch.div(input, other, rounding_mode=rounding_mode))
     if rounding_mode is not None or not is_source(input):
         return output
+    nonnegative = call.is_nonnegative(input, other)
     if _is_scalar(other, input):
-        return passed(output, [input])
-    x, c, z = call.keep(input), call.keep(other), call.keep(output)
-    factor = once(lambda: functional.diagonal(x(), c().reciprocal(), z()))
-    constants = [other] if is_source(other) else []
-    return Answer(output, [input], lambda relevance: [factor() * relevance], constants=constants)
+        divisor = call.keep(other) if isinstance(other, Tensor) else partial(float, other)
+        return passed(output, [input], lambda: 1 / divisor(), nonnegative=nonnegative)
+    x, c = call.keep(input), call.keep(other)
+    return Answer(
+        output,
+        [input],
+        lambda s: [functional.diagonal(x(), c().reciprocal(), s)],
+        constants=[other] if is_source(other) else [],
+        nonnegative=nonnegative,
+    )
 
 
 def _is_scalar(value: Any, other: Any) -> bool:
@@ -168,13 +193,19 @@ def answer_dropout(
     inplace: bool = False,
 ) -> Answer:
     output = call.run(lambda: call.func(input, p, training))
+    if call.is_nonnegative(input):
+        # Attention of next to nothing is divided by `EPS` once more.
+        return Answer(output, [input], lambda s: [s], nonnegative=True, vanishing=True)
     z = call.keep(output)
-    factor = once(partial(_factor_of_summand, z, z))
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
+    return Answer(output, [input], lambda s: [functional.rectify(s, z())], nonnegative=True)
 
 
 _EVEN_SLOPE = frozenset("erf hardsigmoid sigmoid sin sinh softsign tan tanh".split())
 """Functions of which negative inputs get exactly nothing."""
+_GATES = frozenset("gelu silu hardswish".split())
+"""Functions that are their input times a share, and at -x times the rest."""
+_NONNEGATIVE = frozenset("abs exp exp2 hardsigmoid relu6 sigmoid softplus sqrt square".split())
+"""Functions without negative results."""
 ACTIVATIONS: dict[str, Form] = {"relu": answer_relu}
 ACTIVATIONS |= dict.fromkeys(["clamp", "clamp_min", "clip"], answer_clamp)
 ACTIVATIONS |= dict.fromkeys(["float_power", "pow"], answer_power)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form, once
-from captum_abslrp.functional import divide
+from captum_abslrp.forms.base import Form
 from captum_abslrp.interception import Answer, Call
 
 
@@ -42,9 +41,8 @@ def _answer_batch_norm(
         running_var = input.transpose(0, 1).flatten(1).var(1, correction=0)
     scale = (running_var + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
-    x, z = call.keep(input), call.keep(output)
-    factor = once(lambda: functional.diagonal(x(), scale, z()))
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
+    x = call.keep(input)
+    return Answer(output, [input], lambda s: [functional.diagonal(x(), scale, s)])
 
 
 def answer_layer_norm(
@@ -57,14 +55,13 @@ def answer_layer_norm(
     cudnn_enable: bool = True,
 ) -> Answer:
     output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
-    x, z = call.keep(input), call.keep(output)
+    x = call.keep(input)
     w = None if weight is None else call.keep(weight)
-    factor = once(
-        lambda: divide(
-            functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps), z()
-        )
+    return Answer(
+        output,
+        [input],
+        lambda s: [s * functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps)],
     )
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
 
 
 def answer_rms_norm(
@@ -76,14 +73,13 @@ def answer_rms_norm(
 ) -> Answer:
     output = call.run(lambda: F.rms_norm(input, normalized_shape, weight, eps))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    x, z = call.keep(input), call.keep(output)
+    x = call.keep(input)
     w = None if weight is None else call.keep(weight)
-    factor = once(
-        lambda: divide(
-            functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps), z()
-        )
+    return Answer(
+        output,
+        [input],
+        lambda s: [s * functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps)],
     )
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
 
 
 def answer_softmax(
@@ -100,8 +96,13 @@ def answer_softmax(
         raise ValueError(f"Expected softmax to be called with its dimension, but got {call}.")
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
     x, p = call.keep(input), call.keep(output)
-    factor = once(lambda: divide(functional.softmax(x(), p(), dim), p().nan_to_num()))
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
+    return Answer(
+        output,
+        [input],
+        lambda s: [s * functional.softmax(x(), p(), dim)],
+        nonnegative=True,
+        vanishing=True,
+    )
 
 
 def answer_group_norm(
@@ -150,18 +151,25 @@ def _answer_instance_norm(
 def _answer_groups(
     call: Call, input: Tensor, output: Tensor, groups: int, weight: Tensor | None, eps: float
 ) -> Answer:
-    x, z = call.keep(input), call.keep(output)
+    x = call.keep(input)
     w = None if weight is None else call.keep(weight)
-    factor = once(lambda: divide(functional.group_norm(x(), groups, w() if w else None, eps), z()))
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
+    return Answer(
+        output,
+        [input],
+        lambda s: [s * functional.group_norm(x(), groups, w() if w else None, eps)],
+    )
 
 
 def answer_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
-    """Division by a positive number that depends on the data: what is left of ``2 (x / c)^+ s``."""
+    """Division by a positive number that depends on the data, ``2 (x / c)^+ s``."""
     output = call.run(lambda: call.func(input, *args, **kwargs))
-    z = call.keep(output)
-    factor = once(lambda: functional.diagonal(z(), 1.0, z()))
-    return Answer(output, [input], lambda relevance: [factor() * relevance])
+    x, z = call.keep(input), call.keep(output)
+    return Answer(
+        output,
+        [input],
+        lambda s: [s * functional.rectify(z() / x(), x())],
+        nonnegative=call.is_nonnegative(input),
+    )
 
 
 NORMALIZATIONS: dict[str, Form] = {

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, answer_twin, is_source
-from captum_abslrp.functional import divide
 from captum_abslrp.interception import Answer, Call
 
 
@@ -19,13 +18,19 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
     if input.dim() < 2 or other.dim() < 2:
         return answer_bilinear(call, input, other)
     output = call.run(lambda: torch.matmul(input, other))
-    a, b, z = call.keep(input), call.keep(other), call.keep(output)
+    a, b = call.keep(input), call.keep(other)
     wanted = [is_source(t) for t in (input, other)]
+    nonnegative = [call.is_nonnegative(t) for t in (input, other)]
 
-    def propagate(relevance: Tensor) -> list[Tensor]:
-        return list(compress(functional.matmul(a(), b(), divide(relevance, z())), wanted))
+    def propagate(s: Tensor) -> list[Tensor]:
+        return list(compress(functional.matmul(a(), b(), s, nonnegative=nonnegative), wanted))
 
-    return Answer(output, list(compress([input, other], wanted)), propagate)
+    return Answer(
+        output,
+        list(compress([input, other], wanted)),
+        propagate,
+        nonnegative=all(nonnegative),
+    )
 
 
 def answer_bilinear(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -46,11 +51,11 @@ def _answer_product(
     call: Call, operands: Sequence[Tensor], run: Callable[[Tensor, Tensor], Tensor]
 ) -> Answer:
     output = call.run(lambda: run(*operands))
-    a, b, z = (call.keep(t) for t in (*operands, output))
+    a, b = (call.keep(t) for t in operands)
     wanted = [is_source(t) for t in operands]
 
-    def propagate(relevance: Tensor) -> list[Tensor]:
-        return list(compress(functional.bilinear(a(), b(), run, divide(relevance, z())), wanted))
+    def propagate(s: Tensor) -> list[Tensor]:
+        return list(compress(functional.bilinear(a(), b(), run, s), wanted))
 
     return Answer(output, list(compress(operands, wanted)), propagate)
 
@@ -60,7 +65,7 @@ def answer_product_and_sum(
 ) -> Answer:
     """``beta * input + alpha * (first @ second)``: one affine call."""
     output = call.run(lambda: call.func(input, first, second, beta=beta, alpha=alpha))
-    c, a, b, z = (call.keep(t) for t in (input, first, second, output))
+    c, a, b = (call.keep(t) for t in (input, first, second))
     wanted = [is_source(t) for t in (input, first, second)]
 
     def run(a: Tensor, b: Tensor) -> Tensor:
@@ -69,9 +74,8 @@ def answer_product_and_sum(
 
     output_dims = output.dim()
 
-    def propagate(relevance: Tensor) -> list[Tensor]:
-        s = divide(relevance, z())
-        of_sum = 2 * (beta * c()).clamp(min=0) * s
+    def propagate(s: Tensor) -> list[Tensor]:
+        of_sum = abs(beta) * functional.rectify(functional.sum_to_size(s, c()), beta * c())
         return list(compress([of_sum, *functional.bilinear(a(), b(), run, s)], wanted))
 
     return Answer(output, list(compress([input, first, second], wanted)), propagate)
