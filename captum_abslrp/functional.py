@@ -45,6 +45,7 @@ __all__ = [
     "matmul",
     "max_pool",
     "positive_contributions",
+    "rectified",
     "rectify",
     "relevance",
     "rms_norm",
@@ -52,6 +53,7 @@ __all__ = [
     "softmax",
     "stabiliser",
     "sum_to_size",
+    "sums",
     "twin",
 ]
 
@@ -63,6 +65,10 @@ LEAST = 1e-20
 
 PIECE = 2**22
 """Elements of a weight whose positive part is made at a time: it is never copied whole."""
+
+
+FEW = 8
+"""Channels of an input for which two convolutions cost as much as one with twice as many."""
 
 
 def divide(relevance: Tensor, output: Tensor) -> Tensor:
@@ -102,40 +108,68 @@ def relevance(x: Tensor, s: Tensor) -> Tensor:
     return x.abs().clamp_(max=torch.finfo(x.dtype).max) * s
 
 
+def sums(x: Tensor, s: Tensor, batch_size: int) -> Tensor:
+    """The sum of the magnitudes of the relevance of each sample.
+
+    Args:
+        x: the tensor, (B, ...); a leading dimension of k B holds k parts of every sample.
+        s: its relevance per magnitude, (S, ``*x.shape``).
+        batch_size: B.
+
+    Returns:
+        Tensor of shape (S, B).
+
+    Example:
+        >>> sums(torch.tensor([[1.0, -2.0]]), torch.tensor([[[1.0, -1.5]]]), 1)
+        tensor([[4.]])
+    """
+    dims = tuple(range(1, x.dim()))
+    found = []
+    for part in s:
+        magnitudes = relevance(x, part).abs_()
+        found.append(magnitudes.sum(dims) if dims else magnitudes)
+    return torch.stack(found).view(len(s), batch_size, -1).sum(2)
+
+
 def scale(
     inputs: Sequence[Tensor],
     shares: Sequence[Tensor],
+    batch_size: int,
     *,
     totals: Tensor | float,
     joint: bool = False,
-) -> tuple[Tensor, ...]:
-    """Scale what one call hands to its inputs, sample by sample and seed by seed.
+) -> None:
+    """Scale what one call hands to its inputs, sample by sample and seed by seed, in place.
 
-    Axes: S seeds, B samples, N elements.
+    A sample without any relevance stays zero.
 
     Args:
-        inputs: each input of the call, (B, N).
-        shares: its relevance per magnitude, (S, B, N).
+        inputs: each input of the call, (B, ...); a leading dimension of k B holds k parts of every
+            sample.
+        shares: its relevance per magnitude, (S, B, ...); is overwritten.
+        batch_size: B.
         totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (S, B).
         joint: scale all inputs together to ``totals``; by default each is scaled on its own.
 
-    Returns:
-        The scaled relevances per magnitude, same shapes. A sample without any relevance stays zero.
-
     Example:
-        >>> x, s = torch.tensor([[1.0, -2.0]]), torch.tensor([[[1.0, 1.5]]])
-        >>> scale([x, x], [s, s], totals=1.0)[0]
-        tensor([[[0.2500, 0.3750]]])
-        >>> scale([x, x], [s, s], totals=1.0, joint=True)[0]
-        tensor([[[0.1250, 0.1875]]])
+        >>> x, a, b = torch.tensor([[1.0, -2.0]]), torch.ones(1, 1, 2), torch.ones(1, 1, 2)
+        >>> scale([x], [a], 1, totals=1.0)
+        >>> a
+        tensor([[[0.3333, 0.3333]]])
+        >>> a.fill_(1)
+        tensor([[[1., 1.]]])
+        >>> scale([x, x], [a, b], 1, totals=1.0, joint=True)
+        >>> a
+        tensor([[[0.1667, 0.1667]]])
     """
-    sums = [relevance(x, s).abs_().sum(2) for x, s in zip(inputs, shares, strict=True)]
+    found = [sums(x, s, batch_size) for x, s in zip(inputs, shares, strict=True)]
     if joint:
-        sums = [torch.stack(sums).sum(0)] * len(sums)
-    return tuple(
-        s * (totals / total.clamp(min=_SMALLEST)).unsqueeze(2)
-        for s, total in zip(shares, sums, strict=True)
-    )
+        found = [torch.stack(found).sum(0)] * len(found)
+    for s, total in zip(shares, found, strict=True):
+        factor = (totals / total.clamp(min=_SMALLEST)).repeat_interleave(
+            s.shape[1] // batch_size, 1
+        )
+        s *= factor.view(*factor.shape, *[1] * (s.dim() - 2))
 
 
 _SMALLEST = 1e-30
@@ -164,6 +198,20 @@ def rectify(s: Tensor, x: Tensor) -> Tensor:
     """
     result: Tensor = torch.ops.aten.threshold_backward(s, x, 0)
     return result
+
+
+def rectified(shares: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`rectify` of each, in the memory of the last one of a kind.
+
+    Example:
+        >>> s = torch.tensor([[1.0, 2.0]])
+        >>> rectified([s, s], [torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])])
+        [tensor([[1., 0.]]), tensor([[0., 2.]])]
+    """
+    return [
+        rectify(s, x) if any(s is later for later in shares[i + 1 :]) else _rectify_in_place(s, x)
+        for i, (s, x) in enumerate(zip(shares, inputs, strict=True))
+    ]
 
 
 def positive_contributions(
@@ -270,12 +318,21 @@ def convolution(
         ...             dilation=(1, 1), groups=1).flatten()
         tensor([2., 2., 2., 2.])
     """
+    if not output_padding and groups == 1 and weight.shape[2:] == x.shape[2:] and not any(padding):
+        # The kernel covers all of the input: a linear layer, perhaps with a very large weight.
+        return linear(
+            x.flatten(1), weight.flatten(1), s.flatten(2), nonnegative=nonnegative
+        ).unflatten(2, x.shape[1:])
     is_transposed = output_padding is not None
     rows = s.flatten(0, 1)
     # Only its shape and layout are looked at.
-    like = (
-        torch.empty_like(x.unsqueeze(0).expand(len(s), *x.shape).flatten(0, 1)) if len(s) > 1 else x
-    )
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    like = x
+    if len(s) > 1:
+        like = torch.empty(
+            (len(rows), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout
+        )
 
     def transposed(w: Tensor) -> Tensor:
         grad_input: Tensor = torch.ops.aten.convolution_backward(
@@ -284,7 +341,13 @@ def convolution(
         )[0]  # fmt: skip
         return grad_input.unflatten(0, (len(s), -1))
 
-    return positive_contributions(x, weight, transposed, nonnegative=nonnegative)
+    if nonnegative or groups > 1 or is_transposed or x.shape[1] > FEW:
+        return positive_contributions(x, weight, transposed, nonnegative=nonnegative)
+    # An image: the products with the positive and the negative part of the weight as one.
+    like = torch.cat([like, like], 1)
+    both = transposed(torch.cat([weight.clamp(min=0), weight.clamp(max=0)], 1))
+    positive, negative = both.chunk(2, 2)
+    return rectify(positive, x) - rectify(negative, -x)
 
 
 def matmul(
@@ -372,24 +435,25 @@ def _transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tenso
     )
 
 
-def diagonal(x: Tensor, scale: Tensor, s: Tensor) -> Tensor:
-    r"""Calls in which every element has a weight of its own: batch norm in evaluation mode, a product.
+def diagonal(x: Tensor, weight: Tensor) -> Tensor:
+    r"""The factor of calls in which each element has a weight of its own: batch norm in evaluation mode,
+    a product.
 
-    :math:`R_{in} = 2 (x c)^+ s`, per magnitude :math:`|c| s` where :math:`x c > 0`, but for the 2.
+    :math:`R_{in} = 2 (x c)^+ s`, per magnitude :math:`k = |c|` where :math:`x c > 0`, but for the 2.
 
     Args:
         x: input, broadcastable to the output.
-        scale: weight ``c``, broadcastable to the output.
-        s: (S, ...), shaped like the output.
+        weight: ``c``, broadcastable to the output.
 
     Returns:
-        Shaped like the output, (S, ...).
+        What ``s`` is multiplied by, shaped like the output.
 
     Example:
-        >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]), torch.ones(1, 2))
-        tensor([[2., 0.]])
+        >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]))
+        tensor([2., 0.])
     """
-    return s * rectify(scale.abs().expand(s.shape[1:]), x * scale)
+    product = x * weight
+    return rectify(weight.abs().expand_as(product), product)
 
 
 def elementwise(
@@ -443,7 +507,12 @@ def gate(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def max_pool(
-    x: Tensor, pool: Callable[[Tensor], Tensor], s: Tensor, *, nonnegative: bool = False
+    x: Tensor,
+    pool: Callable[[Tensor], tuple[Tensor, Tensor]],
+    indices: Tensor,
+    s: Tensor,
+    *,
+    nonnegative: bool = False,
 ) -> Tensor:
     r"""The twin form of max pooling: the maximum of ``x`` and of ``|x|`` in every window.
 
@@ -451,19 +520,27 @@ def max_pool(
 
     Args:
         x: (B, C, ...).
-        pool: ``x -> maximum``.
+        pool: ``x -> (maximum, indices)``; the indices count the elements of one channel.
+        indices: those of ``x``.
         s: (S, ...), shaped like the maximum.
         nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
         >>> x = torch.tensor([[[1.0, -2.0]]])
-        >>> max_pool(x, lambda x: torch.nn.functional.max_pool1d(x, 2), torch.ones(1, 1, 1, 1))
+        >>> pool = lambda x: torch.nn.functional.max_pool1d(x, 2, return_indices=True)
+        >>> max_pool(x, pool, pool(x)[1], torch.ones(1, 1, 1, 1))
         tensor([[[[1., 1.]]]])
     """
-    routed = _transposed(pool, x, s)
+    spatial = x.dim() - 2
+
+    def routed(indices: Tensor) -> Tensor:
+        rows = s.new_zeros((len(s), *x.shape)).flatten(-spatial)
+        at = indices.flatten(-spatial).expand(len(s), -1, -1, -1)
+        return rows.scatter_add_(-1, at, s.flatten(-spatial)).view(len(s), *x.shape)
+
     if nonnegative:
-        return routed.mul_(2)
-    return routed.mul_(x.sign()).add_(_transposed(pool, magnitude(x), s))
+        return routed(indices)
+    return routed(indices).mul_(x.sign()).add_(routed(pool(magnitude(x))[1]))
 
 
 def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:

@@ -59,7 +59,8 @@ __all__ = ["Answer", "Call", "Interception", "UnsupportedCallError"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output, of shape (S, ``*output.shape``) for S seeds, to that of each
-source, (S, ``*source.shape``), before it is scaled. A factor that all sources share may be left out."""
+source, (S, ``*source.shape``), before it is scaled. A factor that all sources share may be left out. What is
+given may be overwritten."""
 
 
 class UnsupportedCallError(NotImplementedError):
@@ -502,6 +503,8 @@ class Step:
     """The output, where it may be next to nothing."""
     stabilised: bool = False
     """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
+    shared: bool = True
+    """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
     """Sources whose scale does not matter, because what comes next is scaled itself."""
 
@@ -515,40 +518,64 @@ class Step:
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
-        arrived = given = in_full_precision(s)
+        if self.shared or not _is_dense(s):
+            s = s.clone()
+        s = in_full_precision(s)
+        totals = self._totals(s)
         if self.vanishing is not None:
-            given = given * functional.stabiliser(self.vanishing())
+            s *= functional.stabiliser(self.vanishing())
             self.vanishing = None
         shares = [
             functional.sum_to_size(share, torch.empty(shape, device="meta"))
-            for share, (shape, _) in zip(rule(given), self.layouts, strict=True)
+            for share, (shape, _) in zip(rule(s), self.layouts, strict=True)
         ]
-        del rule
-        if self.scaled:
-            shares = self._scale(arrived, shares)
+        del rule, s
+        shares = _apart(shares)
+        self._scale(shares, totals)
         return tuple(
             share.to(dtype) for share, (_, dtype) in zip(shares, self.layouts, strict=True)
         )
 
-    def _scale(self, s: Tensor, shares: list[Tensor]) -> list[Tensor]:
-        """Scale each source to the total, or all of them to what arrived."""
-        chosen = [i for i in range(len(shares)) if i not in self.unscaled]
-        totals: Tensor | float = self.total
-        if self.output is not None:
-            magnitudes = self.output().abs() + (functional.EPS if self.stabilised else 0)
-            arrived = functional.relevance(magnitudes, s)
-            totals = arrived.reshape(len(s), self.batch_size, -1).abs().sum(2)
-        scaled = functional.scale(
-            [self.sources[i]().reshape(self.batch_size, -1) for i in chosen],
-            # A leading dimension of k B holds k parts of every sample.
-            [shares[i].reshape(len(s), self.batch_size, -1) for i in chosen],
+    def _totals(self, s: Tensor) -> Tensor | float:
+        """What the relevance of the sources adds up to: for ``"joint"``, what arrives."""
+        if self.output is None:
+            return self.total
+        magnitudes = self.output().abs() + (functional.EPS if self.stabilised else 0)
+        return functional.sums(magnitudes, s, self.batch_size)
+
+    def _scale(self, shares: Sequence[Tensor], totals: Tensor | float) -> None:
+        """Scale each source to the total, or all of them to what arrived; in place."""
+        chosen = [i for i in range(len(self.sources)) if i not in self.unscaled]
+        functional.scale(
+            [self.sources[i]() for i in chosen],
+            [shares[i] for i in chosen],
+            self.batch_size,
             totals=totals,
             joint=self.output is not None,
         )
-        for i, share in zip(chosen, scaled, strict=True):
-            shares[i] = share.view_as(shares[i])
         self.sources, self.output = (), None
-        return shares
+
+
+def _apart(shares: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, none of which has memory in common with another, so that all may be overwritten."""
+    seen: set[int] = set()
+    result = []
+    for share in shares:
+        if _storage(share) in seen or not _is_dense(share):
+            share = share.clone()
+        seen.add(_storage(share))
+        result.append(share)
+    return result
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether each place of a tensor's memory holds one element, whatever their order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 class _Node(torch.autograd.Function):

@@ -50,7 +50,8 @@ def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> lis
     if output.grad_fn is None:
         raise ValueError("Expected `output` to depend on the inputs, but got one without history.")
     stops = {tensor.grad_fn for tensor in explained}
-    _leave_unscaled(output.grad_fn, stops)
+    alone = len(explained) == 1 or all(tensor.is_leaf for tensor in explained)
+    _prepare(output.grad_fn, stops, shared=not alone)
     values = in_full_precision(output.detach()).abs()
     first = _first_step(output.grad_fn, stops)
     if first is None:  # what is only handed on is exact
@@ -91,8 +92,12 @@ def _first_step(node: Any, stops: Collection[Any]) -> Step | None:
     return None
 
 
-def _leave_unscaled(last: Any, stops: Collection[Any]) -> None:
-    """Tell the steps which of their sources need not be scaled."""
+def _prepare(last: Any, stops: Collection[Any], *, shared: bool) -> None:
+    """Tell the steps which of their sources need not be scaled, and whether others see what arrives.
+
+    Each step hands on memory of its own, and calls that move elements hand on what they get to one
+    place; only the relevance of explained tensors that depend on each other is looked at by others.
+    """
     arriving = _edges(last)
     depth: dict[Any, int] = {}
 
@@ -108,7 +113,10 @@ def _leave_unscaled(last: Any, stops: Collection[Any]) -> None:
         return None
 
     for node in _in_order(last, arriving):
-        if not (is_answered(node) and node.step.scaled) or node.step.output is not None:
+        if not is_answered(node):
+            continue
+        node.step.shared = shared
+        if not node.step.scaled or node.step.output is not None:
             continue
         step: Step = node.step
         unscaled = set()

@@ -49,7 +49,7 @@ def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor])
     return Answer(
         output,
         [input],
-        lambda s: [s * factor()],
+        lambda s: [s.mul_(factor())],
         nonnegative=call.name in _NONNEGATIVE,
         vanishing=True,
     )
@@ -112,10 +112,10 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
     kept = [call.keep(s) for _, s in sources]
 
     def propagate(s: Tensor) -> list[Tensor]:
-        shares = [functional.rectify(functional.sum_to_size(s, x()), x()) for x in kept]
-        if is_mask is False:
-            return shares
-        return [s * is_mask + share * ~is_mask for share in shares]  # known on the device only
+        if is_mask is not False:  # known on the device only
+            return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
+        given = [functional.sum_to_size(s, x()) for x in kept]
+        return functional.rectified(given, [x() for x in kept])
 
     return Answer(output, [argument for argument, _ in sources], propagate, nonnegative=nonnegative)
 
@@ -153,7 +153,8 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
 
     def propagate(s: Tensor) -> list[Tensor]:
         pairs = ((a(), b(), input), (b(), a(), other))
-        return [functional.diagonal(x, y, s) for x, y, given in pairs if is_source(given)]
+        factors = [functional.diagonal(x, y) for x, y, given in pairs if is_source(given)]
+        return [*(s * factor for factor in factors[1:]), s.mul_(factors[0])][::-1]
 
     return Answer(output, sources, propagate, nonnegative=nonnegative)
 
@@ -171,7 +172,7 @@ def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
     return Answer(
         output,
         [input],
-        lambda s: [functional.diagonal(x(), c().reciprocal(), s)],
+        lambda s: [s.mul_(functional.diagonal(x(), c().reciprocal()))],
         constants=[other] if is_source(other) else [],
         nonnegative=nonnegative,
     )

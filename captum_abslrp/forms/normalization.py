@@ -42,7 +42,7 @@ def _answer_batch_norm(
     scale = (running_var + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
     x = call.keep(input)
-    return Answer(output, [input], lambda s: [functional.diagonal(x(), scale, s)])
+    return Answer(output, [input], lambda s: [s.mul_(functional.diagonal(x(), scale))])
 
 
 def answer_layer_norm(
@@ -60,7 +60,9 @@ def answer_layer_norm(
     return Answer(
         output,
         [input],
-        lambda s: [s * functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps)],
+        lambda s: [
+            s.mul_(functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps))
+        ],
     )
 
 
@@ -78,7 +80,9 @@ def answer_rms_norm(
     return Answer(
         output,
         [input],
-        lambda s: [s * functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps)],
+        lambda s: [
+            s.mul_(functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps))
+        ],
     )
 
 
@@ -99,7 +103,7 @@ def answer_softmax(
     return Answer(
         output,
         [input],
-        lambda s: [s * functional.softmax(x(), p(), dim)],
+        lambda s: [s.mul_(functional.softmax(x(), p(), dim))],
         nonnegative=True,
         vanishing=True,
     )
@@ -156,7 +160,7 @@ def _answer_groups(
     return Answer(
         output,
         [input],
-        lambda s: [s * functional.group_norm(x(), groups, w() if w else None, eps)],
+        lambda s: [s.mul_(functional.group_norm(x(), groups, w() if w else None, eps))],
     )
 
 
@@ -167,7 +171,7 @@ def answer_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answ
     return Answer(
         output,
         [input],
-        lambda s: [s * functional.rectify(z() / x(), x())],
+        lambda s: [s.mul_(functional.rectify(z() / x(), x()))],
         nonnegative=call.is_nonnegative(input),
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
@@ -15,20 +17,25 @@ def answer_max_pool(
     call: Call, input: Tensor, *args: Any, divides: bool = True, **kwargs: Any
 ) -> Answer:
     check_batched(call, input, int(call.name[-2]))
-    output = call.run(lambda: call.func(input, *args, **kwargs))
-    if not isinstance(output, Tensor):
+    with_indices = getattr(F, f"{call.name}_with_indices")
+    bound = inspect.signature(with_indices).bind(input, *args, **kwargs)
+    if bound.arguments.get("return_indices", False):
         raise TypeError(f"Expected max pooling without indices, but got {call}.")
-    x = call.keep(input)
+    options = {key: value for key, value in bound.arguments.items() if key != "input"}
+
+    def pool(x: Tensor) -> tuple[Tensor, Tensor]:
+        maximum, indices = with_indices(x, **options)
+        return maximum, indices
+
+    output, indices = pool(input)
+    x, at = call.keep(input), call.keep(indices)
     z = None if divides else call.keep(output)
     nonnegative = call.is_nonnegative(input)
 
-    def pool(x: Tensor) -> Tensor:
-        result: Tensor = call.func(x, *args, **kwargs)
-        return result
-
     def propagate(s: Tensor) -> list[Tensor]:
-        given = s if z is None else s * (z().abs() + functional.EPS)
-        return [functional.max_pool(x(), pool, given, nonnegative=nonnegative)]
+        if z is not None:
+            s.mul_(z().abs() + functional.EPS)
+        return [functional.max_pool(x(), pool, at(), s, nonnegative=nonnegative)]
 
     return Answer(output, [input], propagate, nonnegative=nonnegative)
 
