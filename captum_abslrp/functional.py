@@ -15,22 +15,23 @@ turns it back.
 Every function works on one call ``z = f(x; w, b)`` and takes
 
 - ``x``: the input of the call; ``weight``: what it is multiplied by,
-- ``s``: relevance per magnitude of ``z``, of shape (S, ...) for S seeds at once,
+- ``s``: relevance per magnitude of ``z``, shaped like it,
 
-and returns that of ``x``, of shape (S, ...), up to a constant that is the same for all inputs of the
+and returns that of ``x``, shaped like it, up to a constant that is the same for all inputs of the
 call; it is scaled afterwards (:func:`scale`). Where ``x`` is zero so is the result. Relevance has no
 unit: only its share of the sample's total has a meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "EPS",
+    "SignedParts",
     "bilinear",
     "convolution",
     "diagonal",
@@ -52,7 +53,6 @@ __all__ = [
     "scale",
     "softmax",
     "stabiliser",
-    "sum_to_size",
     "sums",
     "twin",
 ]
@@ -63,8 +63,8 @@ EPS = 1e-9
 LEAST = 1e-20
 """Magnitude of an output that is zero where it is divided by without a stabiliser."""
 
-PIECE = 2**22
-"""Elements of a weight whose positive part is made at a time: it is never copied whole."""
+LARGE = 2**22
+"""Elements of a weight from which on its parts are made piece by piece: it is never copied whole."""
 
 
 FEW = 8
@@ -113,22 +113,20 @@ def sums(x: Tensor, s: Tensor, batch_size: int) -> Tensor:
 
     Args:
         x: the tensor, (B, ...); a leading dimension of k B holds k parts of every sample.
-        s: its relevance per magnitude, (S, ``*x.shape``).
+        s: its relevance per magnitude, same shape.
         batch_size: B.
 
     Returns:
-        Tensor of shape (S, B).
+        Tensor of shape (B,).
 
     Example:
-        >>> sums(torch.tensor([[1.0, -2.0]]), torch.tensor([[[1.0, -1.5]]]), 1)
-        tensor([[4.]])
+        >>> sums(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -1.5]]), 1)
+        tensor([4.])
     """
-    dims = tuple(range(1, x.dim()))
-    found = []
-    for part in s:
-        magnitudes = relevance(x, part).abs_()
-        found.append(magnitudes.sum(dims) if dims else magnitudes)
-    return torch.stack(found).view(len(s), batch_size, -1).sum(2)
+    magnitudes = relevance(x, s).abs_()
+    if x.dim() > 1:
+        magnitudes = magnitudes.sum(tuple(range(1, x.dim())))
+    return magnitudes.view(batch_size, -1).sum(1)
 
 
 def scale(
@@ -139,62 +137,49 @@ def scale(
     totals: Tensor | float,
     joint: bool = False,
 ) -> None:
-    """Scale what one call hands to its inputs, sample by sample and seed by seed, in place.
+    """Scale what one call hands to its inputs, sample by sample, in place.
 
     A sample without any relevance stays zero.
 
     Args:
         inputs: each input of the call, (B, ...); a leading dimension of k B holds k parts of every
             sample.
-        shares: its relevance per magnitude, (S, B, ...); is overwritten.
+        shares: its relevance per magnitude, same shape; is overwritten.
         batch_size: B.
-        totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (S, B).
+        totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (B,).
         joint: scale all inputs together to ``totals``; by default each is scaled on its own.
 
     Example:
-        >>> x, a, b = torch.tensor([[1.0, -2.0]]), torch.ones(1, 1, 2), torch.ones(1, 1, 2)
+        >>> x, a, b = torch.tensor([[1.0, -2.0]]), torch.ones(1, 2), torch.ones(1, 2)
         >>> scale([x], [a], 1, totals=1.0)
         >>> a
-        tensor([[[0.3333, 0.3333]]])
+        tensor([[0.3333, 0.3333]])
         >>> a.fill_(1)
-        tensor([[[1., 1.]]])
+        tensor([[1., 1.]])
         >>> scale([x, x], [a, b], 1, totals=1.0, joint=True)
         >>> a
-        tensor([[[0.1667, 0.1667]]])
+        tensor([[0.1667, 0.1667]])
     """
     found = [sums(x, s, batch_size) for x, s in zip(inputs, shares, strict=True)]
     if joint:
         found = [torch.stack(found).sum(0)] * len(found)
     for s, total in zip(shares, found, strict=True):
-        factor = (totals / total.clamp(min=_SMALLEST)).repeat_interleave(
-            s.shape[1] // batch_size, 1
-        )
-        s *= factor.view(*factor.shape, *[1] * (s.dim() - 2))
+        factor = totals / total.clamp(min=_SMALLEST)
+        if len(s) != batch_size:
+            factor = factor.repeat_interleave(len(s) // batch_size)
+        s *= factor.view(-1, *[1] * (s.dim() - 1))
 
 
 _SMALLEST = 1e-30
 """A sum that is less is taken for none."""
 
 
-def sum_to_size(s: Tensor, like: Tensor) -> Tensor:
-    """Add up what reaches an input that was broadcast, seed by seed, so that it has the input's shape.
-
-    Example:
-        >>> sum_to_size(torch.ones(1, 2, 3), torch.empty(3))
-        tensor([[2., 2., 2.]])
-    """
-    added = s.dim() - 1 - like.dim()
-    if added > 0:
-        s = s.sum(tuple(range(1, added + 1)))
-    return s.sum_to_size((len(s), *like.shape))
-
-
 def rectify(s: Tensor, x: Tensor) -> Tensor:
     """``s`` where ``x`` is positive, and 0 elsewhere.
 
     Example:
-        >>> rectify(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([4.0, -5.0, 0.0]))
-        tensor([[1., 0., 0.]])
+        >>> rectify(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, -5.0, 0.0]))
+        tensor([1., 0., 0.])
     """
     result: Tensor = torch.ops.aten.threshold_backward(s, x, 0)
     return result
@@ -204,9 +189,9 @@ def rectified(shares: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
     """:func:`rectify` of each, in the memory of the last one of a kind.
 
     Example:
-        >>> s = torch.tensor([[1.0, 2.0]])
+        >>> s = torch.tensor([1.0, 2.0])
         >>> rectified([s, s], [torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])])
-        [tensor([[1., 0.]]), tensor([[0., 2.]])]
+        [tensor([1., 0.]), tensor([0., 2.])]
     """
     return [
         rectify(s, x) if any(s is later for later in shares[i + 1 :]) else _rectify_in_place(s, x)
@@ -214,13 +199,60 @@ def rectified(shares: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
     ]
 
 
+class SignedParts:
+    """Positive and negative part of a weight, made when they are first asked for.
+
+    Args:
+        weight: the weight, any shape.
+        nonnegative: whether it is known to have no negative entry.
+        dtype: of the parts; None for that of the weight.
+
+    Example:
+        >>> parts = SignedParts(torch.tensor([3.0, -5.0]))
+        >>> parts.positive, parts.negative
+        (tensor([3., 0.]), tensor([ 0., -5.]))
+    """
+
+    def __init__(
+        self, weight: Tensor, *, nonnegative: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        self.weight = weight
+        self.nonnegative = nonnegative
+        self._dtype = weight.dtype if dtype is None else dtype
+        self._made: dict[bool, Tensor] = {}
+
+    @property
+    def positive(self) -> Tensor:
+        """What is positive of the weight, and zero elsewhere."""
+        if True not in self._made:
+            weight = self.weight.to(self._dtype)
+            self._made[True] = weight if self.nonnegative else weight.clamp(min=0)
+        return self._made[True]
+
+    @property
+    def negative(self) -> Tensor:
+        """What is negative of the weight, and zero elsewhere."""
+        if False not in self._made:
+            self._made[False] = self.weight.to(self._dtype).clamp(max=0)
+        return self._made[False]
+
+    def rows(self, step: int) -> Iterator[tuple[slice, SignedParts]]:
+        """A few rows of the weight at a time, whose parts are not kept."""
+        for start in range(0, len(self.weight), step):
+            rows = slice(start, start + step)
+            yield rows, SignedParts(self.weight[rows], dtype=self._dtype)
+
+
+def _parts(weight: Tensor | SignedParts) -> SignedParts:
+    return weight if isinstance(weight, SignedParts) else SignedParts(weight)
+
+
 def positive_contributions(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | SignedParts,
     transposed: Callable[[Tensor], Tensor],
     *,
     nonnegative: bool = False,
-    weight_nonnegative: bool = False,
 ) -> Tensor:
     r"""The rule for a call that is linear in ``x``: only positive contributions count.
 
@@ -231,24 +263,22 @@ def positive_contributions(
     Args:
         x: input, any shape.
         weight: the weight, any shape.
-        transposed: the transposed product :math:`T(w)` of ``s`` with a weight, shaped (S, ``*x.shape``);
-            a new tensor.
+        transposed: the transposed product :math:`T(w)` of ``s`` with a weight, shaped like ``x``; a new
+            tensor.
         nonnegative: whether ``x`` is known to have no negative entry that takes part.
-        weight_nonnegative: whether ``weight`` is known to have no negative entry.
 
     Returns:
         Relevance per magnitude of ``x``.
 
     Example:
         >>> x, w = torch.tensor([1.0, -2.0]), torch.tensor([[3.0, -5.0]])
-        >>> positive_contributions(x, w, lambda w: torch.ones(1, 1) @ w)
-        tensor([[3., 5.]])
+        >>> positive_contributions(x, w, lambda w: torch.ones(1) @ w)
+        tensor([3., 5.])
     """
-    positive = transposed(weight if weight_nonnegative else weight.clamp(min=0))
-    _rectify_in_place(positive, x)
-    if not (nonnegative or weight_nonnegative):
-        negative = transposed(weight.clamp(max=0))
-        positive -= _rectify_in_place(negative, -x)
+    parts = _parts(weight)
+    positive = _rectify_in_place(transposed(parts.positive), x)
+    if not (nonnegative or parts.nonnegative):
+        positive -= _rectify_in_place(transposed(parts.negative), -x)
     return positive
 
 
@@ -258,40 +288,40 @@ def _rectify_in_place(s: Tensor, x: Tensor) -> Tensor:
     return s
 
 
-def linear(x: Tensor, weight: Tensor, s: Tensor, *, nonnegative: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | SignedParts, s: Tensor, *, nonnegative: bool = False
+) -> Tensor:
     """:func:`positive_contributions` of ``F.linear``.
 
     Args:
         x: (..., in_features).
         weight: (out_features, in_features).
-        s: (S, ..., out_features).
+        s: (..., out_features).
         nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
-        >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1, 1))
-        tensor([[[3., 4.]]])
+        >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1))
+        tensor([[3., 4.]])
     """
-    rows = s.flatten(0, -2)
-    step = max(1, PIECE // max(1, weight.shape[1]))
-
-    def transposed(**sign: float) -> Tensor:
-        result: Tensor | None = None
-        for start in range(0, max(1, len(weight)), step):
-            piece = weight[start : start + step].to(s.dtype).clamp(**sign)
-            columns = rows[:, start : start + step]
-            result = columns @ piece if result is None else result.addmm_(columns, piece)
-        assert result is not None
-        return result.view(*s.shape[:-1], weight.shape[1])
-
-    positive = _rectify_in_place(transposed(min=0), x)
-    if not nonnegative:
-        positive -= _rectify_in_place(transposed(max=0), -x)
+    parts = _parts(weight)
+    if parts.weight.numel() <= LARGE:
+        return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
+    columns = s.flatten(0, -2)
+    positive = columns.new_zeros(len(columns), x.shape[-1])
+    negative = None if nonnegative else torch.zeros_like(positive)
+    for rows, piece in parts.rows(max(1, LARGE // x.shape[-1])):
+        positive.addmm_(columns[:, rows], piece.positive)
+        if negative is not None:
+            negative.addmm_(columns[:, rows], piece.negative)
+    positive = _rectify_in_place(positive.view(x.shape), x)
+    if negative is not None:
+        positive -= _rectify_in_place(negative.view(x.shape), -x)
     return positive
 
 
 def convolution(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | SignedParts,
     s: Tensor,
     *,
     stride: Sequence[int],
@@ -306,7 +336,7 @@ def convolution(
     Args:
         x: (B, C_in, ...).
         weight: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...) where transposed.
-        s: (S, B, C_out, ...).
+        s: (B, C_out, ...).
         stride, padding, dilation: one number per spatial dimension.
         groups: number of blocks of channels.
         output_padding: of a transposed convolution; None for a convolution.
@@ -314,39 +344,31 @@ def convolution(
 
     Example:
         >>> x, w = torch.ones(1, 1, 2, 2), torch.tensor([[[[2.0]]], [[[-1.0]]]])
-        >>> convolution(x, w, torch.ones(1, 1, 2, 2, 2), stride=(1, 1), padding=(0, 0),
+        >>> convolution(x, w, torch.ones(1, 2, 2, 2), stride=(1, 1), padding=(0, 0),
         ...             dilation=(1, 1), groups=1).flatten()
         tensor([2., 2., 2., 2.])
     """
-    if not output_padding and groups == 1 and weight.shape[2:] == x.shape[2:] and not any(padding):
-        # The kernel covers all of the input: a linear layer, perhaps with a very large weight.
-        return linear(
-            x.flatten(1), weight.flatten(1), s.flatten(2), nonnegative=nonnegative
-        ).unflatten(2, x.shape[1:])
+    parts = _parts(weight)
     is_transposed = output_padding is not None
-    rows = s.flatten(0, 1)
-    # Only its shape and layout are looked at.
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    like = x
-    if len(s) > 1:
-        like = torch.empty(
-            (len(rows), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout
-        )
+    covers_all = parts.weight.shape[2:] == x.shape[2:] and not any(padding)
+    if covers_all and groups == 1 and not is_transposed:
+        # A linear layer, perhaps with a very large weight.
+        flat = SignedParts(parts.weight.flatten(1), dtype=s.dtype)
+        return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
 
-    def transposed(w: Tensor) -> Tensor:
+    def transposed(w: Tensor, like: Tensor = x) -> Tensor:
+        # Of the input, only shape and layout are looked at.
         grad_input: Tensor = torch.ops.aten.convolution_backward(
-            rows, like, w, None, stride, padding, dilation, is_transposed,
+            s, like, w, None, stride, padding, dilation, is_transposed,
             output_padding or [0] * len(stride), groups, [True, False, False],
         )[0]  # fmt: skip
-        return grad_input.unflatten(0, (len(s), -1))
+        return grad_input
 
     if nonnegative or groups > 1 or is_transposed or x.shape[1] > FEW:
-        return positive_contributions(x, weight, transposed, nonnegative=nonnegative)
+        return positive_contributions(x, parts, transposed, nonnegative=nonnegative)
     # An image: the products with the positive and the negative part of the weight as one.
-    like = torch.cat([like, like], 1)
-    both = transposed(torch.cat([weight.clamp(min=0), weight.clamp(max=0)], 1))
-    positive, negative = both.chunk(2, 2)
+    both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
+    positive, negative = both.chunk(2, 1)
     return rectify(positive, x) - rectify(negative, -x)
 
 
@@ -358,24 +380,24 @@ def matmul(
     Args:
         a: (..., N, K).
         b: (..., K, M), batch dimensions broadcast with those of ``a``.
-        s: (S, ..., N, M).
+        s: (..., N, M).
         nonnegative: whether ``a`` and ``b`` are known to have no negative entry.
 
     Returns:
         What ``a`` and ``b`` get.
 
     Example:
-        >>> matmul(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.ones(1, 1, 1))
-        (tensor([[[2., 0.]]]), tensor([[[1.],
-                 [0.]]]))
+        >>> matmul(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.ones(1, 1))
+        (tensor([[2., 0.]]), tensor([[1.],
+                [0.]]))
     """
-    of_a, of_b = nonnegative
+    of_a, of_b = (SignedParts(t, nonnegative=n) for t, n in zip((a, b), nonnegative, strict=True))
     return (
         positive_contributions(
-            a, b, lambda w: sum_to_size(s @ w.mT, a), nonnegative=of_a, weight_nonnegative=of_b
+            a, of_b, lambda w: (s @ w.mT).sum_to_size(a.shape), nonnegative=of_a.nonnegative
         ),
         positive_contributions(
-            b, a, lambda w: sum_to_size(w.mT @ s, b), nonnegative=of_b, weight_nonnegative=of_a
+            b, of_a, lambda w: (w.mT @ s).sum_to_size(b.shape), nonnegative=of_b.nonnegative
         ),
     )
 
@@ -389,11 +411,11 @@ def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor
     Args:
         x: input, any shape.
         call: the call, linear in ``x``.
-        s: (S, ...), shaped like the output of the call.
+        s: shaped like the output of the call.
 
     Example:
-        >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1, 1))
-        tensor([[[0.5000, 0.0000]]])
+        >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1))
+        tensor([[0.5000, 0.0000]])
     """
     return rectify(_transposed(call, x, s), x)
 
@@ -407,32 +429,26 @@ def bilinear(
         a: first argument, any shape.
         b: second argument, any shape.
         call: ``(a, b) -> z``, a sum of products of their elements: einsum, outer, dot ...
-        s: (S, ...), shaped like ``z``.
+        s: shaped like ``z``.
 
     Returns:
         What ``a`` and ``b`` get.
 
     Example:
-        >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.ones(1))
-        (tensor([[2., 0.]]), tensor([[1., 0.]]))
+        >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.tensor(1.0))
+        (tensor([2., 0.]), tensor([1., 0.]))
     """
-    of_a = positive_contributions(a, b, lambda w: _transposed(lambda v: call(v, w), a, s))
-    of_b = positive_contributions(b, a, lambda w: _transposed(lambda v: call(w, v), b, s))
+    of_a = positive_contributions(a, b, lambda w: _transposed(lambda v: call(v, w), a, s).clone())
+    of_b = positive_contributions(b, a, lambda w: _transposed(lambda v: call(w, v), b, s).clone())
     return of_a, of_b
 
 
 def _transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor:
-    """The transposed product of ``s`` with the linear part of a call at ``x``; a new tensor."""
+    """The transposed product of ``s`` with the linear part of a call at ``x``."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = call(leaf)
-    last = len(s) - 1
-    return torch.stack(
-        [
-            torch.autograd.grad(output, leaf, part, retain_graph=i < last)[0]
-            for i, part in enumerate(s)
-        ]
-    )
+    return torch.autograd.grad(output, leaf, s)[0]
 
 
 def diagonal(x: Tensor, weight: Tensor) -> Tensor:
@@ -522,21 +538,20 @@ def max_pool(
         x: (B, C, ...).
         pool: ``x -> (maximum, indices)``; the indices count the elements of one channel.
         indices: those of ``x``.
-        s: (S, ...), shaped like the maximum.
+        s: shaped like the maximum.
         nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
         >>> x = torch.tensor([[[1.0, -2.0]]])
         >>> pool = lambda x: torch.nn.functional.max_pool1d(x, 2, return_indices=True)
-        >>> max_pool(x, pool, pool(x)[1], torch.ones(1, 1, 1, 1))
-        tensor([[[[1., 1.]]]])
+        >>> max_pool(x, pool, pool(x)[1], torch.ones(1, 1, 1))
+        tensor([[[1., 1.]]])
     """
     spatial = x.dim() - 2
 
     def routed(indices: Tensor) -> Tensor:
-        rows = s.new_zeros((len(s), *x.shape)).flatten(-spatial)
-        at = indices.flatten(-spatial).expand(len(s), -1, -1, -1)
-        return rows.scatter_add_(-1, at, s.flatten(-spatial)).view(len(s), *x.shape)
+        rows = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(-spatial)
+        return rows.scatter_add_(-1, indices.flatten(-spatial), s.flatten(-spatial)).view(x.shape)
 
     if nonnegative:
         return routed(indices)
@@ -685,7 +700,7 @@ def twin(
         x: input, any shape.
         call: ``x -> f(x; w, b)``.
         absolute_call: ``x -> f(x; |w|, |b|)``; it is given ``|x|``.
-        s: (S, ...), shaped like the output of the call.
+        s: shaped like the output of the call.
 
     Returns:
         Relevance per magnitude of ``x``.
@@ -693,8 +708,8 @@ def twin(
     Example:
         >>> w = torch.tensor([[3.0, -4.0]])
         >>> twin(torch.tensor([[1.0, -2.0]]), lambda x: F.linear(x, w),
-        ...      lambda x: F.linear(x, w.abs()), torch.ones(1, 1, 1))
-        tensor([[[6., 8.]]])
+        ...      lambda x: F.linear(x, w.abs()), torch.ones(1, 1))
+        tensor([[6., 8.]])
     """
     gradient = _transposed(lambda x: call(x) + absolute_call(magnitude(x)), x, s)
     sign = x.sign()

@@ -58,9 +58,8 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Call", "Interception", "UnsupportedCallError"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
-"""From relevance per magnitude of the output, of shape (S, ``*output.shape``) for S seeds, to that of each
-source, (S, ``*source.shape``), before it is scaled. A factor that all sources share may be left out. What is
-given may be overwritten."""
+"""From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
+sources share may be left out. What is given may be overwritten."""
 
 
 class UnsupportedCallError(NotImplementedError):
@@ -75,7 +74,7 @@ class Answer(NamedTuple):
     sources: Sequence[Tensor]
     """The inputs of the call that receive relevance."""
     propagate: Propagate
-    """Hands relevance per magnitude of the output to the sources; is called once, for all seeds."""
+    """Hands relevance per magnitude of the output to the sources; is called once per seed."""
     scaled: bool = True
     """Whether the relevance of each sample is scaled afterwards (pass-through calls: no)."""
     constants: Sequence[Tensor] = ()
@@ -513,46 +512,53 @@ class Step:
         """Whether what the sources get is scaled."""
         return bool(self.sources)
 
-    def __call__(self, s: Tensor) -> tuple[Tensor, ...]:
-        """Relevance per magnitude of the sources from that of the output: (S, ...) for S seeds."""
+    def __call__(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Relevance per magnitude of each source, for each seed, from that of the output."""
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
-        if self.shared or not _is_dense(s):
-            s = s.clone()
-        s = in_full_precision(s)
-        totals = self._totals(s)
+        own = not self.shared
+        seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
+        totals = [self._total(s) for s in seeds]
         if self.vanishing is not None:
-            s *= functional.stabiliser(self.vanishing())
+            stabiliser = functional.stabiliser(self.vanishing())
+            for s in seeds:
+                s *= stabiliser
             self.vanishing = None
-        shares = [
-            functional.sum_to_size(share, torch.empty(shape, device="meta"))
-            for share, (shape, _) in zip(rule(s), self.layouts, strict=True)
+        of_seeds = [
+            _apart(
+                [
+                    share.sum_to_size(shape)
+                    for share, (shape, _) in zip(rule(s), self.layouts, strict=True)
+                ]
+            )
+            for s in seeds
         ]
-        del rule, s
-        shares = _apart(shares)
-        self._scale(shares, totals)
-        return tuple(
-            share.to(dtype) for share, (_, dtype) in zip(shares, self.layouts, strict=True)
-        )
+        del rule, seeds
+        self._scale(of_seeds, totals)
+        return [
+            [shares[i].to(dtype) for shares in of_seeds]
+            for i, (_, dtype) in enumerate(self.layouts)
+        ]
 
-    def _totals(self, s: Tensor) -> Tensor | float:
+    def _total(self, s: Tensor) -> Tensor | float:
         """What the relevance of the sources adds up to: for ``"joint"``, what arrives."""
         if self.output is None:
             return self.total
         magnitudes = self.output().abs() + (functional.EPS if self.stabilised else 0)
         return functional.sums(magnitudes, s, self.batch_size)
 
-    def _scale(self, shares: Sequence[Tensor], totals: Tensor | float) -> None:
+    def _scale(
+        self, of_seeds: Sequence[Sequence[Tensor]], totals: Sequence[Tensor | float]
+    ) -> None:
         """Scale each source to the total, or all of them to what arrived; in place."""
         chosen = [i for i in range(len(self.sources)) if i not in self.unscaled]
-        functional.scale(
-            [self.sources[i]() for i in chosen],
-            [shares[i] for i in chosen],
-            self.batch_size,
-            totals=totals,
-            joint=self.output is not None,
-        )
+        if chosen:
+            inputs = [self.sources[i]() for i in chosen]
+            joint = self.output is not None
+            for shares, total in zip(of_seeds, totals, strict=True):
+                scaled = [shares[i] for i in chosen]
+                functional.scale(inputs, scaled, self.batch_size, totals=total, joint=joint)
         self.sources, self.output = (), None
 
 
@@ -591,28 +597,12 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        """One seed, where autograd runs the graph: under Captum's ``LRP``."""
         (s,) = grad_outputs
         if s is None:
             return (None,) * len(ctx.needs_input_grad)
         with torch.autocast(s.device.type, enabled=False):
-            return (None, None, *_ForAllSeeds.apply(ctx.step, s))
-
-
-class _ForAllSeeds(torch.autograd.Function):
-    """A step, which sees all seeds at once where autograd is run for many under ``vmap``."""
-
-    @staticmethod
-    def forward(step: Step, s: Tensor) -> tuple[Tensor, ...]:
-        return tuple(share.squeeze(0) for share in step(s.unsqueeze(0)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no way back through the way back."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, Any], step: Step, s: Tensor) -> Any:
-        shares = step(s.movedim(in_dims[1], 0))
-        return shares, (0,) * len(shares)
+            return (None, None, *(share for (share,) in ctx.step([s])))
 
 
 class Given(torch.autograd.Function):

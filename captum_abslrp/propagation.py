@@ -1,9 +1,9 @@
-"""The way back: relevance of tensors that an output depends on, for several seeds in one pass.
+"""The way back: relevance of tensors that an output depends on, for several seeds.
 
 The history of the output is a graph of steps (calls that were answered by a rule) and of the nodes that
-autograd has made for calls that move elements. Autograd runs it back, under ``torch.func.vmap`` over the
-seeds, so that large weights are read once for all of them, and frees what each step kept when it is
-done.
+autograd has made for calls that move elements. It is run back here rather than by autograd, node by node
+for all seeds, so that what does not depend on the seed is made once, and what a step has kept is freed
+when it is done.
 
 The scale of a sample's relevance matters only where relevance from several calls is added up. In
 between it is left as it is: sums over whole tensors are the dearest part of a rule that is otherwise one
@@ -12,8 +12,7 @@ transposed product.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,11 +48,12 @@ def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> lis
     """
     if output.grad_fn is None:
         raise ValueError("Expected `output` to depend on the inputs, but got one without history.")
-    stops = {tensor.grad_fn for tensor in explained}
-    alone = len(explained) == 1 or all(tensor.is_leaf for tensor in explained)
-    _prepare(output.grad_fn, stops, shared=not alone)
+    last = output.grad_fn
+    explained_at = {_place(tensor) for tensor in explained}
+    order, arriving = _in_order(last)
+    _prepare(order, arriving, explained_at)
     values = in_full_precision(output.detach()).abs()
-    first = _first_step(output.grad_fn, stops)
+    first = _first_step(last, explained_at)
     if first is None:  # what is only handed on is exact
         values = values.clamp_(min=LEAST)
     else:  # the first rule divides by `|z| + EPS`, as in the definition
@@ -61,29 +61,101 @@ def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> lis
         first.stabilised, first.vanishing = True, None
     start = in_full_precision(seeds) * TOTAL / values
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
+    with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        found = _run_back(order, (last, output.output_nr), list(start), explained_at)
+    results = []
+    for tensor in explained:
+        place = _place(tensor)
+        if place not in found:
+            results.append(tensor.new_zeros((len(seeds), *tensor.shape)))
+            continue
+        values = in_full_precision(tensor.detach())
+        shares = [functional.relevance(values, in_full_precision(s)) for s in found[place]]
+        results.append((torch.stack(shares) / TOTAL).to(tensor.dtype))
+    return results
 
-    def run_back(s: Tensor) -> tuple[Tensor, ...]:
-        shares = torch.autograd.grad(output, explained, s, allow_unused=True)
-        return tuple(
-            torch.zeros_like(tensor) if share is None else share
-            for share, tensor in zip(shares, explained, strict=True)
-        )
 
-    if len(start) == 1:
-        shares = tuple(share.unsqueeze(0) for share in run_back(start[0]))
-    else:
-        shares = torch.func.vmap(run_back)(start)
-    return [
-        (
-            functional.relevance(in_full_precision(tensor.detach()), in_full_precision(share))
-            / TOTAL
-        ).to(tensor.dtype)
-        for tensor, share in zip(explained, shares, strict=True)
+Place = tuple[Any, int]
+"""Where a tensor is in a history: the node that made it, or that accumulates into a leaf, and the number
+of the output."""
+
+
+def _place(tensor: Tensor) -> Place:
+    if tensor.grad_fn is None:
+        return torch.autograd.graph.get_gradient_edge(tensor).node, 0
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _run_back(
+    order: Sequence[Any], start: Place, seeds: list[Tensor], explained_at: Collection[Place]
+) -> dict[Place, list[Tensor]]:
+    """Relevance per magnitude, for each seed, at the places that are explained."""
+    needed = _leading_to(order, {node for node, _ in explained_at})
+    pending: dict[Any, dict[int, list[Tensor]]] = {start[0]: {start[1]: seeds}}
+    found: dict[Place, list[Tensor]] = {}
+    for node in order:
+        arrived = pending.pop(node, None)
+        if arrived is None:
+            continue
+        following = [
+            (i, place) for i, place in enumerate(node.next_functions) if place[0] in needed
+        ]
+        for number, of_seeds in arrived.items():
+            if (node, number) in explained_at:
+                found[node, number] = [s.clone() for s in of_seeds] if following else of_seeds
+        if not following:
+            continue
+        if is_answered(node):
+            results = node.step(arrived.pop(0))
+        else:
+            count = 1 + max(arrived)
+            results = list(
+                zip(
+                    *(
+                        _apply(
+                            node, [arrived[n][i] if n in arrived else None for n in range(count)]
+                        )
+                        for i in range(len(seeds))
+                    ),
+                    strict=True,
+                )
+            )
+        del arrived
+        for i, (target, number) in following:
+            if results[i][0] is not None:
+                _add(pending.setdefault(target, {}), number, list(results[i]))
+        del results
+    return found
+
+
+def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """What a node of autograd's hands to each that follows it."""
+    result = node(*gradients)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _add(pending: dict[int, list[Tensor]], number: int, of_seeds: list[Tensor]) -> None:
+    if number not in pending:
+        pending[number] = of_seeds
+        return
+    pending[number] = [
+        a.add_(b) if a.is_contiguous() else a + b
+        for a, b in zip(pending[number], of_seeds, strict=True)
     ]
 
 
-def _first_step(node: Any, stops: Collection[Any]) -> Step | None:
+def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
+    """The nodes from which one of the targets is reached."""
+    needed = set(targets)
+    for node in reversed(order):
+        if any(following in needed for following, _ in node.next_functions):
+            needed.add(node)
+    return needed
+
+
+def _first_step(node: Any, explained_at: Collection[Place]) -> Step | None:
     """The scaled step that all relevance of the output meets first, if there is one."""
+    stops = {place[0] for place in explained_at}
     while node is not None and node not in stops:
         if is_answered(node):
             return node.step if node.step.scaled else None
@@ -92,13 +164,14 @@ def _first_step(node: Any, stops: Collection[Any]) -> Step | None:
     return None
 
 
-def _prepare(last: Any, stops: Collection[Any], *, shared: bool) -> None:
-    """Tell the steps which of their sources need not be scaled, and whether others see what arrives.
+def _prepare(
+    order: Sequence[Any], arriving: dict[Any, int], explained_at: Collection[Place]
+) -> None:
+    """Tell the steps which of their sources need not be scaled, and that what arrives is their own.
 
-    Each step hands on memory of its own, and calls that move elements hand on what they get to one
-    place; only the relevance of explained tensors that depend on each other is looked at by others.
+    Each step hands on memory of its own, and calls that move elements hand on what they get to one place.
     """
-    arriving = _edges(last)
+    stops = {node for node, _ in explained_at}
     depth: dict[Any, int] = {}
 
     def next_step(node: Any) -> Any:
@@ -112,13 +185,13 @@ def _prepare(last: Any, stops: Collection[Any], *, shared: bool) -> None:
             (node,) = after
         return None
 
-    for node in _in_order(last, arriving):
+    for node in order:
         if not is_answered(node):
             continue
-        node.step.shared = shared
-        if not node.step.scaled or node.step.output is not None:
-            continue
         step: Step = node.step
+        step.shared = False
+        if not step.scaled or step.output is not None:
+            continue
         unscaled = set()
         for i, ((following, _), (_, dtype)) in enumerate(
             zip(node.next_functions, step.layouts, strict=True)
@@ -132,8 +205,8 @@ def _prepare(last: Any, stops: Collection[Any], *, shared: bool) -> None:
         step.unscaled = frozenset(unscaled)
 
 
-def _edges(last: Any) -> dict[Any, int]:
-    """The nodes of a history, and how many edges arrive at each."""
+def _in_order(last: Any) -> tuple[list[Any], dict[Any, int]]:
+    """The nodes of a history, each after all that lead to it, and how many edges arrive at each."""
     arriving: dict[Any, int] = {last: 0}
     stack = [last]
     while stack:
@@ -143,18 +216,12 @@ def _edges(last: Any) -> dict[Any, int]:
             if node not in arriving:
                 stack.append(node)
             arriving[node] = arriving.get(node, 0) + 1
-    return arriving
-
-
-def _in_order(last: Any, arriving: dict[Any, int]) -> Iterator[Any]:
-    """The nodes of a history, each after all that lead to it."""
     left = dict(arriving)
-    ready = deque([last])
-    while ready:
-        node = ready.popleft()
-        yield node
+    order = [last]
+    for node in order:
         for following, _ in node.next_functions:
             if following is not None:
                 left[following] -= 1
                 if left[following] == 0:
-                    ready.append(following)
+                    order.append(following)
+    return order, arriving

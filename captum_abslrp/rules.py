@@ -409,13 +409,10 @@ def answer_by_captum_rule(
     at = [i for i, x in enumerate(inputs) if forms.is_source(x)]
 
     def propagate(s: Tensor) -> list[Tensor]:
-        relevances = functional.relevance(z(), s)
-        parts = zip(*(of_seed(relevance) for relevance in relevances), strict=True)
-        return [
-            functional.divide(torch.stack(part), kept[i]) for i, part in zip(at, parts, strict=True)
-        ]
+        relevances = hand_on(functional.relevance(z(), s))
+        return [functional.divide(r, kept[i]) for i, r in zip(at, relevances, strict=True)]
 
-    def of_seed(relevance: Tensor) -> list[Tensor]:
+    def hand_on(relevance: Tensor) -> list[Tensor]:
         layer = copy.deepcopy(module)
         own = copy.copy(rule)
         own.relevance_input = defaultdict(list)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, TypedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source
-from captum_abslrp.interception import Answer, Call, carries_relevance
+from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once
+from captum_abslrp.functional import SignedParts
+from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
 
 
 class _Geometry(TypedDict):
@@ -26,18 +28,17 @@ def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
     x, w = call.keep(input), call.keep(weight)
     nonnegative = call.is_nonnegative(input)
     if not carries_relevance(weight):
-        # The weight is brought to full precision piece by piece.
+        full = x.tensor.dtype if x.tensor.dtype == torch.float64 else torch.float32
+        parts = SignedParts(w.tensor, dtype=full)  # of a large weight, one piece at a time
         return Answer(
-            output,
-            [input],
-            lambda s: [functional.linear(x(), w.tensor, s, nonnegative=nonnegative)],
+            output, [input], lambda s: [functional.linear(x(), parts, s, nonnegative=nonnegative)]
         )
     wanted = [carries_relevance(t) for t in (input, weight)]
 
     def propagate(s: Tensor) -> list[Tensor]:
         rows, columns = x().flatten(0, -2), w().mT
-        of_input, of_weight = functional.matmul(rows, columns, s.flatten(1, -2))
-        return list(compress([of_input.view(len(s), *x().shape), of_weight.mT], wanted))
+        of_input, of_weight = functional.matmul(rows, columns, s.flatten(0, -2))
+        return list(compress([of_input.view_as(x()), of_weight.mT], wanted))
 
     return Answer(output, list(compress([input, weight], wanted)), propagate)
 
@@ -75,12 +76,14 @@ def _convolution(dims: int) -> Form:
             "groups": groups,
         }
         output = call.run(lambda: run(input, weight, bias, **geometry))
-        x, w = call.keep(input), call.keep(weight)
+        x, parts = call.keep(input), _parts(call.keep(weight))
         nonnegative = call.is_nonnegative(input)
         return Answer(
             output,
             [input],
-            lambda s: [functional.convolution(x(), w(), s, nonnegative=nonnegative, **geometry)],
+            lambda s: [
+                functional.convolution(x(), parts(), s, nonnegative=nonnegative, **geometry)
+            ],
         )
 
     return answer_convolution
@@ -111,19 +114,23 @@ def _transposed_convolution(dims: int) -> Form:
         }
         extra = _each(output_padding, dims)
         output = call.run(lambda: run(input, weight, bias, output_padding=extra, **geometry))
-        x, w = call.keep(input), call.keep(weight)
+        x, parts = call.keep(input), _parts(call.keep(weight))
         nonnegative = call.is_nonnegative(input)
         return Answer(
             output,
             [input],
             lambda s: [
                 functional.convolution(
-                    x(), w(), s, output_padding=extra, nonnegative=nonnegative, **geometry
+                    x(), parts(), s, output_padding=extra, nonnegative=nonnegative, **geometry
                 )
             ],
         )
 
     return answer_transposed_convolution
+
+
+def _parts(weight: Kept) -> Callable[[], SignedParts]:
+    return once(lambda: SignedParts(weight()))
 
 
 def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -15,6 +15,7 @@ from captum_abslrp.functional import EPS
 from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
 
 Form = Callable[..., Any]
+Made = TypeVar("Made")
 
 
 def answer_twin(call: Call, *, divides: bool = True) -> Answer:
@@ -91,6 +92,22 @@ def passed(
         return [s if isinstance(size, float) and size == 1 else s * size] * len(sources)
 
     return Answer(output, sources, propagate, scaled=False, nonnegative=nonnegative)
+
+
+def once(compute: Callable[[], Made]) -> Callable[[], Made]:
+    """Make what does not depend on the seed with the first seed, and keep it for the others.
+
+    What it was made from is let go.
+    """
+    steps = [compute]
+    result: list[Made] = []
+
+    def get() -> Made:
+        if steps:
+            result.append(steps.pop()())
+        return result[0]
+
+    return get
 
 
 def is_alias(output: Tensor, source: Tensor) -> bool:

@@ -16,6 +16,7 @@ from captum_abslrp.forms.base import (
     answer_twin,
     is_source,
     on_host,
+    once,
     passed,
 )
 from captum_abslrp.interception import Answer, Call
@@ -41,6 +42,7 @@ def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor])
         return answer_twin(call)
     x = call.keep(input)
 
+    @once
     def factor() -> Tensor:
         if call.name in _GATES:
             return functional.gate(x(), run)
@@ -114,8 +116,7 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
             return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
-        given = [functional.sum_to_size(s, x()) for x in kept]
-        return functional.rectified(given, [x() for x in kept])
+        return functional.rectified([s.sum_to_size(x().shape) for x in kept], [x() for x in kept])
 
     return Answer(output, [argument for argument, _ in sources], propagate, nonnegative=nonnegative)
 
@@ -151,10 +152,13 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
             return passed(output, sources, factor, nonnegative=nonnegative)
     a, b = call.keep(input), call.keep(other)
 
-    def propagate(s: Tensor) -> list[Tensor]:
+    @once
+    def factors() -> list[Tensor]:
         pairs = ((a(), b(), input), (b(), a(), other))
-        factors = [functional.diagonal(x, y) for x, y, given in pairs if is_source(given)]
-        return [*(s * factor for factor in factors[1:]), s.mul_(factors[0])][::-1]
+        return [functional.diagonal(x, y) for x, y, given in pairs if is_source(given)]
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        return [s * factor for factor in factors()]
 
     return Answer(output, sources, propagate, nonnegative=nonnegative)
 
@@ -169,10 +173,11 @@ def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
         divisor = call.keep(other) if isinstance(other, Tensor) else partial(float, other)
         return passed(output, [input], lambda: 1 / divisor(), nonnegative=nonnegative)
     x, c = call.keep(input), call.keep(other)
+    factor = once(lambda: functional.diagonal(x(), c().reciprocal()))
     return Answer(
         output,
         [input],
-        lambda s: [s.mul_(functional.diagonal(x(), c().reciprocal()))],
+        lambda s: [s.mul_(factor())],
         constants=[other] if is_source(other) else [],
         nonnegative=nonnegative,
     )

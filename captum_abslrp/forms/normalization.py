@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form
+from captum_abslrp.forms.base import Form, once
 from captum_abslrp.interception import Answer, Call
 
 
@@ -42,7 +42,8 @@ def _answer_batch_norm(
     scale = (running_var + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
     x = call.keep(input)
-    return Answer(output, [input], lambda s: [s.mul_(functional.diagonal(x(), scale))])
+    factor = once(lambda: functional.diagonal(x(), scale))
+    return Answer(output, [input], lambda s: [s.mul_(factor())])
 
 
 def answer_layer_norm(
@@ -57,13 +58,10 @@ def answer_layer_norm(
     output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
     x = call.keep(input)
     w = None if weight is None else call.keep(weight)
-    return Answer(
-        output,
-        [input],
-        lambda s: [
-            s.mul_(functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps))
-        ],
+    factor = once(
+        lambda: functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps)
     )
+    return Answer(output, [input], lambda s: [s.mul_(factor())])
 
 
 def answer_rms_norm(
@@ -77,13 +75,8 @@ def answer_rms_norm(
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     x = call.keep(input)
     w = None if weight is None else call.keep(weight)
-    return Answer(
-        output,
-        [input],
-        lambda s: [
-            s.mul_(functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps))
-        ],
-    )
+    factor = once(lambda: functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps))
+    return Answer(output, [input], lambda s: [s.mul_(factor())])
 
 
 def answer_softmax(
@@ -100,13 +93,8 @@ def answer_softmax(
         raise ValueError(f"Expected softmax to be called with its dimension, but got {call}.")
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
     x, p = call.keep(input), call.keep(output)
-    return Answer(
-        output,
-        [input],
-        lambda s: [s.mul_(functional.softmax(x(), p(), dim))],
-        nonnegative=True,
-        vanishing=True,
-    )
+    factor = once(lambda: functional.softmax(x(), p(), dim))
+    return Answer(output, [input], lambda s: [s.mul_(factor())], nonnegative=True, vanishing=True)
 
 
 def answer_group_norm(
@@ -157,22 +145,17 @@ def _answer_groups(
 ) -> Answer:
     x = call.keep(input)
     w = None if weight is None else call.keep(weight)
-    return Answer(
-        output,
-        [input],
-        lambda s: [s.mul_(functional.group_norm(x(), groups, w() if w else None, eps))],
-    )
+    factor = once(lambda: functional.group_norm(x(), groups, w() if w else None, eps))
+    return Answer(output, [input], lambda s: [s.mul_(factor())])
 
 
 def answer_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
     """Division by a positive number that depends on the data, ``2 (x / c)^+ s``."""
     output = call.run(lambda: call.func(input, *args, **kwargs))
     x, z = call.keep(input), call.keep(output)
+    factor = once(lambda: functional.rectify(z() / x(), x()))
     return Answer(
-        output,
-        [input],
-        lambda s: [s.mul_(functional.rectify(z() / x(), x()))],
-        nonnegative=call.is_nonnegative(input),
+        output, [input], lambda s: [s.mul_(factor())], nonnegative=call.is_nonnegative(input)
     )
 
 

@@ -75,7 +75,7 @@ def answer_product_and_sum(
     output_dims = output.dim()
 
     def propagate(s: Tensor) -> list[Tensor]:
-        of_sum = abs(beta) * functional.rectify(functional.sum_to_size(s, c()), beta * c())
+        of_sum = abs(beta) * functional.rectify(s.sum_to_size(c().shape), beta * c())
         return list(compress([of_sum, *functional.bilinear(a(), b(), run, s)], wanted))
 
     return Answer(output, list(compress([input, first, second], wanted)), propagate)
