@@ -67,6 +67,9 @@ LARGE = 2**22
 """Elements of a weight from which on its parts are made piece by piece: it is never copied whole."""
 
 
+CHUNK = 2**18
+"""Elements that are worked on at a time where nothing but their sum is wanted."""
+
 FEW = 8
 """Channels of an input for which two convolutions cost as much as one with twice as many."""
 
@@ -123,9 +126,18 @@ def sums(x: Tensor, s: Tensor, batch_size: int) -> Tensor:
         >>> sums(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -1.5]]), 1)
         tensor([4.])
     """
-    magnitudes = relevance(x, s).abs_()
-    if x.dim() > 1:
-        magnitudes = magnitudes.sum(tuple(range(1, x.dim())))
+    if x.dim() == 1:
+        magnitudes = relevance(x, s).abs_()
+    else:
+        dims = tuple(range(1, x.dim()))
+        rows = max(1, CHUNK * len(x) // max(1, x.numel()))
+        # A few rows at a time, so that the products stay in the cache. Infinity is masked: no relevance.
+        magnitudes = torch.cat(
+            [
+                (few * of_few).abs_().nan_to_num_(0, torch.inf).sum(dims)
+                for few, of_few in zip(x.split(rows), s.split(rows), strict=True)
+            ]
+        )
     return magnitudes.view(batch_size, -1).sum(1)
 
 
@@ -469,7 +481,10 @@ def diagonal(x: Tensor, weight: Tensor) -> Tensor:
         tensor([2., 0.])
     """
     product = x * weight
-    return rectify(weight.abs().expand_as(product), product)
+    sizes = weight.abs().expand_as(product)
+    # In the memory of the product, each element of which is looked at once.
+    torch.ops.aten.threshold_backward.grad_input(sizes, product, 0, grad_input=product)
+    return product
 
 
 def elementwise(
