@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,21 +85,43 @@ class Answer(NamedTuple):
     vanishing: bool = False
     """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
     is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
+    kept: Kept | None = None
+    """The output as it is kept by whoever needs it later on, see :meth:`Call.keep_output`."""
+    kept_sources: Sequence[Kept] | None = None
+    """The sources as they were, where the call has changed one of them in place."""
 
 
 class Kept:
-    """A tensor kept for the backward pass. A call that is about to change it in place has it cloned
-    first (see :meth:`Interception.keep`), so that it always is what the call has seen."""
+    """A tensor kept for the backward pass, or the way to make it again.
 
-    __slots__ = ("tensor",)
+    A call that is about to change a tensor in place has it cloned first (see
+    :meth:`Interception.keep`), so that what is kept always is what the call has seen.
+    """
 
-    def __init__(self, tensor: Tensor) -> None:
+    __slots__ = ("_remake", "_tensor")
+
+    def __init__(
+        self, tensor: Tensor | None = None, remake: Callable[[], Tensor] | None = None
+    ) -> None:
         # Outside of inference mode a tensor that was made in it cannot be used for everything.
-        self.tensor = tensor.clone() if tensor.is_inference() else tensor
+        self._tensor = tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+        self._remake = remake
 
     def __call__(self) -> Tensor:
         """The tensor, in float32 where it is of half precision."""
-        return in_full_precision(self.tensor)
+        return in_full_precision(self.as_given())
+
+    def as_given(self) -> Tensor:
+        """The tensor in its own dtype."""
+        if self._tensor is None:
+            assert self._remake is not None
+            self._tensor, self._remake = self._remake(), None
+        return self._tensor
+
+    def release(self) -> None:
+        """Get ready for a change of the tensor in place."""
+        if self._tensor is not None:
+            self._tensor = self._tensor.clone()
 
 
 @dataclass
@@ -142,6 +164,17 @@ class Call:
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor for the backward pass."""
         return self.interception.keep(tensor)
+
+    def keep_output(self, output: Tensor, remake: Callable[[], Tensor]) -> Kept:
+        """Keep the output of a call for the backward pass by what it is made from.
+
+        It is made again when it is asked for, which costs little for an activation or a norm. In half
+        precision the tensor itself is kept: what is kept is used in float32, where it would differ.
+        """
+        exact = output.dtype in (torch.float32, torch.float64)
+        if not exact or torch.is_autocast_enabled(output.device.type):
+            return self.keep(output)
+        return Kept(remake=remake)
 
     def run(self, compute: Callable[[], Tensor]) -> Tensor:
         """The output of the call: computed, unless it is known already."""
@@ -192,7 +225,7 @@ class Interception(TorchFunctionMode):
         self.total = total
         self.result = result
         self._modules = _ModuleStack(self, model)
-        self._kept: dict[int, list[Kept]] = {}
+        self._kept: dict[int, list[tuple[_Layout, Kept]]] = {}
         self._overwritten: dict[int, int] = {}
         self._aliased: dict[int, list[Tensor]] = {}
         self._fresh: Tensor | None = None
@@ -393,26 +426,44 @@ class Interception(TorchFunctionMode):
         for source in answer.sources:
             check_aligned(source, self.batch_size)
         output = answer.output
-        aliased = [s for s in answer.sources if _storage(s) == _storage(output)]
-        if aliased:  # handed on as it is: dropout
-            self._aliased.setdefault(_storage(output), []).extend(aliased)
-        if (
-            aliased or output._is_view()
-        ):  # of a tensor that nothing else has, made inside of the call
-            output = output.data
+        position = None
+        if answer.kept_sources is not None:  # one of them may be the output now
+            position = next((i for i, s in enumerate(answer.sources) if s is output), None)
+        if position is None:
+            aliased = [s for s in answer.sources if _storage(s) == _storage(output)]
+            if aliased:  # handed on as it is: dropout
+                self._aliased.setdefault(_storage(output), []).extend(aliased)
+            if aliased or output._is_view():  # of a tensor that nothing else has
+                output = output.data
+
+        def kept_sources() -> Sequence[Kept]:
+            if answer.kept_sources is not None:
+                return answer.kept_sources
+            return [self.keep(source) for source in answer.sources]
+
+        def kept_output() -> Kept:
+            return self.keep(output) if answer.kept is None else answer.kept
+
         step = Step(
             answer.propagate,
-            [self.keep(source) for source in answer.sources] if answer.scaled else [],
+            kept_sources() if answer.scaled else [],
             # The step must not hold the output, whose history it becomes, itself.
-            self.keep(output) if answer.scaled and self.joint else None,
+            kept_output() if answer.scaled and self.joint else None,
             [(source.shape, source.dtype) for source in answer.sources],
             self.batch_size,
             self.total,
-            self.keep(output) if answer.vanishing else None,
+            kept_output() if answer.vanishing else None,
         )
-        result: Tensor = _Node.apply(step, [output], *answer.sources)
+        result: Tensor = (
+            _Node.apply(step, [output], *answer.sources)
+            if position is None
+            else _OverwritingNode.apply(step, position, *answer.sources)
+        )
         if answer.nonnegative:
             self.mark_nonnegative(result)
+        if answer.kept is not None:
+            overwritten = self._overwritten.get(_storage(result), 0)
+            setattr(result, _KEPT, (overwritten, answer.kept))
         self._fresh = result
         return result
 
@@ -431,13 +482,17 @@ class Interception(TorchFunctionMode):
 
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor for the backward pass without a copy, unless it is changed in place later."""
+        overwritten, kept = getattr(tensor, _KEPT, (None, None))
+        if kept is not None and overwritten == self._overwritten.get(_storage(tensor), 0):
+            return cast(Kept, kept)
         tensor = tensor.detach()
+        layout = _layout(tensor)
         cells = self._kept.setdefault(_storage(tensor), [])
-        for cell in cells:
-            if _same_view(cell.tensor, tensor):
+        for known, cell in cells:
+            if known == layout:
                 return cell
-        cells.append(Kept(tensor))
-        return cells[-1]
+        cells.append((layout, Kept(tensor)))
+        return cells[-1][1]
 
     def _in_place(
         self,
@@ -477,8 +532,8 @@ class Interception(TorchFunctionMode):
     def release(self, target: Tensor) -> None:
         """Get ready for a change of a tensor in place: what is kept of it is cloned."""
         storage = _storage(target)
-        for cell in self._kept.pop(storage, []):
-            cell.tensor = cell.tensor.clone()
+        for _, cell in self._kept.pop(storage, []):
+            cell.release()
         self._overwritten[storage] = self._overwritten.get(storage, 0) + 1
         for source in self._aliased.pop(storage, []):
             if source is not target:
@@ -597,12 +652,30 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """One seed, where autograd runs the graph: under Captum's ``LRP``."""
-        (s,) = grad_outputs
-        if s is None:
-            return (None,) * len(ctx.needs_input_grad)
-        with torch.autocast(s.device.type, enabled=False):
-            return (None, None, *(share for (share,) in ctx.step([s])))
+        return None, None, *_run_back(ctx.step, *grad_outputs)
+
+
+class _OverwritingNode(torch.autograd.Function):
+    """The node of a call that has changed one of its sources in place."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, position: int, *sources: Tensor) -> Tensor:
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(sources[position])
+        return sources[position]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return None, None, *_run_back(ctx.step, *grad_outputs)
+
+
+def _run_back(step: Step, s: Tensor | None) -> list[Tensor | None]:
+    """One seed, where autograd runs the graph: under Captum's ``LRP``."""
+    if s is None:
+        return [None] * len(step.layouts)
+    with torch.autocast(s.device.type, enabled=False):
+        return [share for (share,) in step([s])]
 
 
 class Given(torch.autograd.Function):
@@ -633,10 +706,11 @@ class Returned(torch.autograd.Function):
 
 def is_answered(node: Any) -> bool:
     """Whether a node of the autograd graph is the answer of a rule."""
-    return isinstance(node, _Node._backward_cls)  # type: ignore[attr-defined]  # of its metaclass
+    return isinstance(node, _ANSWERED)
 
 
-_OWN_NODES = tuple(function._backward_cls for function in (_Node, Given, Returned))  # type: ignore[attr-defined]
+_ANSWERED = tuple(f._backward_cls for f in (_Node, _OverwritingNode))  # type: ignore[attr-defined]
+_OWN_NODES = (*_ANSWERED, *(f._backward_cls for f in (Given, Returned)))  # type: ignore[attr-defined]
 
 
 class _Reentered:
@@ -813,6 +887,8 @@ def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 _NONNEGATIVE = "_abslrp_nonnegative"
 """Mark of a tensor without negative entries: how often its memory had been overwritten by then."""
+_KEPT = "_abslrp_kept"
+"""Mark of a tensor that is kept by what it is made from: how often it had been overwritten, and that."""
 _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten by another name, so that its history is wrong."""
 _FILLING = frozenset(
@@ -826,6 +902,9 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _same_view(a: Tensor, b: Tensor) -> bool:
-    layout_a = (a.shape, a.dtype, a.stride(), a.storage_offset())
-    return layout_a == (b.shape, b.dtype, b.stride(), b.storage_offset())
+_Layout = tuple[torch.Size, torch.dtype, tuple[int, ...], int]
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    """How a tensor lies in its memory."""
+    return tensor.shape, tensor.dtype, tensor.stride(), int(tensor.storage_offset())

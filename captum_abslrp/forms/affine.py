@@ -28,8 +28,8 @@ def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
     x, w = call.keep(input), call.keep(weight)
     nonnegative = call.is_nonnegative(input)
     if not carries_relevance(weight):
-        full = x.tensor.dtype if x.tensor.dtype == torch.float64 else torch.float32
-        parts = SignedParts(w.tensor, dtype=full)  # of a large weight, one piece at a time
+        full = torch.promote_types(output.dtype, torch.float32)
+        parts = SignedParts(w.as_given(), dtype=full)  # of a large weight, one piece at a time
         return Answer(
             output, [input], lambda s: [functional.linear(x(), parts, s, nonnegative=nonnegative)]
         )

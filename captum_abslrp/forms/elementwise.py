@@ -54,6 +54,8 @@ def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor])
         lambda s: [s.mul_(factor())],
         nonnegative=call.name in _NONNEGATIVE,
         vanishing=True,
+        # Drawn at random in training mode.
+        kept=None if call.name == "rrelu" else call.keep_output(output, lambda: run(x())),
     )
 
 
@@ -104,21 +106,44 @@ def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) 
 
 
 def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
-    output = call.run(lambda: summands[0] + summands[1])
     sources = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
     constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
     nonnegative = call.is_nonnegative(*summands)
     is_mask = _is_mask(constants[0]) if constants else False
     if is_mask is True:
+        output = call.run(lambda: summands[0] + summands[1])
         return passed(output, [argument for argument, _ in sources])
     kept = [call.keep(s) for _, s in sources]
+    alike = all(argument is summand for argument, summand in sources)
+    overwritten = _add_in_place(call, *summands)
+    output = call.run(lambda: summands[0] + summands[1]) if overwritten is None else overwritten
 
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
             return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
         return functional.rectified([s.sum_to_size(x().shape) for x in kept], [x() for x in kept])
 
-    return Answer(output, [argument for argument, _ in sources], propagate, nonnegative=nonnegative)
+    return Answer(
+        output,
+        [argument for argument, _ in sources],
+        propagate,
+        nonnegative=nonnegative,
+        kept_sources=kept if alike else None,
+    )
+
+
+def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
+    """The target of an in-place addition, changed; None if there is none or it cannot be."""
+    if call.target is None or call.target is not target or target._is_view() or target.is_leaf:
+        return None
+    if isinstance(other, Tensor):
+        fits = torch.broadcast_shapes(target.shape, other.shape) == target.shape
+        kept = torch.promote_types(target.dtype, other.dtype) == target.dtype
+        apart = target.untyped_storage()._cdata != other.untyped_storage()._cdata
+        if not (fits and kept and apart and target.device == other.device):
+            return None
+    call.interception.release(target)
+    return target.add_(other)
 
 
 def _is_mask(value: Any) -> bool | Tensor:
@@ -201,9 +226,12 @@ def answer_dropout(
     output = call.run(lambda: call.func(input, p, training))
     if call.is_nonnegative(input):
         # Attention of next to nothing is divided by `EPS` once more.
-        return Answer(output, [input], lambda s: [s], nonnegative=True, vanishing=True)
+        kept = call.keep(output)
+        return Answer(output, [input], lambda s: [s], nonnegative=True, vanishing=True, kept=kept)
     z = call.keep(output)
-    return Answer(output, [input], lambda s: [functional.rectify(s, z())], nonnegative=True)
+    return Answer(
+        output, [input], lambda s: [functional.rectified([s], [z()])[0]], nonnegative=True, kept=z
+    )
 
 
 _EVEN_SLOPE = frozenset("erf hardsigmoid sigmoid sin sinh softsign tan tanh".split())

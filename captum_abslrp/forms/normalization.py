@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +38,26 @@ def _answer_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
     )
+    remake = (
+        None
+        if training or running_var is None
+        else partial(
+            F.batch_norm,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        )
+    )
     if training or running_var is None:
         running_var = input.transpose(0, 1).flatten(1).var(1, correction=0)
     scale = (running_var + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
     x = call.keep(input)
     factor = once(lambda: functional.diagonal(x(), scale))
-    return Answer(output, [input], lambda s: [s.mul_(factor())])
+    kept = None if remake is None else call.keep_output(output, lambda: remake(x()))
+    return Answer(output, [input], lambda s: [s.mul_(factor())], kept=kept)
 
 
 def answer_layer_norm(
@@ -61,7 +75,8 @@ def answer_layer_norm(
     factor = once(
         lambda: functional.layer_norm(x(), len(normalized_shape), w() if w else None, eps)
     )
-    return Answer(output, [input], lambda s: [s.mul_(factor())])
+    kept = call.keep_output(output, lambda: F.layer_norm(x(), normalized_shape, weight, bias, eps))
+    return Answer(output, [input], lambda s: [s.mul_(factor())], kept=kept)
 
 
 def answer_rms_norm(
@@ -92,9 +107,12 @@ def answer_softmax(
     if dim is None:
         raise ValueError(f"Expected softmax to be called with its dimension, but got {call}.")
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
-    x, p = call.keep(input), call.keep(output)
+    x = call.keep(input)
+    p = call.keep_output(output, lambda: torch.softmax(x(), dim))
     factor = once(lambda: functional.softmax(x(), p(), dim))
-    return Answer(output, [input], lambda s: [s.mul_(factor())], nonnegative=True, vanishing=True)
+    return Answer(
+        output, [input], lambda s: [s.mul_(factor())], nonnegative=True, vanishing=True, kept=p
+    )
 
 
 def answer_group_norm(
