@@ -98,7 +98,7 @@ def stabiliser(output: Tensor) -> Tensor:
         >>> stabiliser(torch.tensor([1.0, 3e-9, 1e-9]))
         tensor([1.0000, 0.7500, 0.5000])
     """
-    return (EPS / output.abs().clamp_(min=LEAST)).add_(1).reciprocal_()
+    return output.abs().clamp_(min=LEAST).reciprocal_().mul_(EPS).add_(1).reciprocal_()
 
 
 def relevance(x: Tensor, s: Tensor) -> Tensor:
@@ -404,13 +404,16 @@ def matmul(
                 [0.]]))
     """
     of_a, of_b = (SignedParts(t, nonnegative=n) for t, n in zip((a, b), nonnegative, strict=True))
+
+    def to_b(w: Tensor) -> Tensor:
+        lies_transposed = b.stride(-2) < b.stride(-1)  # as k.mT does: what it gets lies like it
+        return ((s.mT @ w).mT if lies_transposed else w.mT @ s).sum_to_size(b.shape)
+
     return (
         positive_contributions(
             a, of_b, lambda w: (s @ w.mT).sum_to_size(a.shape), nonnegative=of_a.nonnegative
         ),
-        positive_contributions(
-            b, of_a, lambda w: (w.mT @ s).sum_to_size(b.shape), nonnegative=of_b.nonnegative
-        ),
+        positive_contributions(b, of_a, to_b, nonnegative=of_b.nonnegative),
     )
 
 
@@ -513,7 +516,7 @@ def elementwise(
         leaf = x.detach().requires_grad_()
         output = call(leaf)
         both = output if even_slope else output + call(leaf.abs())
-        (gradient,) = torch.autograd.grad(both.sum(), leaf)
+        (gradient,) = torch.autograd.grad(both, leaf, torch.ones_like(both))
     if even_slope:
         return rectify(2 * gradient, x)
     # At 0 the slope may be infinite (square root).
@@ -532,7 +535,8 @@ def gate(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
     """
     with torch.enable_grad():
         leaf = x.abs().requires_grad_()
-        (slope,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        (slope,) = torch.autograd.grad(call(leaf), leaf, torch.ones_like(x))
+    del leaf
     sign = x.sign()
     return slope.mul_(2).sub_(0.5).mul_(sign.abs()).add_(sign, alpha=0.5)
 
@@ -634,7 +638,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Ten
 
 def _rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """The reciprocal of the standard deviation over some dimensions."""
-    return (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+    centred = x - x.mean(dims, keepdim=True)
+    return centred.square_().mean(dims, keepdim=True).add_(eps).rsqrt_()
 
 
 def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:

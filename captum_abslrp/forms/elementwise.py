@@ -174,7 +174,9 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
     for value, against in ((input, other), (other, input)):
         if _is_scalar(value, against):
             factor = call.keep(value) if isinstance(value, Tensor) else partial(float, value)
-            return passed(output, sources, factor, nonnegative=nonnegative)
+            answer = passed(output, sources, factor, nonnegative=nonnegative)
+            x = call.keep(against)
+            return answer._replace(kept=call.keep_output(output, lambda: x() * factor()))
     a, b = call.keep(input), call.keep(other)
 
     @once

@@ -30,6 +30,10 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
         list(compress([input, other], wanted)),
         propagate,
         nonnegative=all(nonnegative),
+        # Attention of many tokens on each other is made again.
+        kept=call.keep_output(output, lambda: torch.matmul(a(), b()))
+        if output.numel() > input.numel() + other.numel()
+        else None,
     )
 
 
