@@ -52,7 +52,7 @@ __all__ = [
     "rms_norm",
     "scale",
     "softmax",
-    "stabiliser",
+    "stabilise",
     "sums",
     "twin",
 ]
@@ -91,14 +91,32 @@ def divide(relevance: Tensor, output: Tensor) -> Tensor:
     return relevance / (output.abs() + EPS)
 
 
-def stabiliser(output: Tensor) -> Tensor:
-    """The factor ``|z| / (|z| + EPS)`` from ``R / |z|`` to ``R / (|z| + EPS)``: 1, but where ``z`` vanishes.
+def stabilise(seeds: Sequence[Tensor], output: Tensor) -> None:
+    """From ``R / |z|`` to ``R / (|z| + EPS)``, in place: nothing changes, but where ``z`` vanishes.
+
+    Args:
+        seeds: relevance per magnitude of the output, each shaped like it; are overwritten.
+        output: ``z``.
 
     Example:
-        >>> stabiliser(torch.tensor([1.0, 3e-9, 1e-9]))
+        >>> s = torch.ones(3)
+        >>> stabilise([s], torch.tensor([1.0, 3e-9, 1e-9]))
+        >>> s
         tensor([1.0000, 0.7500, 0.5000])
     """
-    return output.abs().clamp_(min=LEAST).reciprocal_().mul_(EPS).add_(1).reciprocal_()
+    for few, *of_few in zip(*_in_pieces(output, *seeds), strict=True):
+        factor = few.abs().clamp_(min=LEAST).reciprocal_().mul_(EPS).add_(1).reciprocal_()
+        for s in of_few:
+            s *= factor
+
+
+def _in_pieces(*tensors: Tensor) -> list[Sequence[Tensor]]:
+    """Tensors of one shape by a few rows at a time, so that what is made of them stays in the cache."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= CHUNK or first.dim() == 0:
+        return [[t] for t in tensors]
+    rows = max(1, CHUNK * len(first) // first.numel())
+    return [t.split(rows) for t in tensors]
 
 
 def relevance(x: Tensor, s: Tensor) -> Tensor:
@@ -130,14 +148,12 @@ def sums(x: Tensor, s: Tensor, batch_size: int) -> Tensor:
         magnitudes = relevance(x, s).abs_()
     else:
         dims = tuple(range(1, x.dim()))
-        rows = max(1, CHUNK * len(x) // max(1, x.numel()))
-        # A few rows at a time, so that the products stay in the cache. Infinity is masked: no relevance.
-        magnitudes = torch.cat(
-            [
-                (few * of_few).abs_().nan_to_num_(0, torch.inf).sum(dims)
-                for few, of_few in zip(x.split(rows), s.split(rows), strict=True)
-            ]
-        )
+        # Infinity is masked: no relevance.
+        found = [
+            (few * of_few).abs_().nan_to_num_(0, torch.inf).sum(dims)
+            for few, of_few in zip(*_in_pieces(x, s), strict=True)
+        ]
+        magnitudes = torch.cat(found) if len(found) > 1 else found[0]
     return magnitudes.view(batch_size, -1).sum(1)
 
 
@@ -523,22 +539,28 @@ def elementwise(
     return (x.sign() * gradient).masked_fill_(x == 0, 0)
 
 
-def gate(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+def gate(x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
     r""":func:`elementwise` of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
 
     Their slopes at ``x`` and ``-x`` add up to one, so that one is enough:
     :math:`k = 2 f'(|x|) - [x < 0]`.
 
+    Args:
+        x: input, any shape.
+        slope: :math:`f'`, for positive numbers; returns a new tensor.
+
+    Returns:
+        ``k``, what ``s`` is multiplied by, shaped like ``x``.
+
     Example:
-        >>> gate(torch.tensor([1.0, -1.0]), torch.nn.functional.silu)
+        >>> gate(torch.tensor([1.0, -1.0]), lambda x: torch.ops.aten.silu_backward(torch.ones(2), x))
         tensor([1.8553, 0.8553])
     """
-    with torch.enable_grad():
-        leaf = x.abs().requires_grad_()
-        (slope,) = torch.autograd.grad(call(leaf), leaf, torch.ones_like(x))
-    del leaf
-    sign = x.sign()
-    return slope.mul_(2).sub_(0.5).mul_(sign.abs()).add_(sign, alpha=0.5)
+    factor = torch.empty_like(x)
+    for few, into in zip(*_in_pieces(x, factor), strict=True):
+        sign = few.sign()
+        into.copy_(slope(few.abs()).mul_(2).sub_(0.5).mul_(sign.abs()).add_(sign, alpha=0.5))
+    return factor
 
 
 def max_pool(

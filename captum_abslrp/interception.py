@@ -576,9 +576,7 @@ class Step:
         seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
         totals = [self._total(s) for s in seeds]
         if self.vanishing is not None:
-            stabiliser = functional.stabiliser(self.vanishing())
-            for s in seeds:
-                s *= stabiliser
+            functional.stabilise(seeds, self.vanishing())
             self.vanishing = None
         of_seeds = [
             _apart(

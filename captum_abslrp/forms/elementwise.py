@@ -32,10 +32,18 @@ def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> 
         result: Tensor = func(x, *args, **kwargs)
         return result
 
-    return _answer_function(call, input, run)
+    slope = _GATES.get(call.name)
+    return _answer_function(
+        call, input, run, None if slope is None else lambda x: slope(x, *args, **kwargs)
+    )
 
 
-def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor]) -> Answer:
+def _answer_function(
+    call: Call,
+    input: Tensor,
+    run: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor] | None = None,
+) -> Answer:
     """A function of one tensor, element by element."""
     output = call.run(lambda: run(input))
     if output.shape != input.shape:  # broadcast with another argument
@@ -44,8 +52,8 @@ def _answer_function(call: Call, input: Tensor, run: Callable[[Tensor], Tensor])
 
     @once
     def factor() -> Tensor:
-        if call.name in _GATES:
-            return functional.gate(x(), run)
+        if slope is not None:
+            return functional.gate(x(), slope)
         return functional.elementwise(x(), run, even_slope=call.name in _EVEN_SLOPE)
 
     return Answer(
@@ -173,10 +181,8 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
     nonnegative = call.is_nonnegative(input, other)
     for value, against in ((input, other), (other, input)):
         if _is_scalar(value, against):
-            factor = call.keep(value) if isinstance(value, Tensor) else partial(float, value)
-            answer = passed(output, sources, factor, nonnegative=nonnegative)
-            x = call.keep(against)
-            return answer._replace(kept=call.keep_output(output, lambda: x() * factor()))
+            answer = _answer_scaled(call, output, value, against)
+            return answer._replace(nonnegative=nonnegative)
     a, b = call.keep(input), call.keep(other)
 
     @once
@@ -188,6 +194,14 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
         return [s * factor for factor in factors()]
 
     return Answer(output, sources, propagate, nonnegative=nonnegative)
+
+
+def _answer_scaled(call: Call, output: Tensor, value: Any, input: Tensor) -> Answer:
+    """The product with a constant that all elements share."""
+    factor = call.keep(value) if isinstance(value, Tensor) else partial(float, value)
+    x = call.keep(input)
+    kept = call.keep_output(output, lambda: x() * factor())
+    return passed(output, [input], factor)._replace(kept=kept)
 
 
 def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
@@ -236,10 +250,19 @@ def answer_dropout(
     )
 
 
+def _slope_of_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    slope: Tensor = torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+    return slope
+
+
 _EVEN_SLOPE = frozenset("erf hardsigmoid sigmoid sin sinh softsign tan tanh".split())
 """Functions of which negative inputs get exactly nothing."""
-_GATES = frozenset("gelu silu hardswish".split())
-"""Functions that are their input times a share, and at -x times the rest."""
+_GATES: dict[str, Callable[..., Tensor]] = {
+    "gelu": _slope_of_gelu,
+    "hardswish": lambda x, inplace=False: torch.ops.aten.hardswish_backward(torch.ones_like(x), x),
+    "silu": lambda x, inplace=False: torch.ops.aten.silu_backward(torch.ones_like(x), x),
+}
+"""Slopes of functions that are their input times a share, and at -x times the rest."""
 _NONNEGATIVE = frozenset("abs exp exp2 hardsigmoid relu6 sigmoid softplus sqrt square".split())
 """Functions without negative results."""
 ACTIVATIONS: dict[str, Form] = {"relu": answer_relu}
