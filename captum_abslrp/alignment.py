@@ -23,6 +23,7 @@ _SHADOW = "_abslrp_samples"
 _KEEP_ORDER = frozenset(
     "clone contiguous to float half bfloat16 type type_as pad masked_fill where tril triu alias real".split()
 )
+_KEEP_ELEMENT_ORDER = frozenset("view reshape flatten unflatten ravel".split())
 
 
 class Misaligned(Exception):
@@ -53,9 +54,11 @@ def follow(
         result: its result, a tensor or a tuple of them.
         batch_size: B.
     """
+    if batch_size == 1:
+        return
     leaves, spec = tree_flatten((args, kwargs))
     moved = any(hasattr(leaf, _SHADOW) for leaf in leaves if isinstance(leaf, Tensor))
-    if batch_size == 1 or (name in _KEEP_ORDER and not moved):
+    if not moved and (name in _KEEP_ORDER or _keeps_samples_first(name, args, result, batch_size)):
         return
     shadows = [_shadow(leaf, batch_size) for leaf in leaves]
     shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
@@ -71,15 +74,34 @@ def follow(
             setattr(tensor, _SHADOW, samples)
 
 
+def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_size: int) -> bool:
+    """Whether it is plain from the arguments that samples stay in the leading dimension."""
+    dims = [a for a in args[1:] if isinstance(a, int)]
+    if name in _KEEP_ELEMENT_ORDER:
+        return result.dim() > 0 and result.shape[0] % batch_size == 0
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return len(dims) == 2 and not any(d % args[0].dim() == 0 for d in dims)
+    if name in ("gather", "index_select", "take_along_dim"):
+        return len(dims) == 1 and dims[0] % args[0].dim() != 0
+    if name == "__getitem__" and isinstance(args[1], tuple) and args[1]:
+        # Two tensors of indices that are apart would move their dimension to the front.
+        indices = [i for i in args[1] if isinstance(i, Tensor)]
+        first = args[1][0]
+        return isinstance(first, slice) and first == slice(None) and len(indices) <= 1
+    return False
+
+
 def _shadow(leaf: Any, batch_size: int) -> Any:
-    """The number of its sample for every element; indices and masks stay what they are."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+    """The number of its sample for every element, on the host; indices and masks keep their values."""
+    if not isinstance(leaf, Tensor):
         return leaf
+    if not leaf.is_floating_point():
+        return leaf.cpu()
     if hasattr(leaf, _SHADOW):
         return getattr(leaf, _SHADOW)
     if leaf.dim() == 0 or leaf.shape[0] % batch_size:
-        return torch.full((), -1, dtype=torch.float32, device=leaf.device).expand(leaf.shape)
-    samples = torch.arange(batch_size, dtype=torch.float32, device=leaf.device)
+        return torch.full((), -1, dtype=torch.float32, device="cpu").expand(leaf.shape)
+    samples = torch.arange(batch_size, dtype=torch.float32, device="cpu")
     samples = samples.repeat_interleave(leaf.shape[0] // batch_size)
     return samples.view(-1, *[1] * (leaf.dim() - 1)).expand(leaf.shape)
 
@@ -94,5 +116,5 @@ def _in_order(samples: Tensor, batch_size: int) -> bool:
         rows = samples.reshape(batch_size, -1)
     else:
         rows = samples.as_strided(samples.shape[:1], samples.stride()[:1]).reshape(batch_size, -1)
-    expected = torch.arange(batch_size, dtype=samples.dtype, device=samples.device)
-    return bool((rows == expected.unsqueeze(1)).all())
+    expected = torch.arange(batch_size, dtype=samples.dtype, device="cpu")
+    return bool((rows == expected.unsqueeze(1)).all().numpy())

@@ -20,6 +20,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_abslrp.alignment import Misaligned
+from captum_abslrp.calls import on_host
 from captum_abslrp.contrast import (
     Contrast,
     Target,
@@ -30,6 +31,7 @@ from captum_abslrp.contrast import (
 )
 from captum_abslrp.interception import Interception, UnsupportedCallError, is_answered
 from captum_abslrp.mappings import Mapping, get_mapping
+from captum_abslrp.memory import fitting, is_out_of_memory
 from captum_abslrp.propagation import TOTAL, propagate
 
 __all__ = ["AbsLRP"]
@@ -116,7 +118,7 @@ class AbsLRP(GradientAttribution):
         *,
         contrast: Contrast = "others",
         combine: str = "difference",
-        internal_batch_size: int | None = None,
+        internal_batch_size: int | str | None = None,
         return_convergence_delta: bool = False,
     ) -> Any:
         r"""Attribute the target's output to the elements of the inputs.
@@ -137,7 +139,8 @@ class AbsLRP(GradientAttribution):
             combine: how the map of the target and that of the contrast make one: ``"difference"`` (as
                 published), or ``"gated"``: the target's map where it exceeds the contrast's, and 0
                 elsewhere.
-            internal_batch_size: how many samples are run at a time, at most; None runs all at once.
+            internal_batch_size: how many samples are run at a time, at most; None runs all at once,
+                ``"auto"`` as many as fit into half of the free memory, by what one sample keeps.
             return_convergence_delta: whether to return the delta, too.
 
         Returns:
@@ -196,7 +199,7 @@ class AbsLRP(GradientAttribution):
         additional_forward_args: Any,
         contrast: Contrast,
         combine: str,
-        internal_batch_size: int | None,
+        internal_batch_size: int | str | None,
         *,
         forward: Forward,
     ) -> list[tuple[list[Tensor], float]]:
@@ -216,11 +219,13 @@ class AbsLRP(GradientAttribution):
         )
         extra = _format_additional_forward_args(additional_forward_args) or ()
         extra = tuple(a.detach() if isinstance(a, Tensor) else a for a in extra)
-        step = batch_size if internal_batch_size is None else internal_batch_size
+        step = batch_size if internal_batch_size in (None, "auto") else internal_batch_size
         if not isinstance(step, int) or step < 1:
             raise ValueError(
-                f"Expected `internal_batch_size` to be an int of at least 1, but got {step!r}."
+                f"Expected `internal_batch_size` to be an int of at least 1, but got {step!r}. Pass None for "
+                f'all samples at once, or "auto" for as many as fit into memory.'
             )
+        automatic = internal_batch_size == "auto"
         _check_model(self.model)
 
         def rows_of(value: Any, rows: slice) -> Any:
@@ -229,20 +234,36 @@ class AbsLRP(GradientAttribution):
 
         def run(step: int) -> list[tuple[list[Tensor], float]]:
             chunks = []
-            for start in range(0, batch_size, step):
+            start = 0
+            while start < batch_size:
                 part = partial(rows_of, rows=slice(start, start + step))
                 leaves, others = tuple(map(part, given)), tuple(map(part, extra))
-                chunks.append(
-                    self._explain_chunk(
+                try:
+                    chunk = self._explain_chunk(
                         leaves, part(targets), others, part(contrasts), combine, forward
                     )
-                )
+                except Exception as error:
+                    if not (automatic and step > 1 and is_out_of_memory(error)):
+                        raise
+                    step = step // 2
+                    continue
+                chunks.append(chunk)
+                start += step
             return chunks
 
+        if automatic and batch_size > 1:
+            one = partial(rows_of, rows=slice(0, 1))
+            step = self._fitting(tuple(map(one, given)), tuple(map(one, extra)), batch_size)
         try:
             return run(step)
         except Misaligned:  # samples are not kept apart in the leading dimension somewhere
             return run(1)
+
+    def _fitting(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...], batch_size: int) -> int:
+        """How many samples fit into memory at a time, by the first of them."""
+        with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
+            leaves = [x.clone().detach().requires_grad_() for x in inputs]
+            return fitting(self._forward(leaves, extra), batch_size)
 
     def _explain_chunk(
         self,
@@ -326,9 +347,11 @@ class AbsLRP(GradientAttribution):
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Warn where the maps of target and contrast are so alike that rounding is left of their difference."""
     exact = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    apart = sum((r - o).abs().sum(dtype=exact) for r, o in pairs)
+    apart: Any = sum((r - o).abs().sum(dtype=exact) for r, o in pairs)
     total = sum(r.abs().sum(dtype=exact) + o.abs().sum(dtype=exact) for r, o in pairs)
-    share = float(apart / total)
+    if apart.device.type != "cpu":  # it would have to be waited for
+        return
+    share = float((apart / total).numpy())
     if 0 < share < 100 * torch.finfo(exact).eps:
         better = (
             "" if exact == torch.float64 else " Compute in float64: `model.double()`, `x.double()`."
@@ -461,7 +484,7 @@ def _check_inputs(inputs: tuple[Any, ...]) -> int:
                 f"Expected `inputs` to have a batch dimension with at least one sample, but got shape "
                 f"{tuple(x.shape)}."
             )
-        if not bool(torch.isfinite(x).all()):
+        if on_host(x.detach().isfinite().all()) is False:
             raise ValueError("Expected `inputs` to be finite, but got NaN or infinite values.")
         if len(x) != len(inputs[0]):
             raise ValueError(

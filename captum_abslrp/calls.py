@@ -16,6 +16,7 @@ __all__ = [
     "PASS_THROUGH",
     "canonical_name",
     "has_in_place_argument",
+    "on_host",
     "out_of_place",
     "tensors_in",
 ]
@@ -67,6 +68,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def on_host(condition: Tensor) -> bool | None:
+    """A condition, if it is known without waiting for a device; else None."""
+    return bool(condition.numpy()) if condition.device.type == "cpu" else None
 
 
 @functools.lru_cache(maxsize=4096)

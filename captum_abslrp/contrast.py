@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_abslrp.calls import on_host
+
 __all__ = ["Contrast", "Target", "contrast_seed", "expand_target", "target_seed"]
 
 Target = None | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]]
@@ -107,7 +109,7 @@ def target_seed(output: Tensor, target: Tensor | None, *, name: str = "target") 
     """
     seed = torch.zeros_like(output)
     if output[0].numel() == 1:
-        if target is not None and bool(((target != 0) & (target != -1)).any()):
+        if target is not None and on_host(((target != 0) & (target != -1)).any()):
             raise IndexError(
                 f"Expected `{name}` to be 0 or None for a model with one output per sample, but got "
                 f"{target[((target != 0) & (target != -1)).any(1)][0].tolist()}."
@@ -119,25 +121,24 @@ def target_seed(output: Tensor, target: Tensor | None, *, name: str = "target") 
                 f"Expected `{name}` to be a tuple of {output.dim() - 1} indices for an output of shape "
                 f"{tuple(output.shape)}, but got None."
             )
-        target = output.argmax(1, keepdim=True)
+        return seed.scatter(1, output.argmax(1, keepdim=True), 1.0)
     sizes = torch.tensor(output.shape[1:])
     if target.shape[1] != len(sizes):
         raise ValueError(
             f"Expected `{name}` to have {len(sizes)} indices per sample for an output of shape "
             f"{tuple(output.shape)}, but got {target.shape[1]}."
         )
-    target = target.to(output.device)
-    sizes = sizes.to(output.device)
+    # Targets are on the host, see `expand_target`: nothing has to be waited for.
     outside = ((target < -sizes) | (target >= sizes)).any(1)
-    if bool(outside.any()):
+    if on_host(outside.any()):
         raise IndexError(
             f"Expected `{name}` to lie within the output shape {tuple(output.shape[1:])} of each "
             f"sample, but got {target[outside][0].squeeze().tolist()}."
         )
     samples = torch.arange(len(output), device=output.device)
-    return seed.index_put(
-        (samples, *(target % sizes).unbind(1)), torch.ones((), dtype=seed.dtype, device=seed.device)
-    )
+    at = (target % sizes).to(output.device, non_blocking=True)
+    one = torch.ones((), dtype=seed.dtype, device=seed.device)
+    return seed.index_put((samples, *at.unbind(1)), one)
 
 
 def contrast_seed(output: Tensor, target: Tensor, contrast: Contrast) -> Tensor | None:
@@ -169,10 +170,10 @@ def contrast_seed(output: Tensor, target: Tensor, contrast: Contrast) -> Tensor 
     if isinstance(contrast, Tensor):
         seed = target_seed(output, contrast, name="contrast")
         same = (seed * target).flatten(1).any(1)
-        if bool(same.any()):
+        if on_host(same.any()):
             raise ValueError(
                 "Expected `contrast` to be another class than `target`, but got the same one for "
-                f"sample {int(same.nonzero()[0])}."
+                f"sample {same.tolist().index(True)}."
             )
         return seed
     classes = 1 if output.dim() > 3 else -1

@@ -384,6 +384,15 @@ def convolution(
         flat = SignedParts(parts.weight.flatten(1), dtype=s.dtype)
         return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
 
+    spatial = parts.weight.shape[2:]
+    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not any(padding)
+    whole = not any(n % k for n, k in zip(x.shape[2:], spatial, strict=True))
+    if side_by_side and whole and set(dilation) == {1} and groups == 1 and not is_transposed:
+        # A linear layer on each patch.
+        return positive_contributions(
+            x, parts, lambda w: _from_patches(s, w), nonnegative=nonnegative
+        )
+
     def transposed(w: Tensor, like: Tensor = x) -> Tensor:
         # Of the input, only shape and layout are looked at.
         grad_input: Tensor = torch.ops.aten.convolution_backward(
@@ -398,6 +407,18 @@ def convolution(
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
     positive, negative = both.chunk(2, 1)
     return rectify(positive, x) - rectify(negative, -x)
+
+
+def _from_patches(s: Tensor, weight: Tensor) -> Tensor:
+    """The transposed product of a convolution whose stride is the size of its kernel."""
+    dims = weight.dim() - 2
+    products = s.movedim(1, -1) @ weight.flatten(1)  # (B, places ..., C_in * kernel)
+    cells = products.unflatten(-1, weight.shape[1:])
+    # (B, C_in, place, kernel, place, kernel ...)
+    order = [i + 1 + j * (dims + 1) for i in range(dims) for j in (0, 1)]
+    places = cells.permute(0, dims + 1, *order)
+    sizes = (p * k for p, k in zip(s.shape[2:], weight.shape[2:], strict=True))
+    return places.reshape(len(s), weight.shape[1], *sizes)
 
 
 def matmul(
@@ -700,7 +721,7 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
     Example:
         >>> x = torch.tensor([0.0, -float("inf"), 1.0])
         >>> softmax(x, x.softmax(0), 0)
-        tensor([0.0000, 0.0000, 1.4621])
+        tensor([ 0.0000, -0.0000,  1.4621])
     """
 
     def unmasked(values: Tensor) -> Tensor:
@@ -709,11 +730,10 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
 
     shares = probabilities.nan_to_num()
     # What is masked counts as zero here, and is left out of the denominator by the division below.
-    absolute = unmasked(x.abs())
-    twin_part = unmasked(absolute.softmax(dim))
-    twin_part /= twin_part.sum(dim, keepdim=True).clamp(min=_SMALLEST)
+    twin_part = unmasked(unmasked(x.abs()).softmax(dim))
+    twin_part /= twin_part.sum(dim, keepdim=True).clamp_(min=_SMALLEST)
     sign = x.sign()
-    return unmasked(shares).mul_(sign).addcmul_(twin_part, sign.abs())
+    return unmasked(shares).addcmul_(twin_part, sign).mul_(sign)
 
 
 def magnitude(x: Tensor) -> Tensor:

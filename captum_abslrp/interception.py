@@ -118,6 +118,10 @@ class Kept:
             self._tensor, self._remake = self._remake(), None
         return self._tensor
 
+    def storage(self) -> torch.UntypedStorage | None:
+        """The memory that is kept, if any is."""
+        return None if self._tensor is None else self._tensor.untyped_storage()
+
     def release(self) -> None:
         """Get ready for a change of the tensor in place."""
         if self._tensor is not None:

@@ -100,7 +100,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         combine: str = "difference",
         attribute_to_layer_input: bool = False,
         call_index: int | None = None,
-        internal_batch_size: int | None = None,
+        internal_batch_size: int | str | None = None,
     ) -> Any:
         r"""Attribute the target's output to the elements of the layer's output or input.
 

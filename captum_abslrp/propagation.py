@@ -22,7 +22,7 @@ from captum_abslrp import functional
 from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.interception import Step, in_full_precision, is_answered
 
-__all__ = ["propagate"]
+__all__ = ["kept_bytes", "propagate"]
 
 TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
@@ -73,6 +73,18 @@ def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> lis
         shares = [functional.relevance(values, in_full_precision(s)) for s in found[place]]
         results.append((torch.stack(shares) / TOTAL).to(tensor.dtype))
     return results
+
+
+def kept_bytes(output: Tensor) -> int:
+    """Memory of the tensors that the way back from an output keeps, without those that are made again."""
+    order, _ = _in_order(output.grad_fn)
+    sizes: dict[int, int] = {}
+    for node in order:
+        for kept in node.step.sources if is_answered(node) else ():
+            storage = kept.storage()
+            if storage is not None:
+                sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
 
 
 Place = tuple[Any, int]

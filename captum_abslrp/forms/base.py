@@ -116,11 +116,6 @@ def is_alias(output: Tensor, source: Tensor) -> bool:
     return output.numel() > 0 and not output.is_meta and layouts[0] == layouts[1]
 
 
-def on_host(condition: Tensor) -> bool | None:
-    """A condition, if it is known without waiting for a device; else None."""
-    return bool(condition.numpy()) if condition.device.type == "cpu" else None
-
-
 def is_source(value: Any) -> bool:
     """Whether a value is a tensor that relevance goes to."""
     return isinstance(value, Tensor) and carries_relevance(value)

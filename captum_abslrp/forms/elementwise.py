@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from captum_abslrp import functional
+from captum_abslrp.calls import on_host
 from captum_abslrp.forms.base import (
     Form,
     answer_constant,
     answer_twin,
     is_source,
-    on_host,
     once,
     passed,
 )

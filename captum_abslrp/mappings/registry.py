@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,11 +83,28 @@ class Mapping:
         """The rule for a call and where it comes from, or None."""
         if self.base is None and call.name in _CALL_RULES:
             return _CALL_RULES[call.name], "registered"
-        for keys, rule in self.entries:
-            for key in keys if isinstance(keys, tuple) else (keys,):
-                if _matches(key, call):
-                    return rule, f"mapping {self.name!r}"
+        by_place, by_name = self._index
+        at, rule = by_name.get(call.name, (len(self.entries), None))
+        for i, key, other in by_place:
+            if i < at and _matches(key, call):
+                rule = other
+                break
+        if rule is not None:
+            return rule, f"mapping {self.name!r}"
         return None if self.base is None else self.base.find(call)
+
+    @functools.cached_property
+    def _index(self) -> tuple[list[tuple[int, Key, Rule]], dict[str, tuple[int, Rule]]]:
+        """The keys that need a look at the call, and the names of calls, with their place in the table."""
+        by_place: list[tuple[int, Key, Rule]] = []
+        by_name: dict[str, tuple[int, Rule]] = {}
+        for i, (keys, rule) in enumerate(self.entries):
+            for key in keys if isinstance(keys, tuple) else (keys,):
+                if isinstance(key, str):
+                    by_name.setdefault(key, (i, rule))
+                else:
+                    by_place.append((i, key, rule))
+        return by_place, by_name
 
     def extended(self, entries: collections.abc.Mapping[Key | tuple[Key, ...], Rule]) -> Mapping:
         """A mapping whose entries win over those of this one.
@@ -261,9 +279,7 @@ def find_mapping(module: nn.Module) -> Mapping | None:
 
 
 def _matches(key: Key, call: Call) -> bool:
-    if isinstance(key, str):
-        return key == call.name
     if isinstance(key, At):
         here = fnmatch.fnmatchcase(call.local_path, key.pattern)
         return here and key.call in (None, call.name)
-    return isinstance(call.module, key)
+    return isinstance(key, type) and isinstance(call.module, key)
