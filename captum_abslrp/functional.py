@@ -721,7 +721,7 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
     Example:
         >>> x = torch.tensor([0.0, -float("inf"), 1.0])
         >>> softmax(x, x.softmax(0), 0)
-        tensor([ 0.0000, -0.0000,  1.4621])
+        tensor([0.0000, -0.0000, 1.4621])
     """
 
     def unmasked(values: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class Call:
         precision the tensor itself is kept: what is kept is used in float32, where it would differ.
         """
         exact = output.dtype in (torch.float32, torch.float64)
-        if not exact or torch.is_autocast_enabled(output.device.type):
+        if not exact or (not output.is_meta and torch.is_autocast_enabled(output.device.type)):
             return self.keep(output)
         return Kept(remake=remake)
 

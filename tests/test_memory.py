@@ -82,9 +82,9 @@ def test_the_free_memory_of_the_host_is_known() -> None:
     assert free is None or free > 2**20
 
 
-@pytest.mark.parametrize("name", ["resnet_bottleneck", "vit"])
+@pytest.mark.parametrize(("name", "share"), [("resnet_bottleneck", 0.95), ("vit", 0.8)])
 def test_norms_and_activations_are_made_again_rather_than_kept(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     golden = load_golden(name)
     attributor = AbsLRP(golden.model)
@@ -94,5 +94,5 @@ def test_norms_and_activations_are_made_again_rather_than_kept(
 
     made_again, relevance = kept(), attributor.attribute(golden.x, 1)
     monkeypatch.setattr(Call, "keep_output", lambda call, output, remake: call.keep(output))
-    assert made_again < 0.8 * kept()
+    assert made_again < share * kept()
     torch.testing.assert_close(relevance, attributor.attribute(golden.x, 1), rtol=1e-9, atol=1e-15)
