@@ -1,7 +1,7 @@
 """AbsLRP against Captum's methods on the three demo models, by GAE, GridPG and LeRF-MoRF.
 
-``python benchmarks/gae.py run --model vgg`` scores (and goes on where it was stopped);
-``python benchmarks/gae.py report`` writes the tables of ``benchmarks/RESULTS.md`` and ``README.md`` and
+``python -m benchmarks.gae run --model vgg`` scores (and goes on where it was stopped);
+``python -m benchmarks.gae report`` writes the tables of ``benchmarks/RESULTS.md`` and ``README.md`` and
 the figures.
 
 The scenes are drawn anew from digits that no demo model has seen in training.

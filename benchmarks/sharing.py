@@ -1,6 +1,6 @@
 """What ``compare`` saves: five attributors scored together, against five runs of ``gae`` by single images.
 
-``python benchmarks/sharing.py`` prints a table, as in ``benchmarks/RESULTS.md``. Both sides compute GAE;
+``python -m benchmarks.sharing`` prints a table, as in ``benchmarks/RESULTS.md``. Both sides compute GAE;
 ``compare`` measures the localization and the area between the LeRF and MoRF curves besides.
 """
 

@@ -421,16 +421,13 @@ def _from_patches(s: Tensor, weight: Tensor) -> Tensor:
     return places.reshape(len(s), weight.shape[1], *sizes)
 
 
-def matmul(
-    a: Tensor, b: Tensor, s: Tensor, *, nonnegative: Sequence[bool] = (False, False)
-) -> tuple[Tensor, Tensor]:
+def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`positive_contributions` of ``a @ b`` for each argument, the other one fixed.
 
     Args:
         a: (..., N, K).
         b: (..., K, M), batch dimensions broadcast with those of ``a``.
         s: (..., N, M).
-        nonnegative: whether ``a`` and ``b`` are known to have no negative entry.
 
     Returns:
         What ``a`` and ``b`` get.
@@ -440,17 +437,19 @@ def matmul(
         (tensor([[2., 0.]]), tensor([[1.],
                 [0.]]))
     """
-    of_a, of_b = (SignedParts(t, nonnegative=n) for t, n in zip((a, b), nonnegative, strict=True))
+    of_a, of_b = _parts(a), _parts(b)
+    x, y = of_a.weight, of_b.weight
+    lies_transposed = y.stride(-2) < y.stride(-1)  # as k.mT does: what it gets lies like it
+
+    def to_a(w: Tensor) -> Tensor:
+        return (s @ w.mT).sum_to_size(x.shape)
 
     def to_b(w: Tensor) -> Tensor:
-        lies_transposed = b.stride(-2) < b.stride(-1)  # as k.mT does: what it gets lies like it
-        return ((s.mT @ w).mT if lies_transposed else w.mT @ s).sum_to_size(b.shape)
+        return ((s.mT @ w).mT if lies_transposed else w.mT @ s).sum_to_size(y.shape)
 
     return (
-        positive_contributions(
-            a, of_b, lambda w: (s @ w.mT).sum_to_size(a.shape), nonnegative=of_a.nonnegative
-        ),
-        positive_contributions(b, of_a, to_b, nonnegative=of_b.nonnegative),
+        positive_contributions(x, of_b, to_a, nonnegative=of_a.nonnegative),
+        positive_contributions(y, of_a, to_b, nonnegative=of_b.nonnegative),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form, answer_twin, is_source
+from captum_abslrp.forms.base import Form, answer_twin, is_source, once
+from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Answer, Call
 
 
@@ -22,8 +23,16 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
     wanted = [is_source(t) for t in (input, other)]
     nonnegative = [call.is_nonnegative(t) for t in (input, other)]
 
+    @once
+    def parts() -> list[SignedParts]:
+        return [
+            SignedParts(_by_batch(kept()), nonnegative=n)
+            for kept, n in zip((a, b), nonnegative, strict=True)
+        ]
+
     def propagate(s: Tensor) -> list[Tensor]:
-        return list(compress(functional.matmul(a(), b(), s, nonnegative=nonnegative), wanted))
+        of_input, of_other = parts()
+        return list(compress(functional.matmul(of_input, of_other, s.contiguous()), wanted))
 
     return Answer(
         output,
@@ -35,6 +44,13 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
         if output.numel() > input.numel() + other.numel()
         else None,
     )
+
+
+def _by_batch(x: Tensor) -> Tensor:
+    """The tensor with one matrix after the other in memory, each as it lies or transposed."""
+    if x.dim() > 2 and x.stride(-2) < x.stride(-1):
+        return x.mT.contiguous().mT
+    return x.contiguous()
 
 
 def answer_bilinear(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Answer:

@@ -1,0 +1,120 @@
+"""Where the time of an attribution goes, per kind of call.
+
+``python -m benchmarks.profile --model vit_base_patch16_224`` prints how long the forward pass takes, plain
+and under the interception, and what each kind of rule takes on the way back, in milliseconds and as
+multiples of the plain forward pass, with the share of the transposed products, which no implementation
+can do without. (Run as a module: a script in a folder with a file of this name would take it for the one of
+the standard library.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from unittest import mock
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from captum_abslrp import AbsLRP, demo
+from captum_abslrp.interception import Step
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution_backward",
+            "aten::mkldnn_convolution", "aten::cudnn_convolution")  # fmt: skip
+
+
+def load(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """A timm model with random weights, or a demo model, ``demo:vit``, and inputs."""
+    torch.manual_seed(0)
+    if name.startswith("demo:"):
+        return demo.load_model(name.removeprefix("demo:")), torch.randn(batch_size, 3, 64, 64)
+    model = timm.create_model(name).eval()
+    return model, torch.randn(batch_size, *model.default_cfg["input_size"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    model, x = load(args.model, args.batch_size)
+    attributor = AbsLRP(model)
+    attributor.attribute(x, 0)
+
+    plain, watched, whole = [], [], []
+    spent: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    run_step = Step.__call__
+
+    def timed(step: Step, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        kind = step.propagate.__qualname__.split(".<locals>")[0].lstrip("_")
+        start = time.perf_counter()
+        shares = run_step(step, seeds)
+        spent[kind] += time.perf_counter() - start
+        count[kind] += 1
+        return shares
+
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(x)
+        plain.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        attributor.attribute(x, 0)
+        whole.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        attributor._forward([x.clone().requires_grad_()], ())
+        watched.append(time.perf_counter() - start)
+        with mock.patch.object(Step, "__call__", timed):
+            attributor.attribute(x, 0)
+    forward = statistics.median(plain)
+    print(f"{args.model}, batch of {len(x)}, target and contrast\n")
+    print("| | calls | ms | forward passes |\n|---|---|---|---|")
+    rows = [
+        ("forward pass, plain", "", forward),
+        ("forward pass, watched", "", statistics.median(watched)),
+    ]
+    rows += [
+        (kind, str(count[kind] // args.repeats), t / args.repeats)
+        for kind, t in spent.most_common()
+    ]
+    rows.append(("all", "", statistics.median(whole)))
+    for kind, calls, seconds in rows:
+        print(f"| {kind} | {calls} | {1e3 * seconds:.1f} | {seconds / forward:.2f} |")
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        attributor.attribute(x, 0)
+    events = profiler.key_averages()
+    products = sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS) / 1e6
+    print(
+        f"\nProducts, forward and back: {1e3 * products:.0f} ms, {products / forward:.2f} forward passes."
+    )
+
+    with torch.no_grad():
+        one = x[:1]
+        times = {"plain": [], "attribution": []}
+        for _ in range(4 * args.repeats):
+            start = time.perf_counter()
+            model(one)
+            times["plain"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            attributor.attribute(one, 0)
+            times["attribution"].append(time.perf_counter() - start)
+    one_forward, one_attribution = (1e3 * statistics.median(t) for t in times.values())
+    answered = sum(count.values()) // args.repeats
+    print(
+        f"One sample: {one_attribution:.1f} ms, its plain forward pass {one_forward:.1f} ms; "
+        f"{answered} calls are answered: {one_attribution / answered:.2f} ms each at most."
+    )
+
+
+if __name__ == "__main__":
+    main()
