@@ -334,3 +334,35 @@ def test_a_comparison_as_a_dataframe(model: nn.Module) -> None:
     assert list(frame.index) == ["abslrp", "saliency", "failing"]
     assert frame.loc["failing", "failure"].startswith("RuntimeError")
     assert not pandas.isna(frame.loc["abslrp", "gae"])
+
+
+def test_the_model_and_the_attributor_see_each_image_once() -> None:
+    """What the method asks for, and no more: outputs of 4 images and 1 mosaic, gradients of 1 + 9 + 9 states
+    and attributions of the same and of the mosaic."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).eval()
+    seen = {"outputs": 0, "gradients": 0, "attributions": 0}
+    calls = {"outputs": 0, "gradients": 0, "attributions": 0}
+
+    def model(x: Tensor) -> Tensor:
+        kind = "gradients" if torch.is_grad_enabled() else "outputs"
+        seen[kind] += len(x)
+        calls[kind] += 1
+        return plain(x)
+
+    def attributor(x: Tensor, target: Tensor) -> Tensor:
+        seen["attributions"] += len(x)
+        calls["attributions"] += 1
+        return x.abs()
+
+    x = torch.rand(12, 3, 4, 4)
+    gae(model, attributor, x)
+    assert seen == {"outputs": 3 * 5, "gradients": 3 * 19, "attributions": 3 * 20}
+    assert calls == {"outputs": 2, "gradients": 19, "attributions": 1}
+
+    seen.update(outputs=0, gradients=0, attributions=0)
+    compare({"a": attributor, "b": attributor, "c": attributor}, model, x)
+    # Beside what GAE asks for, once for all methods: the curves of each method's own order.
+    assert seen["gradients"] == 3 * 19
+    assert seen["attributions"] == 3 * 3 * 20
+    assert seen["outputs"] == 3 * 5 + 3 * 3 * 2 * 9

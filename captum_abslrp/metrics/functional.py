@@ -115,6 +115,7 @@ def masked_states(
     n_steps: int = 10,
     schedule: str = "published",
     baseline: float = 0.0,
+    unmasked: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask images step by step, by the model's own gradient.
 
@@ -130,6 +131,7 @@ def masked_states(
             are masked already or not, so that MoRF compounds (10, 30, 60, 100 % with ten states)
             and LeRF does not; ``"cumulative"``: exactly the share ``k / S`` is masked after step ``k``.
         baseline: value of a masked element.
+        unmasked: output and :func:`gradient_map` of the images themselves, where they are known.
 
     Returns:
         States (S, B, C, H, W), their outputs for the target (S, B), and their maps, each scaled to
@@ -139,7 +141,10 @@ def masked_states(
     state, masked = x.detach(), torch.zeros_like(x, dtype=torch.bool)
     states, outputs, maps = [], [], []
     for step in range(1, n_steps + 1):
-        output, g = gradient_map(forward_func, state, target)
+        if step == 1 and unmasked is not None:
+            output, g = unmasked
+        else:
+            output, g = gradient_map(forward_func, state, target)
         states.append(state)
         outputs.append(output)
         maps.append(scaled_to_sum_one(g))

@@ -288,9 +288,13 @@ def prepare(
     positives = inputs[rows]
     targets = predictions.gather(1, positive_index.view(-1, 1)).squeeze(1)
 
-    def masked(most_relevant_first: bool) -> list[Tensor]:
-        parts = [
-            functional.masked_states(
+    def masked(x: Tensor, t: Tensor) -> list[Tensor]:
+        """States, outputs and maps with the most relevant elements masked first, and with the least."""
+        unmasked = functional.gradient_map(forward_func, x, t)  # both start from it
+        return [
+            tensor
+            for most_relevant_first in (True, False)
+            for tensor in functional.masked_states(
                 forward_func,
                 x,
                 t,
@@ -298,13 +302,14 @@ def prepare(
                 n_steps=n_steps,
                 schedule=schedule,
                 baseline=baseline,
+                unmasked=unmasked,
             )
-            for x, t in zip(positives.split(size), targets.split(size), strict=True)
         ]
-        return [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
 
-    morf_states, morf_outputs, morf_maps = masked(True)
-    lerf_states, lerf_outputs, lerf_maps = masked(False)
+    parts = [masked(x, t) for x, t in zip(positives.split(size), targets.split(size), strict=True)]
+    morf_states, morf_outputs, morf_maps, lerf_states, lerf_outputs, lerf_maps = (
+        torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)
+    )
     shift = (lerf_outputs - morf_outputs)[1:] / _away_from_zero(morf_outputs[0])
     probabilities = outputs[rows].softmax(1).gather(1, predictions)
     ranked = predictions.sort(1).values
