@@ -149,15 +149,18 @@ class AbsLRP(GradientAttribution):
             lost. With ``return_convergence_delta`` a pair of it and the delta, of shape (B,): the sum
             of the relevance of all inputs less that of the seeds (1, or 0 for a difference).
 
+        Nothing waits for a GPU: what would have to be looked at there is not checked. Targets are best
+        given as ints or on the host.
+
         Warns:
-            UserWarning: if a layer is in training mode, or if the maps of target and contrast are so
-                alike that their difference is rounding.
+            UserWarning: if a layer is in training mode, or (on the host) if the maps of target and
+                contrast are so alike that their difference is rounding.
 
         Raises:
             TypeError: if inputs or target are not of a type that is listed here, or the model does
                 not return a tensor.
-            ValueError: if inputs are not finite or have no batch dimension, or the target does not
-                fit the output.
+            ValueError: if inputs are not finite (on the host; elsewhere their maps are not either) or
+                have no batch dimension, or the target does not fit the output.
             IndexError: if the target is out of range.
             UnsupportedCallError: if the model makes a call that has no rule; it is named.
 
@@ -283,7 +286,7 @@ class AbsLRP(GradientAttribution):
             seed = target_seed(values, target)
             held_against = contrast_seed(values, seed, contrast)
             seeds = [seed] if held_against is None else [seed, held_against]
-            relevances = propagate(output, explained, torch.stack(seeds))
+            relevances = propagate(output, explained, torch.stack(seeds), positive=True)
             if held_against is None:
                 return [r[0] for r in relevances], 1.0
             pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]

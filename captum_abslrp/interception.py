@@ -59,7 +59,7 @@ __all__ = ["Answer", "Call", "Interception", "UnsupportedCallError"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
-sources share may be left out. What is given may be overwritten."""
+sources share may be left out. What is given may be overwritten, and what is returned will be."""
 
 
 class UnsupportedCallError(NotImplementedError):
@@ -85,6 +85,8 @@ class Answer(NamedTuple):
     vanishing: bool = False
     """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
     is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
+    keeps_sign: bool = False
+    """Whether the rule hands on nothing negative where nothing negative arrives."""
     kept: Kept | None = None
     """The output as it is kept by whoever needs it later on, see :meth:`Call.keep_output`."""
     kept_sources: Sequence[Kept] | None = None
@@ -450,6 +452,8 @@ class Interception(TorchFunctionMode):
 
         step = Step(
             answer.propagate,
+            answer.keeps_sign,
+            [self.is_nonnegative(source) for source in answer.sources],
             kept_sources() if answer.scaled else [],
             # The step must not hold the output, whose history it becomes, itself.
             kept_output() if answer.scaled and self.joint else None,
@@ -549,6 +553,9 @@ class Step:
     """The way back through one call that was answered by a rule."""
 
     propagate: Propagate | None
+    keeps_sign: bool
+    nonnegative: Sequence[bool]
+    """Whether each source is known to have no negative entry that takes part."""
     sources: Sequence[Kept]
     """The sources, where what they get is scaled."""
     output: Kept | None
@@ -561,6 +568,8 @@ class Step:
     """The output, where it may be next to nothing."""
     stabilised: bool = False
     """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
+    positive: bool = False
+    """Whether what arrives is known to be nowhere negative."""
     shared: bool = True
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
@@ -615,7 +624,16 @@ class Step:
             joint = self.output is not None
             for shares, total in zip(of_seeds, totals, strict=True):
                 scaled = [shares[i] for i in chosen]
-                functional.scale(inputs, scaled, self.batch_size, totals=total, joint=joint)
+                functional.scale(
+                    inputs,
+                    scaled,
+                    self.batch_size,
+                    totals=total,
+                    joint=joint,
+                    positive=[
+                        self.positive and self.keeps_sign and self.nonnegative[i] for i in chosen
+                    ],
+                )
         self.sources, self.output = (), None
 
 

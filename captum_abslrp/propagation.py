@@ -32,7 +32,9 @@ UNSCALED_STEPS = 8
 """How many steps may follow each other unscaled, so that nothing leaves the range of float32."""
 
 
-def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> list[Tensor]:
+def propagate(
+    output: Tensor, explained: Sequence[Tensor], seeds: Tensor, *, positive: bool = False
+) -> list[Tensor]:
     """Relevance of tensors for relevance of the output that depends on them.
 
     Axes: S seeds.
@@ -42,6 +44,7 @@ def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> lis
             history is used up.
         explained: the tensors; zeros where the output does not depend on one.
         seeds: relevance of the output, (S, ``*output.shape``).
+        positive: whether the seeds are known to be nowhere negative.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype.
@@ -62,7 +65,7 @@ def propagate(output: Tensor, explained: Sequence[Tensor], seeds: Tensor) -> lis
     start = in_full_precision(seeds) * TOTAL / values
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-        found = _run_back(order, (last, output.output_nr), list(start), explained_at)
+        found = _run_back(order, (last, output.output_nr), list(start), explained_at, positive)
     results = []
     for tensor in explained:
         place = _place(tensor)
@@ -99,12 +102,17 @@ def _place(tensor: Tensor) -> Place:
 
 
 def _run_back(
-    order: Sequence[Any], start: Place, seeds: list[Tensor], explained_at: Collection[Place]
+    order: Sequence[Any],
+    start: Place,
+    seeds: list[Tensor],
+    explained_at: Collection[Place],
+    positive: bool,
 ) -> dict[Place, list[Tensor]]:
     """Relevance per magnitude, for each seed, at the places that are explained."""
     needed = _leading_to(order, {node for node, _ in explained_at})
     pending: dict[Any, dict[int, list[Tensor]]] = {start[0]: {start[1]: seeds}}
     found: dict[Place, list[Tensor]] = {}
+    signed: set[Any] = set() if positive else {start[0]}
     for node in order:
         arrived = pending.pop(node, None)
         if arrived is None:
@@ -117,7 +125,10 @@ def _run_back(
                 found[node, number] = [s.clone() for s in of_seeds] if following else of_seeds
         if not following:
             continue
+        hands_on_signed = node in signed
         if is_answered(node):
+            node.step.positive = not hands_on_signed
+            hands_on_signed = hands_on_signed or not node.step.keeps_sign
             results = node.step(arrived.pop(0))
         else:
             count = 1 + max(arrived)
@@ -135,6 +146,8 @@ def _run_back(
         del arrived
         for i, (target, number) in following:
             if results[i][0] is not None:
+                if hands_on_signed:
+                    signed.add(target)
                 _add(pending.setdefault(target, {}), number, list(results[i]))
         del results
     return found

@@ -31,7 +31,10 @@ def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
         full = torch.promote_types(output.dtype, torch.float32)
         parts = SignedParts(w.as_given(), dtype=full)  # of a large weight, one piece at a time
         return Answer(
-            output, [input], lambda s: [functional.linear(x(), parts, s, nonnegative=nonnegative)]
+            output,
+            [input],
+            lambda s: [functional.linear(x(), parts, s, nonnegative=nonnegative)],
+            keeps_sign=True,
         )
     wanted = [carries_relevance(t) for t in (input, weight)]
 
@@ -84,6 +87,7 @@ def _convolution(dims: int) -> Form:
             lambda s: [
                 functional.convolution(x(), parts(), s, nonnegative=nonnegative, **geometry)
             ],
+            keeps_sign=True,
         )
 
     return answer_convolution
@@ -148,6 +152,7 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
         [input],
         lambda s: [functional.linear_map(x(), run, s)],
         nonnegative=call.is_nonnegative(input) and not bicubic,
+        keeps_sign=not bicubic,
     )
 
 

@@ -91,7 +91,9 @@ def passed(
         size = value.abs() if isinstance(value, Tensor) else abs(value)
         return [s if isinstance(size, float) and size == 1 else s * size] * len(sources)
 
-    return Answer(output, sources, propagate, scaled=False, nonnegative=nonnegative)
+    return Answer(
+        output, sources, propagate, scaled=False, nonnegative=nonnegative, keeps_sign=True
+    )
 
 
 def once(compute: Callable[[], Made]) -> Callable[[], Made]:

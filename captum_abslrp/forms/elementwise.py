@@ -97,7 +97,7 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
         call.interception.mark_nonnegative(input)
         return input
     output = call.run(lambda: torch.relu(input))
-    return Answer(output, [input], lambda s: [s], nonnegative=True)
+    return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True)
 
 
 MASKED = -100.0
@@ -136,6 +136,7 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
         [argument for argument, _ in sources],
         propagate,
         nonnegative=nonnegative,
+        keeps_sign=True,
         kept_sources=kept if alike else None,
     )
 

@@ -57,7 +57,7 @@ def _answer_batch_norm(
     x = call.keep(input)
     factor = once(lambda: functional.diagonal(x(), scale))
     kept = None if remake is None else call.keep_output(output, lambda: remake(x()))
-    return Answer(output, [input], lambda s: [s.mul_(factor())], kept=kept)
+    return Answer(output, [input], lambda s: [s.mul_(factor())], keeps_sign=True, kept=kept)
 
 
 def answer_layer_norm(

@@ -37,7 +37,7 @@ def answer_max_pool(
             s.mul_(z().abs() + functional.EPS)
         return [functional.max_pool(x(), pool, at(), s, nonnegative=nonnegative)]
 
-    return Answer(output, [input], propagate, nonnegative=nonnegative)
+    return Answer(output, [input], propagate, nonnegative=nonnegative, keeps_sign=nonnegative)
 
 
 MAX_POOLS: dict[str, Form] = dict.fromkeys(

@@ -1,0 +1,123 @@
+"""What options gain and cost, and how the time grows with the number of images and of tokens.
+
+``python -m benchmarks.options`` prints the tables of ``benchmarks/RESULTS.md``. Time is relative to float32
+without options, in the same run; the error is the relative L2 distance of the target's map, and of the
+difference of target and contrast, from that in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from captum_abslrp import AbsLRP
+
+
+def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median time of each, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def precision(name: str, repeats: int, device: str) -> None:
+    """Print a row for each way to compute in less than float32."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval().to(device)
+    x, target = torch.randn(4, 3, 224, 224, device=device), [0, 1, 2, 3]
+
+    def of(
+        model: nn.Module, x: Tensor, contrast: str | None = "others", **autocast: object
+    ) -> Tensor:
+        context = torch.autocast(device, **autocast) if autocast else contextlib.nullcontext()  # type: ignore[arg-type]
+        with context:
+            return AbsLRP(model).attribute(x, target, contrast=contrast)
+
+    exact_model, exact_x = copy.deepcopy(model).double(), x.double()
+    half_model, half_x = copy.deepcopy(model).bfloat16(), x.bfloat16()
+    exact = {contrast: of(exact_model, exact_x, contrast) for contrast in (None, "others")}
+    ways: dict[str, Callable[[str | None], Tensor]] = {
+        "float32": lambda c: of(model, x, c),
+        "autocast, bfloat16": lambda c: of(model, x, c, dtype=torch.bfloat16),
+        "bfloat16": lambda c: of(half_model, half_x, c),
+    }
+    if device == "cuda":
+
+        def in_tf32(contrast: str | None) -> Tensor:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            try:
+                return of(model, x, contrast)
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+        torch.backends.cudnn.allow_tf32 = False
+        ways["float32, TF32"] = in_tf32
+    seconds = median_seconds({k: lambda way=way: way("others") for k, way in ways.items()}, repeats)
+    for way_name, way in ways.items():
+        errors = [
+            ((way(c).double() - exact[c]).norm() / exact[c].norm()).item() for c in (None, "others")
+        ]
+        print(
+            f"| {name} | {way_name} | {seconds[way_name] / seconds['float32']:.2f} | {errors[0]:.0e} | "
+            f"{errors[1]:.0e} |",
+            flush=True,
+        )
+
+
+def growth(repeats: int, device: str, sizes: list[int]) -> None:
+    """Print how the time grows with tokens."""
+    for size in sizes:
+        torch.manual_seed(0)
+        model = timm.create_model("vit_small_patch16_224", img_size=size).eval().to(device)
+        x = torch.randn(1, 3, size, size, device=device)
+
+        def forward(model: nn.Module = model, x: Tensor = x) -> None:
+            with torch.no_grad():
+                model(x)
+
+        runs = {"forward": forward, "map": lambda m=model, x=x: AbsLRP(m).attribute(x, 0)}
+        seconds = median_seconds(runs, repeats)
+        tokens = (size // 16) ** 2
+        print(
+            f"| {tokens} | {seconds['forward']:.3f} s | {seconds['map']:.2f} s | "
+            f"{seconds['map'] / seconds['forward']:.1f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["resnet50", "vit_base_patch16_224"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 896])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(
+        "| model | computed in | time | error, target | error, target and contrast |\n|---|---|---|---|---|"
+    )
+    for name in args.models:
+        precision(name, args.repeats, args.device)
+    print("\n| tokens | forward pass | target and contrast | forward passes |\n|---|---|---|---|")
+    growth(args.repeats, args.device, args.sizes)
+
+
+if __name__ == "__main__":
+    main()
