@@ -185,6 +185,7 @@ def main() -> None:
         for name in args.models:
             for batch_size in args.batch_sizes:
                 found = measure_times(name, batch_size, args.methods, args.repeats, args.device)
+                print(f"{name}, {batch_size}: {found}", file=sys.stderr, flush=True)
                 forward = found["forward"]
                 for method, value in found.items():
                     shown = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -49,12 +50,13 @@ def _answer_function(
     if output.shape != input.shape:  # broadcast with another argument
         return answer_twin(call)
     x = call.keep(input)
+    even_slope = call.name in _EVEN_SLOPE
 
     @once
     def factor() -> Tensor:
         if slope is not None:
             return functional.gate(x(), slope)
-        return functional.elementwise(x(), run, even_slope=call.name in _EVEN_SLOPE)
+        return functional.elementwise(x(), run, even_slope=even_slope)
 
     return Answer(
         output,
@@ -185,11 +187,12 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
             answer = _answer_scaled(call, output, value, against)
             return answer._replace(nonnegative=nonnegative)
     a, b = call.keep(input), call.keep(other)
+    wanted = [is_source(t) for t in (input, other)]
 
     @once
     def factors() -> list[Tensor]:
-        pairs = ((a(), b(), input), (b(), a(), other))
-        return [functional.diagonal(x, y) for x, y, given in pairs if is_source(given)]
+        pairs = compress(((a(), b()), (b(), a())), wanted)
+        return [functional.diagonal(x, y) for x, y in pairs]
 
     def propagate(s: Tensor) -> list[Tensor]:
         return [s * factor for factor in factors()]
