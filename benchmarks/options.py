@@ -46,7 +46,7 @@ def precision(name: str, repeats: int, device: str) -> None:
     def of(
         model: nn.Module, x: Tensor, contrast: str | None = "others", **autocast: object
     ) -> Tensor:
-        context = torch.autocast(device, **autocast) if autocast else contextlib.nullcontext()  # type: ignore[arg-type]
+        context = torch.autocast(device, **autocast) if autocast else contextlib.nullcontext()  # type: ignore[arg-type]  # options of one kind each
         with context:
             return AbsLRP(model).attribute(x, target, contrast=contrast)
 

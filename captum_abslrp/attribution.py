@@ -245,7 +245,7 @@ class AbsLRP(GradientAttribution):
                     chunk = self._explain_chunk(
                         leaves, part(targets), others, part(contrasts), combine, forward
                     )
-                except Exception as error:
+                except Exception as error:  # raised again, unless it says that memory was short
                     if not (automatic and step > 1 and is_out_of_memory(error)):
                         raise
                     step = step // 2

@@ -729,6 +729,7 @@ def is_answered(node: Any) -> bool:
     return isinstance(node, _ANSWERED)
 
 
+# The classes of the nodes themselves are an attribute that the metaclass adds.
 _ANSWERED = tuple(f._backward_cls for f in (_Node, _OverwritingNode))  # type: ignore[attr-defined]
 _OWN_NODES = (*_ANSWERED, *(f._backward_cls for f in (Given, Returned)))  # type: ignore[attr-defined]
 
