@@ -29,10 +29,11 @@ from captum_abslrp.contrast import (
     expand_target,
     target_seed,
 )
-from captum_abslrp.interception import Interception, UnsupportedCallError, is_answered
+from captum_abslrp.interception import Interception, UnsupportedCallError
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
 from captum_abslrp.propagation import TOTAL, propagate
+from captum_abslrp.steps import is_answered
 
 __all__ = ["AbsLRP"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.functional import EPS, LEAST
-from captum_abslrp.interception import Step, in_full_precision, is_answered
+from captum_abslrp.steps import Step, in_full_precision, is_answered
 
 __all__ = ["kept_bytes", "propagate"]
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from captum_abslrp import forms, functional
-from captum_abslrp.interception import Answer, Call, Given, Interception, Kept, Returned
+from captum_abslrp.interception import Call, Interception
+from captum_abslrp.steps import Answer, Given, Kept, Returned
 
 __all__ = [
     "AbsLRPRule",

@@ -13,7 +13,8 @@ from torch import Tensor
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once
 from captum_abslrp.functional import SignedParts
-from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
+from captum_abslrp.interception import Call, carries_relevance
+from captum_abslrp.steps import Answer, Kept
 
 
 class _Geometry(TypedDict):

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from captum_abslrp import functional
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.functional import EPS
-from captum_abslrp.interception import Answer, Call, Kept, carries_relevance
+from captum_abslrp.interception import Call, carries_relevance
+from captum_abslrp.steps import Answer, Kept
 
 Form = Callable[..., Any]
 Made = TypeVar("Made")

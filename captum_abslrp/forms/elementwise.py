@@ -20,7 +20,8 @@ from captum_abslrp.forms.base import (
     once,
     passed,
 )
-from captum_abslrp.interception import Answer, Call
+from captum_abslrp.interception import Call
+from captum_abslrp.steps import Answer
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:

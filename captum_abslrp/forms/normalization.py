@@ -12,7 +12,8 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, once
-from captum_abslrp.interception import Answer, Call
+from captum_abslrp.interception import Call
+from captum_abslrp.steps import Answer
 
 
 def answer_batch_norm(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:

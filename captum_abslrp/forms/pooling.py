@@ -10,7 +10,8 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, check_batched
-from captum_abslrp.interception import Answer, Call
+from captum_abslrp.interception import Call
+from captum_abslrp.steps import Answer
 
 
 def answer_max_pool(

@@ -12,7 +12,8 @@ from torch import Tensor
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, answer_twin, is_source, once
 from captum_abslrp.functional import SignedParts
-from captum_abslrp.interception import Answer, Call
+from captum_abslrp.interception import Call
+from captum_abslrp.steps import Answer
 
 
 def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:

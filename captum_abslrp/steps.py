@@ -1,0 +1,276 @@
+"""The steps of the way back: what a rule answers, and how relevance goes back through it.
+
+A call that was answered by a rule leaves a :class:`Step` in the autograd graph of the output. What it
+hands on is the relevance per magnitude (:mod:`captum_abslrp.functional`) of each source of the call, for
+every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_abslrp import functional
+
+__all__ = ["Answer", "Given", "Kept", "Returned", "Step", "is_answered"]
+
+Propagate = Callable[[Tensor], Sequence[Tensor]]
+"""From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
+sources share may be left out. What is given may be overwritten, and what is returned will be."""
+
+
+class Answer(NamedTuple):
+    """What a rule makes of a call."""
+
+    output: Tensor
+    """The result of the call, without history."""
+    sources: Sequence[Tensor]
+    """The inputs of the call that receive relevance."""
+    propagate: Propagate
+    """Hands relevance per magnitude of the output to the sources; is called once per seed."""
+    scaled: bool = True
+    """Whether the relevance of each sample is scaled afterwards (pass-through calls: no)."""
+    constants: Sequence[Tensor] = ()
+    """Arguments that depend on the explained inputs, too, and are constants of this call."""
+    nonnegative: bool = False
+    """Whether no negative entry of the output takes part in what comes after: there is none, or the rule
+    hands nothing on where the output is negative. The rules of later calls may make use of it."""
+    vanishing: bool = False
+    """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
+    is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
+    keeps_sign: bool = False
+    """Whether the rule hands on nothing negative where nothing negative arrives."""
+    kept: Kept | None = None
+    """The output as it is kept by whoever needs it later on, see :meth:`Call.keep_output`."""
+    kept_sources: Sequence[Kept] | None = None
+    """The sources as they were, where the call has changed one of them in place."""
+
+
+class Kept:
+    """A tensor kept for the backward pass, or the way to make it again.
+
+    A call that is about to change a tensor in place has it cloned first (see
+    :meth:`Interception.keep`), so that what is kept always is what the call has seen.
+    """
+
+    __slots__ = ("_remake", "_tensor")
+
+    def __init__(
+        self, tensor: Tensor | None = None, remake: Callable[[], Tensor] | None = None
+    ) -> None:
+        # Outside of inference mode a tensor that was made in it cannot be used for everything.
+        self._tensor = tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+        self._remake = remake
+
+    def __call__(self) -> Tensor:
+        """The tensor, in float32 where it is of half precision."""
+        return in_full_precision(self.as_given())
+
+    def as_given(self) -> Tensor:
+        """The tensor in its own dtype."""
+        if self._tensor is None:
+            assert self._remake is not None
+            self._tensor, self._remake = self._remake(), None
+        return self._tensor
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """The memory that is kept, if any is."""
+        return None if self._tensor is None else self._tensor.untyped_storage()
+
+    def release(self) -> None:
+        """Get ready for a change of the tensor in place."""
+        if self._tensor is not None:
+            self._tensor = self._tensor.clone()
+
+
+@dataclass
+class Step:
+    """The way back through one call that was answered by a rule."""
+
+    propagate: Propagate | None
+    keeps_sign: bool
+    nonnegative: Sequence[bool]
+    """Whether each source is known to have no negative entry that takes part."""
+    sources: Sequence[Kept]
+    """The sources, where what they get is scaled."""
+    output: Kept | None
+    """The output, where all sources together are scaled to what arrived at it (``"joint"``)."""
+    layouts: Sequence[tuple[torch.Size, torch.dtype]]
+    """Shape and dtype of each source."""
+    batch_size: int
+    total: float
+    vanishing: Kept | None
+    """The output, where it may be next to nothing."""
+    stabilised: bool = False
+    """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
+    positive: bool = False
+    """Whether what arrives is known to be nowhere negative."""
+    shared: bool = True
+    """Whether something else may look at what arrives, so that it cannot be overwritten."""
+    unscaled: frozenset[int] = frozenset()
+    """Sources whose scale does not matter, because what comes next is scaled itself."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether what the sources get is scaled."""
+        return bool(self.sources)
+
+    def __call__(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Relevance per magnitude of each source, for each seed, from that of the output."""
+        rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
+        if rule is None:
+            raise RuntimeError("Expected each call to be run back once, but got a second time.")
+        own = not self.shared
+        seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
+        totals = [self._total(s) for s in seeds]
+        if self.vanishing is not None:
+            functional.stabilise(seeds, self.vanishing())
+            self.vanishing = None
+        of_seeds = [
+            _apart(
+                [
+                    share.sum_to_size(shape)
+                    for share, (shape, _) in zip(rule(s), self.layouts, strict=True)
+                ]
+            )
+            for s in seeds
+        ]
+        del rule, seeds
+        self._scale(of_seeds, totals)
+        return [
+            [shares[i].to(dtype) for shares in of_seeds]
+            for i, (_, dtype) in enumerate(self.layouts)
+        ]
+
+    def _total(self, s: Tensor) -> Tensor | float:
+        """What the relevance of the sources adds up to: for ``"joint"``, what arrives."""
+        if self.output is None:
+            return self.total
+        magnitudes = self.output().abs() + (functional.EPS if self.stabilised else 0)
+        return functional.sums(magnitudes, s, self.batch_size)
+
+    def _scale(
+        self, of_seeds: Sequence[Sequence[Tensor]], totals: Sequence[Tensor | float]
+    ) -> None:
+        """Scale each source to the total, or all of them to what arrived; in place."""
+        chosen = [i for i in range(len(self.sources)) if i not in self.unscaled]
+        if chosen:
+            inputs = [self.sources[i]() for i in chosen]
+            joint = self.output is not None
+            for shares, total in zip(of_seeds, totals, strict=True):
+                scaled = [shares[i] for i in chosen]
+                functional.scale(
+                    inputs,
+                    scaled,
+                    self.batch_size,
+                    totals=total,
+                    joint=joint,
+                    positive=[
+                        self.positive and self.keeps_sign and self.nonnegative[i] for i in chosen
+                    ],
+                )
+        self.sources, self.output = (), None
+
+
+def _apart(shares: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, none of which has memory in common with another, so that all may be overwritten."""
+    seen: set[int] = set()
+    result = []
+    for share in shares:
+        if storage_of(share) in seen or not _is_dense(share):
+            share = share.clone()
+        seen.add(storage_of(share))
+        result.append(share)
+    return result
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether each place of a tensor's memory holds one element, whatever their order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Node(torch.autograd.Function):
+    """The node of the autograd graph whose backward is a step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Step, position: int | None, output: list[Tensor], *sources: Tensor
+    ) -> Tensor:
+        """Args: ``position`` of the source that the call has changed in place, if it has."""
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        if position is not None:
+            ctx.mark_dirty(sources[position])
+            return sources[position]
+        # Handed over in a list: autograd takes a tensor that is an argument and is returned for a
+        # view of it, which later in-place calls of the model could then not change.
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        """One seed, where autograd runs the graph: under Captum's ``LRP``."""
+        (s,) = grad_outputs
+        if s is None:
+            return None, None, None, *[None] * len(ctx.step.layouts)
+        with torch.autocast(s.device.type, enabled=False):
+            shares = [share for (share,) in ctx.step([s])]
+        return None, None, None, *shares
+
+
+class Given(torch.autograd.Function):
+    """The input of a module under Captum's ``LRP``, which is given relevance by the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *s: Tensor) -> Tensor:
+        return functional.relevance(*ctx.saved_tensors, *s)
+
+
+class Returned(torch.autograd.Function):
+    """The output of a module under Captum's ``LRP``, which gives relevance to the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.clone()  # which may be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> Tensor:
+        return functional.divide(*relevance, *ctx.saved_tensors)
+
+
+def is_answered(node: Any) -> bool:
+    """Whether a node of the autograd graph is the answer of a rule."""
+    return isinstance(node, _OWN_NODES[0])
+
+
+# The classes of the nodes themselves are an attribute that the metaclass adds.
+_OWN_NODES = tuple(f._backward_cls for f in (Node, Given, Returned))  # type: ignore[attr-defined]
+
+
+def is_own(node: Any) -> bool:
+    """Whether a node of the autograd graph is one of this module."""
+    return isinstance(node, _OWN_NODES)
+
+
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where it is of half precision: ``EPS`` is zero there."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number for the memory of a tensor, which all of its views share."""
+    return int(tensor.untyped_storage()._cdata)
