@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -105,7 +106,8 @@ def stabilise(seeds: Sequence[Tensor], output: Tensor) -> None:
         tensor([1.0000, 0.7500, 0.5000])
     """
     for few, *of_few in zip(*_in_pieces(output, *seeds), strict=True):
-        factor = few.abs().clamp_(min=LEAST).reciprocal_().mul_(EPS).add_(1).reciprocal_()
+        factor = few.abs().clamp_(max=torch.finfo(few.dtype).max)
+        factor /= factor + EPS
         for s in of_few:
             s *= factor
 
@@ -396,15 +398,28 @@ def convolution(
         return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
 
     spatial = parts.weight.shape[2:]
-    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not any(padding)
-    whole = not any(n % k for n, k in zip(x.shape[2:], spatial, strict=True))
-    if side_by_side and whole and set(dilation) == {1} and groups == 1 and not is_transposed:
-        # A linear layer on each patch.
-        return positive_contributions(
-            x, parts, lambda w: _from_patches(s, w), nonnegative=nonnegative
+    if max(stride) > 1 and not any(padding) and set(spatial) == {1} and not is_transposed:
+        # Most places of the input take no part.
+        seen = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+        result = torch.zeros_like(x, dtype=s.dtype)
+        result[seen] = convolution(
+            x[seen],
+            parts,
+            s,
+            stride=[1] * len(spatial),
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            nonnegative=nonnegative,
         )
+        return result
+    plain = groups == 1 and not is_transposed and set(dilation) == {1}
+    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not any(padding)
+    few = x.shape[1] <= FEW
 
     def transposed(w: Tensor, like: Tensor = x) -> Tensor:
+        if plain and (side_by_side or (few and max(stride) > 1)):
+            return _by_phases(s, w, like.shape[2:], stride, padding)
         # Of the input, only shape and layout are looked at.
         grad_input: Tensor = torch.ops.aten.convolution_backward(
             s, like, w, None, stride, padding, dilation, is_transposed,
@@ -412,7 +427,7 @@ def convolution(
         )[0]  # fmt: skip
         return grad_input
 
-    if nonnegative or groups > 1 or is_transposed or x.shape[1] > FEW:
+    if nonnegative or groups > 1 or is_transposed or not few:
         return positive_contributions(x, parts, transposed, nonnegative=nonnegative)
     # An image: the products with the positive and the negative part of the weight as one.
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
@@ -420,16 +435,41 @@ def convolution(
     return rectify(positive, x) - rectify(negative, -x)
 
 
-def _from_patches(s: Tensor, weight: Tensor) -> Tensor:
-    """The transposed product of a convolution whose stride is the size of its kernel."""
-    dims = weight.dim() - 2
-    products = s.movedim(1, -1) @ weight.flatten(1)  # (B, places ..., C_in * kernel)
-    cells = products.unflatten(-1, weight.shape[1:])
-    # (B, C_in, place, kernel, place, kernel ...)
-    order = [i + 1 + j * (dims + 1) for i in range(dims) for j in (0, 1)]
-    places = cells.permute(0, dims + 1, *order)
-    sizes = (p * k for p, k in zip(s.shape[2:], weight.shape[2:], strict=True))
-    return places.reshape(len(s), weight.shape[1], *sizes)
+def _by_phases(
+    s: Tensor, weight: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The transposed product of a convolution with a stride, as a convolution without.
+
+    Input places that are a stride apart meet the same taps: place ``k a + r`` meets tap ``r + p - k d`` of
+    output place ``a + d``. So each phase ``r`` is a channel of its own, over places ``a``.
+    """
+    channels, dims = weight.shape[1], len(stride)
+    pads, kept = [], [slice(None), slice(None)]
+    for dim, (k, p, size) in enumerate(zip(stride, padding, sizes, strict=True)):
+        taps = weight.shape[2 + 2 * dim]
+        lowest, highest = -((taps - 1 - p) // k), (k - 1 + p) // k
+        phase = torch.arange(k, device=weight.device).unsqueeze(1)
+        offset = torch.arange(lowest, highest + 1, device=weight.device)
+        # A tap that does not exist is the last one, which is zero.
+        met = (phase + p - k * offset).flatten().clamp_(-1, taps) % (taps + 1)
+        end = [0, 0] * (weight.dim() - 3 - 2 * dim) + [0, 1]
+        weight = F.pad(weight, end).index_select(2 + 2 * dim, met)
+        weight = weight.unflatten(2 + 2 * dim, (k, -1))
+        places = -(-size // k)
+        pads.append(max(0, -lowest, places - 1 + highest - (s.shape[2 + dim] - 1)))
+        kept.append(slice(pads[-1] + lowest, pads[-1] + lowest + places))
+    # (C_out, C_in, phase, offset, phase, offset ...) to (C_in phases, C_out, offsets)
+    phases, offsets = ([2 + 2 * dim + i for dim in range(dims)] for i in (0, 1))
+    weight = weight.permute(1, *phases, 0, *offsets).flatten(0, dims)
+    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
+    cells = convolve(s, weight, padding=pads)[tuple(kept)]
+    cells = cells.unflatten(1, (channels, *stride))
+    # (B, C_in, phase, phase ..., place, place ...)
+    order = [i + dim for dim in range(dims) for i in (2 + dims, 2)]
+    grown = [k * n for k, n in zip(stride, cells.shape[2 + dims :], strict=True)]
+    result = cells.permute(0, 1, *order).reshape(len(s), channels, *grown)
+    inside = (slice(None), slice(None), *map(slice, sizes))
+    return result[inside].contiguous()
 
 
 def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -590,7 +630,8 @@ def gate(x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
     factor = torch.empty_like(x)
     for few, into in zip(*_in_pieces(x, factor), strict=True):
         sign = few.sign()
-        into.copy_(slope(few.abs()).mul_(2).sub_(0.5).mul_(sign.abs()).add_(sign, alpha=0.5))
+        of_positive = slope(few.abs()).mul_(2).sub_(0.5).mul_(sign.abs())
+        torch.add(of_positive, sign, alpha=0.5, out=into)
     return factor
 
 
@@ -734,16 +775,24 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         tensor([0.0000, -0.0000, 1.4621])
     """
 
-    def unmasked(values: Tensor) -> Tensor:
-        result: Tensor = torch.ops.aten.threshold_backward(values, shares, EPS)
-        return result
+    factor = torch.empty_like(x)
+    whole = dim % x.dim() == 0
+    pieces = (
+        ([t] for t in (x, probabilities, factor)) if whole else _in_pieces(x, probabilities, factor)
+    )
+    for few, few_shares, into in zip(*pieces, strict=True):
+        shares = few_shares.nan_to_num()
 
-    shares = probabilities.nan_to_num()
-    # What is masked counts as zero here, and is left out of the denominator by the division below.
-    twin_part = unmasked(unmasked(x.abs()).softmax(dim))
-    twin_part /= twin_part.sum(dim, keepdim=True).clamp_(min=_SMALLEST)
-    sign = x.sign()
-    return unmasked(shares).addcmul_(twin_part, sign).mul_(sign)
+        def unmasked(values: Tensor, shares: Tensor = shares) -> Tensor:
+            result: Tensor = torch.ops.aten.threshold_backward(values, shares, EPS)
+            return result
+
+        # What is masked counts as zero here, and is left out of the denominator by the division below.
+        twin_part = unmasked(unmasked(few.abs()).softmax(dim))
+        twin_part /= twin_part.sum(dim, keepdim=True).clamp_(min=_SMALLEST)
+        sign = few.sign()
+        torch.mul(unmasked(shares).addcmul_(twin_part, sign), sign, out=into)
+    return factor
 
 
 def magnitude(x: Tensor) -> Tensor:

@@ -200,11 +200,12 @@ class Interception(TorchFunctionMode):
         name, in_place, reflected = canonical_name(func)
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
-        if not any(map(carries_relevance, tensors_in((args, kwargs)))):
+        tensors = tensors_in((args, kwargs))
+        if not any(map(carries_relevance, tensors)):
             return _untracked(func, args, kwargs)
         self._fresh = None
         kwargs.pop("out", None)
-        self.check_visible((args, kwargs))
+        self.check_visible(tensors)
         return self._answer(name, func, args, kwargs, reflected=reflected)
 
     def check_visible(self, value: Any) -> None:

@@ -190,6 +190,8 @@ def _apart(shares: Sequence[Tensor]) -> list[Tensor]:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether each place of a tensor's memory holds one element, whatever their order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:

@@ -124,6 +124,23 @@ def test_convolution(
     )
 
 
+@given(seeds, st.integers(1, 3), st.data(), st.booleans())
+def test_convolution_with_a_stride(seed: int, dims: int, data: st.DataObject, signed: bool) -> None:
+    """Strides, kernels, paddings and sizes that differ by dimension, few channels or many."""
+
+    def draw(lowest: int, highest: int) -> list[int]:
+        return data.draw(st.lists(st.integers(lowest, highest), min_size=dims, max_size=dims))
+
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    kernel, stride, padding = draw(1, 5), draw(1, 4), draw(0, 2)
+    channels, groups = data.draw(st.sampled_from([(1, 1), (3, 1), (9, 1), (4, 2), (12, 3)]))
+    x = draw_tensor(seed, 2, channels, *draw(5, 8), signed=signed)
+    weight = draw_tensor(seed + 2, 2 * groups, channels // groups, *kernel)
+    assert_literal(
+        lambda x, w: convolve(x, w, None, stride, padding, 1, groups), [x], [weight], seed=seed
+    )
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("kernel", [2, 3])
 @pytest.mark.parametrize("padding", ["same", "valid"])
