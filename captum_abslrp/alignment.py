@@ -10,7 +10,7 @@ order. :class:`captum_abslrp.AbsLRP` then runs the samples one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def follow(
     kwargs: dict[str, Any],
     result: Any,
     batch_size: int,
+    tensors: Sequence[Tensor],
 ) -> None:
     """Mark the results of a call that moves elements if their samples are out of order.
 
@@ -53,13 +54,14 @@ def follow(
         func, args, kwargs: the call.
         result: its result, a tensor or a tuple of them.
         batch_size: B.
+        tensors: those among the arguments.
     """
     if batch_size == 1:
         return
-    leaves, spec = tree_flatten((args, kwargs))
-    moved = any(hasattr(leaf, _SHADOW) for leaf in leaves if isinstance(leaf, Tensor))
+    moved = any(hasattr(tensor, _SHADOW) for tensor in tensors)
     if not moved and (name in _KEEP_ORDER or _keeps_samples_first(name, args, result, batch_size)):
         return
+    leaves, spec = tree_flatten((args, kwargs))
     shadows = [_shadow(leaf, batch_size) for leaf in leaves]
     shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
     if name == "view":  # the memory of a shadow is laid out otherwise

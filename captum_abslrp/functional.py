@@ -68,7 +68,7 @@ LARGE = 2**22
 """Elements of a weight from which on its parts are made piece by piece: it is never copied whole."""
 
 
-CHUNK = 2**18
+CHUNK = 2**17
 """Elements that are worked on at a time where nothing but their sum is wanted."""
 
 FEW = 8
@@ -158,7 +158,7 @@ def sums(x: Tensor, s: Tensor, batch_size: int, *, positive: bool = False) -> Te
         dims = tuple(range(1, x.dim()))
         # Infinity is masked: no relevance.
         found = [
-            (few * of_few).abs_().nan_to_num_(0, torch.inf).sum(dims)
+            (few * of_few).abs_().nansum(dims)
             for few, of_few in zip(*_in_pieces(x, s), strict=True)
         ]
         magnitudes = torch.cat(found) if len(found) > 1 else found[0]
@@ -319,13 +319,16 @@ def positive_contributions(
     parts = _parts(weight)
     positive = _rectify_in_place(transposed(parts.positive), x)
     if not (nonnegative or parts.nonnegative):
-        positive -= _rectify_in_place(transposed(parts.negative), -x)
+        positive -= _rectify_in_place(transposed(parts.negative), x, negative=True)
     return positive
 
 
-def _rectify_in_place(s: Tensor, x: Tensor) -> Tensor:
-    """:func:`rectify` of a tensor that nothing else has."""
-    torch.ops.aten.threshold_backward.grad_input(s, x, 0, grad_input=s)
+def _rectify_in_place(s: Tensor, x: Tensor, *, negative: bool = False) -> Tensor:
+    """:func:`rectify` of a tensor that nothing else has, or what is left where ``x`` is negative."""
+    if negative:
+        torch.ops.aten.hardtanh_backward.grad_input(s, x, -torch.inf, 0, grad_input=s)
+    else:
+        torch.ops.aten.threshold_backward.grad_input(s, x, 0, grad_input=s)
     return s
 
 
@@ -356,7 +359,7 @@ def linear(
             negative.addmm_(columns[:, rows], piece.negative)
     positive = _rectify_in_place(positive.view(x.shape), x)
     if negative is not None:
-        positive -= _rectify_in_place(negative.view(x.shape), -x)
+        positive -= _rectify_in_place(negative.view(x.shape), x, negative=True)
     return positive
 
 
@@ -432,7 +435,7 @@ def convolution(
     # An image: the products with the positive and the negative part of the weight as one.
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
     positive, negative = both.chunk(2, 1)
-    return rectify(positive, x) - rectify(negative, -x)
+    return rectify(positive, x).sub_(_rectify_in_place(negative.contiguous(), x, negative=True))
 
 
 def _by_phases(
@@ -614,24 +617,24 @@ def gate(x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
     r""":func:`elementwise` of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
 
     Their slopes at ``x`` and ``-x`` add up to one, so that one is enough:
-    :math:`k = 2 f'(|x|) - [x < 0]`.
+    :math:`k = \mathrm{sign}(x) f'(x) + [x < 0] / 2`, but for a factor of two.
 
     Args:
         x: input, any shape.
-        slope: :math:`f'`, for positive numbers; returns a new tensor.
+        slope: :math:`f'`; returns a new tensor.
 
     Returns:
         ``k``, what ``s`` is multiplied by, shaped like ``x``.
 
     Example:
         >>> gate(torch.tensor([1.0, -1.0]), lambda x: torch.ops.aten.silu_backward(torch.ones(2), x))
-        tensor([1.8553, 0.8553])
+        tensor([0.9277, 0.4277])
     """
     factor = torch.empty_like(x)
     for few, into in zip(*_in_pieces(x, factor), strict=True):
         sign = few.sign()
-        of_positive = slope(few.abs()).mul_(2).sub_(0.5).mul_(sign.abs())
-        torch.add(of_positive, sign, alpha=0.5, out=into)
+        signed = slope(few).mul_(sign)
+        torch.sub(signed, sign.clamp_(max=0), alpha=0.5, out=into)
     return factor
 
 

@@ -304,11 +304,12 @@ class Interception(TorchFunctionMode):
             ]
             args, kwargs = tree_unflatten(leaves, spec)
         result = func(*args, **kwargs)
-        follow(name, func, args, kwargs, result, self.batch_size)
-        leaves = tree_flatten((args, kwargs))[0]
-        floating = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = tensors_in((args, kwargs))
+        follow(name, func, args, kwargs, result, self.batch_size, tensors)
+        floating = [t for t in tensors if t.is_floating_point()]
         if all(map(self.is_nonnegative, floating)) and not (
-            name in _FILLING and any(isinstance(v, (int, float)) and v < 0 for v in leaves)
+            name in _FILLING
+            and any(isinstance(v, (int, float)) and v < 0 for v in tree_flatten((args, kwargs))[0])
         ):
             for tensor in tensors_in(result):
                 self.mark_nonnegative(tensor)
@@ -500,6 +501,8 @@ class _Frame(NamedTuple):
     mapping: Mapping
     rule: Rule | None
     """The rule that the user has set on this module or one around it."""
+    layer_rule: PropagationRule | None = None
+    """The rule that answers the module as one call, see :func:`rule_of_layer`."""
     sources: tuple[Any, ...] | None = None
     """The arguments of a module that is answered as one call."""
 
@@ -561,9 +564,9 @@ class _ModuleStack:
             path = self._paths.get(module, type(module).__name__)
             found = find_mapping(module)
             root, mapping = (path, found) if found is not None else (around.root, around.mapping)
-            frame = _Frame(module, path, root, mapping, _own_rule(module) or around.rule)
-            alone = rule_of_layer(module) is not None
-            if not (alone and any(map(carries_relevance, tensors_in(args)))):
+            alone = rule_of_layer(module)
+            frame = _Frame(module, path, root, mapping, _own_rule(module) or around.rule, alone)
+            if alone is None or not any(map(carries_relevance, tensors_in(args))):
                 self._stack.append(frame)
                 return None
             self._stack.append(frame._replace(sources=args))
@@ -579,7 +582,7 @@ class _ModuleStack:
             with torch._C.DisableTorchFunction():
                 self._interception.check_visible(output)
         frame = self._stack.pop()
-        rule = rule_of_layer(module)
+        rule = frame.layer_rule
         if rule is None or output is None:
             return None
         with torch._C.DisableTorchFunction():
