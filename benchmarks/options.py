@@ -1,8 +1,9 @@
-"""What options gain and cost, and how the time grows with the number of images and of tokens.
+"""What options gain and cost, and how the time grows with the number of tokens.
 
 ``python -m benchmarks.options`` prints the tables of ``benchmarks/RESULTS.md``. Time is relative to float32
 without options, in the same run; the error is the relative L2 distance of the target's map, and of the
-difference of target and contrast, from that in float64.
+difference of target and contrast, from that in float64. ``torch.compile`` is tried on the element-wise
+formulas alone: it needs a C++ compiler, and is not used by the package.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP
+from captum_abslrp import AbsLRP, functional
 
 
 def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -102,21 +103,88 @@ def growth(repeats: int, device: str, sizes: list[int]) -> None:
         )
 
 
+def layout(repeats: int, device: str) -> None:
+    """Print what the channels-last layout changes."""
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet50").eval().to(device)
+    x = torch.randn(4, 3, 224, 224, device=device)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, model, inputs in (
+        ("contiguous", plain, x),
+        ("channels last", last, x.contiguous(memory_format=torch.channels_last)),
+    ):
+
+        def forward(model: nn.Module = model, x: Tensor = inputs) -> None:
+            with torch.no_grad():
+                model(x)
+
+        runs[f"{name}, forward"] = forward
+        runs[name] = lambda m=model, x=inputs: AbsLRP(m).attribute(x, 0)
+    seconds = median_seconds(runs, repeats)
+    for name in ("contiguous", "channels last"):
+        forward_seconds = seconds[f"{name}, forward"]
+        print(
+            f"| {name} | {forward_seconds:.3f} s | {seconds[name]:.2f} s | "
+            f"{seconds[name] / forward_seconds:.1f} |",
+            flush=True,
+        )
+
+
+def compiled(repeats: int, device: str) -> None:
+    """Print what compiling an element-wise formula gains, at the shapes of ViT-B/16 with a batch of 4."""
+    tokens, hidden = (torch.randn(4, 197, width, device=device) for width in (768, 4 * 768))
+    logits = torch.randn(4, 12, 197, 197, device=device)
+    probabilities, weight = logits.softmax(-1), torch.randn(768, device=device)
+    formulas: dict[str, Callable[..., Tensor]] = {
+        "layer norm": lambda: functional.layer_norm(tokens, 1, weight, 1e-6),
+        "softmax": lambda: functional.softmax(logits, probabilities, -1),
+        "GELU": lambda: functional.elementwise(hidden, torch.nn.functional.gelu),
+        "batch norm": lambda: functional.diagonal(tokens, weight),
+    }
+    for name, formula in formulas.items():
+        fused = torch.compile(formula)
+        with torch.no_grad():
+            seconds = median_seconds({"eager": formula, "compiled": fused}, 10 * repeats)
+        print(
+            f"| {name} | {1e3 * seconds['eager']:.2f} ms | {1e3 * seconds['compiled']:.2f} ms |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_base_patch16_224"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 896])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--what", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(
-        "| model | computed in | time | error, target | error, target and contrast |\n|---|---|---|---|---|"
-    )
-    for name in args.models:
-        precision(name, args.repeats, args.device)
-    print("\n| tokens | forward pass | target and contrast | forward passes |\n|---|---|---|---|")
-    growth(args.repeats, args.device, args.sizes)
+    for what in args.what:
+        columns, run = SECTIONS[what]
+        print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+        run(args)
+
+
+SECTIONS: dict[str, tuple[list[str], Callable[[argparse.Namespace], None]]] = {
+    "precision": (
+        ["model", "computed in", "time", "error, target", "error, target and contrast"],
+        lambda args: [precision(name, args.repeats, args.device) for name in args.models][-1],
+    ),
+    "growth": (
+        ["tokens", "forward pass", "target and contrast", "forward passes"],
+        lambda args: growth(args.repeats, args.device, args.sizes),
+    ),
+    "layout": (
+        ["ResNet-50, batch of 4", "forward pass", "target and contrast", "forward passes"],
+        lambda args: layout(args.repeats, args.device),
+    ),
+    "compile": (
+        ["formula", "eager", "compiled"],
+        lambda args: compiled(args.repeats, args.device),
+    ),
+}
 
 
 if __name__ == "__main__":

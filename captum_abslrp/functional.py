@@ -422,7 +422,7 @@ def convolution(
 
     def transposed(w: Tensor, like: Tensor = x) -> Tensor:
         if plain and (side_by_side or (few and max(stride) > 1)):
-            return _by_phases(s, w, like.shape[2:], stride, padding)
+            return _by_phases(s, w, like, stride, padding)
         # Of the input, only shape and layout are looked at.
         grad_input: Tensor = torch.ops.aten.convolution_backward(
             s, like, w, None, stride, padding, dilation, is_transposed,
@@ -439,16 +439,16 @@ def convolution(
 
 
 def _by_phases(
-    s: Tensor, weight: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """The transposed product of a convolution with a stride, as a convolution without.
+    """The transposed product of a convolution with a stride, as a convolution without; shaped like the input.
 
     Input places that are a stride apart meet the same taps: place ``k a + r`` meets tap ``r + p - k d`` of
     output place ``a + d``. So each phase ``r`` is a channel of its own, over places ``a``.
     """
     channels, dims = weight.shape[1], len(stride)
     pads, kept = [], [slice(None), slice(None)]
-    for dim, (k, p, size) in enumerate(zip(stride, padding, sizes, strict=True)):
+    for dim, (k, p, size) in enumerate(zip(stride, padding, like.shape[2:], strict=True)):
         taps = weight.shape[2 + 2 * dim]
         lowest, highest = -((taps - 1 - p) // k), (k - 1 + p) // k
         phase = torch.arange(k, device=weight.device).unsqueeze(1)
@@ -471,8 +471,10 @@ def _by_phases(
     order = [i + dim for dim in range(dims) for i in (2 + dims, 2)]
     grown = [k * n for k, n in zip(stride, cells.shape[2 + dims :], strict=True)]
     result = cells.permute(0, 1, *order).reshape(len(s), channels, *grown)
-    inside = (slice(None), slice(None), *map(slice, sizes))
-    return result[inside].contiguous()
+    result = result[tuple(map(slice, (len(s), channels, *like.shape[2:])))]
+    if like.is_contiguous():
+        return result.contiguous()
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)
 
 
 def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -667,7 +669,9 @@ def max_pool(
 
     def routed(indices: Tensor) -> Tensor:
         rows = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(-spatial)
-        return rows.scatter_add_(-1, indices.flatten(-spatial), s.flatten(-spatial)).view(x.shape)
+        rows.scatter_add_(-1, indices.flatten(-spatial), s.flatten(-spatial))
+        result = rows.view(x.shape)
+        return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
     if nonnegative:
         return routed(indices)

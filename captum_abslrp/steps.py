@@ -159,7 +159,7 @@ class Step:
         """Scale each source to the total, or all of them to what arrived; in place."""
         chosen = [i for i in range(len(self.sources)) if i not in self.unscaled]
         if chosen:
-            inputs = [self.sources[i]() for i in chosen]
+            inputs = [_laid_out_as(of_seeds[0][i], self.sources[i]()) for i in chosen]
             joint = self.output is not None
             for shares, total in zip(of_seeds, totals, strict=True):
                 scaled = [shares[i] for i in chosen]
@@ -174,6 +174,11 @@ class Step:
                     ],
                 )
         self.sources, self.output = (), None
+
+
+def _laid_out_as(share: Tensor, x: Tensor) -> Tensor:
+    """A source as what it gets lies in memory, so that products of the two are fast."""
+    return x if x.stride() == share.stride() else torch.empty_like(share, dtype=x.dtype).copy_(x)
 
 
 def _apart(shares: Sequence[Tensor]) -> list[Tensor]:

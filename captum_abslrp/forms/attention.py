@@ -39,7 +39,10 @@ def answer_attention(
             )
         # Dropout is a call even where it does nothing: as in attention that is written out.
         weights = F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0)
-        return (weights if mask is None else _without_masked_rows(weights, logits)) @ v
+        if mask is not None:
+            weights = _without_masked_rows(weights, logits)
+        del logits  # which are made again on the way back
+        return weights @ v
 
     return call.interception.composite(attention)
 

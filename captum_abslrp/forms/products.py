@@ -13,26 +13,22 @@ from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, answer_twin, is_source, once
 from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer, Kept
+from captum_abslrp.steps import Answer
 
 
 def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
     if input.dim() < 2 or other.dim() < 2:
         return answer_bilinear(call, input, other)
-    # What is copied for the product is kept, rather than what it was copied from.
-    operands = [_by_batch(t) for t in (input, other)]
-    output = call.run(lambda: torch.matmul(*operands))
-    a, b = (
-        call.keep(given) if t is given else Kept(t.detach())
-        for t, given in zip(operands, (input, other), strict=True)
-    )
+    output = call.run(lambda: torch.matmul(input, other))
+    a, b = call.keep(input), call.keep(other)
     wanted = [is_source(t) for t in (input, other)]
     nonnegative = [call.is_nonnegative(t) for t in (input, other)]
 
     @once
     def parts() -> list[SignedParts]:
         return [
-            SignedParts(kept(), nonnegative=n) for kept, n in zip((a, b), nonnegative, strict=True)
+            SignedParts(_by_batch(kept()), nonnegative=n)
+            for kept, n in zip((a, b), nonnegative, strict=True)
         ]
 
     def propagate(s: Tensor) -> list[Tensor]:
@@ -43,7 +39,6 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
         output,
         list(compress([input, other], wanted)),
         propagate,
-        kept_sources=list(compress([a, b], wanted)),
         nonnegative=all(nonnegative),
         # Attention of many tokens on each other is made again.
         kept=call.keep_output(output, lambda: torch.matmul(a(), b()))
@@ -55,8 +50,6 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Answer:
 def _by_batch(x: Tensor) -> Tensor:
     """The tensor with one matrix after the other in memory, each as it lies or transposed."""
     if x.dim() > 2 and x.stride(-2) < x.stride(-1):
-        if x.mT.is_contiguous():
-            return x
         return x.mT.contiguous().mT
     return x.contiguous()
 
