@@ -33,6 +33,7 @@ from torch import Tensor
 __all__ = [
     "EPS",
     "SignedParts",
+    "attention",
     "bilinear",
     "convolution",
     "diagonal",
@@ -800,6 +801,97 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         sign = few.sign()
         torch.mul(unmasked(shares).addcmul_(twin_part, sign), sign, out=into)
     return factor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seeds: Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    stabilised: int = 1,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    r""":func:`matmul`, :func:`softmax` and :func:`matmul` again, of :math:`\mathrm{softmax}(q k^T) v`.
+
+    A few rows of the attention at a time, which are made again: what stays in the cache costs little, and
+    memory does not grow with the square of the number of tokens.
+
+    Axes: G samples and heads, N queries, M keys, D and E features.
+
+    Args:
+        query: (G, N, D), scaled.
+        key: (G, M, D).
+        value: (G, M, E).
+        seeds: relevance per magnitude of the output for each seed, (G, N, E).
+        mask: what is seen, bool, (G, N, M) or (1, N, M); None for all.
+        stabilised: how many calls divide by the probabilities: softmax, and a dropout behind it.
+
+    Returns:
+        What query, key and value get, for each seed.
+
+    Example:
+        >>> q, k, v = torch.ones(1, 1, 1), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
+        >>> attention(q, k, v, [torch.ones(1, 1, 1)])[0][2]
+        tensor([[[0.8808],
+                 [0.1192]]])
+    """
+    of_keys, of_queries = _signed_parts(key), _signed_parts(query)
+    positive_values = value.clamp(min=0)
+    found = [
+        (torch.empty_like(of_queries), torch.zeros_like(of_keys), torch.zeros_like(value))
+        for _ in seeds
+    ]
+    for group, rows in _blocks(len(query), query.shape[1], key.shape[1], query.device):
+        logits = query[group, rows] @ key[group].mT
+        if mask is not None:
+            logits.masked_fill_(~mask[group if len(mask) > 1 else slice(None), rows], -torch.inf)
+        probabilities = logits.softmax(-1)
+        factor = softmax(logits, probabilities, -1)
+        if mask is not None:  # a query that sees nothing
+            probabilities = probabilities.nan_to_num_(0)
+        ratio = probabilities / (probabilities + EPS)
+        for _ in range(stabilised):
+            factor *= ratio
+        for s, (to_query, to_key, to_value) in zip(seeds, found, strict=True):
+            to_value[group].baddbmm_(probabilities.mT, s[group, rows])
+            of_logits = (s[group, rows] @ positive_values[group].mT).mul_(factor)
+            torch.bmm(of_logits, of_keys[group], out=to_query[group, rows])
+            to_key[group].baddbmm_(of_logits.mT, of_queries[group, rows])
+    return [
+        (_chosen(to_query, query), _chosen(to_key, key), _rectify_in_place(to_value, value))
+        for to_query, to_key, to_value in found
+    ]
+
+
+BLOCK = {"cpu": 2**18}
+"""Elements of attention that are made at a time, by the kind of device."""
+
+ROWS = 256
+"""Rows of attention that are made at a time at least, so that products with them are efficient."""
+
+
+def _blocks(
+    groups: int, rows: int, columns: int, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
+    """Some groups with all of their rows, or some rows of a group, at a time."""
+    elements = BLOCK.get(device.type, 2**26)
+    many = max(1, elements // (rows * columns))
+    few = rows if many > 1 else max(ROWS, elements // columns)
+    for group in range(0, groups, many):
+        for row in range(0, rows, few):
+            yield slice(group, group + many), slice(row, row + few)
+
+
+def _signed_parts(x: Tensor) -> Tensor:
+    """Positive and negative part, side by side in the last dimension."""
+    return torch.cat([x.clamp(min=0), x.clamp(max=0)], -1)
+
+
+def _chosen(products: Tensor, x: Tensor) -> Tensor:
+    """Of products with :func:`_signed_parts`, that with the part of the sign of ``x``."""
+    positive, negative = products.chunk(2, -1)
+    return rectify(positive, x).sub_(_rectify_in_place(negative.contiguous(), x, negative=True))
 
 
 def magnitude(x: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ class _Survey(Interception):
         super().__init__(
             None if mapping is None else mapping.rule_of_call, batch_size=batch_size, model=model
         )
+        self.fuses = False  # each part is listed
         self.mapping = mapping
         self.calls: list[InspectedCall] = []
         self.opaque: set[str] = set()

@@ -144,6 +144,9 @@ class Interception(TorchFunctionMode):
         joint: scale the relevance of the inputs of one call together.
         total: sum of relevance of each sample after a call, where each input is scaled on its own.
         result: answer for the one call of a module whose output is known already.
+
+    Attributes:
+        fuses: whether calls that are made of others may be answered at once, if it makes no difference.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class Interception(TorchFunctionMode):
         self.find_rule = find_rule
         self.batch_size = batch_size
         self.joint = joint
+        self.fuses = not joint
         self.total = total
         self.result = result
         self._modules = _ModuleStack(self, model)
@@ -395,6 +399,7 @@ class Interception(TorchFunctionMode):
             self.batch_size,
             self.total,
             kept_output() if answer.vanishing else None,
+            answer.together,
         )
         result: Tensor = Node.apply(step, position, [output], *answer.sources)
         if answer.nonnegative:

@@ -46,6 +46,8 @@ class Answer(NamedTuple):
     """Whether the rule hands on nothing negative where nothing negative arrives."""
     kept: Kept | None = None
     """The output as it is kept by whoever needs it later on, see :meth:`Call.keep_output`."""
+    together: bool = False
+    """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
     kept_sources: Sequence[Kept] | None = None
     """The sources as they were, where the call has changed one of them in place."""
 
@@ -105,6 +107,8 @@ class Step:
     total: float
     vanishing: Kept | None
     """The output, where it may be next to nothing."""
+    together: bool = False
+    """Whether the rule takes all seeds at once."""
     stabilised: bool = False
     """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
     positive: bool = False
@@ -130,15 +134,17 @@ class Step:
         if self.vanishing is not None:
             functional.stabilise(seeds, self.vanishing())
             self.vanishing = None
+        found = rule(seeds) if self.together else map(rule, seeds)  # type: ignore[arg-type]
         of_seeds = [
             _apart(
                 [
                     share.sum_to_size(shape)
-                    for share, (shape, _) in zip(rule(s), self.layouts, strict=True)
+                    for share, (shape, _) in zip(shares, self.layouts, strict=True)
                 ]
             )
-            for s in seeds
+            for shares in found
         ]
+        del found
         del rule, seeds
         self._scale(of_seeds, totals)
         return [

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.forms.base import Form
+from captum_abslrp import functional
+from captum_abslrp.forms.base import Form, is_source
 from captum_abslrp.interception import Call
+from captum_abslrp.steps import Answer
 
 
 def answer_attention(
@@ -24,15 +29,28 @@ def answer_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+
+        def repeated() -> Tensor:
+            k, v = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+            return F.scaled_dot_product_attention(
+                query, k, v, attn_mask, dropout_p, is_causal, scale=scale
+            )
+
+        return call.interception.composite(repeated)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    stabilised = _stabilised(call) if dropout_p == 0 else None
+    leading = {t.shape[:-2] for t in (query, key, value)}
+    plain_mask = attn_mask is None or (attn_mask.dtype == torch.bool and not is_source(attn_mask))
+    if stabilised is not None and len(leading) == 1 and query.dim() > 2 and plain_mask:
+        return _answer_at_once(
+            call, query, key, value, attn_mask, scale, is_causal=is_causal, stabilised=stabilised
+        )
+
     def attention() -> Tensor:
-        k, v, mask = key, value, attn_mask
-        if enable_gqa:
-            repeats = query.shape[-3] // k.shape[-3]
-            k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
-        if is_causal:
-            shape = (query.shape[-2], k.shape[-2])
-            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-        logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        mask = _causal(query, key) if is_causal else attn_mask
+        logits = (query * scale) @ key.mT
         if mask is not None:
             logits = (
                 logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
@@ -42,9 +60,81 @@ def answer_attention(
         if mask is not None:
             weights = _without_masked_rows(weights, logits)
         del logits  # which are made again on the way back
-        return weights @ v
+        return weights @ value
 
     return call.interception.composite(attention)
+
+
+def _stabilised(call: Call) -> int | None:
+    """How many calls of attention divide by its probabilities; None if not all have the usual rules."""
+    from captum_abslrp import rules
+
+    if not call.interception.fuses:
+        return None
+
+    def kind(name: str) -> Any:
+        return type(call.interception.rule_of(replace(call, name=name)))
+
+    usual = {"mul": rules.ProductRule, "matmul": rules.MatmulRule, "softmax": rules.SoftmaxRule}
+    if any(kind(name) is not expected for name, expected in usual.items()):
+        return None
+    of_dropout: dict[Any, int] = {rules.PassThroughRule: 1, rules.DropoutRule: 2}
+    return of_dropout.get(kind("dropout"))
+
+
+def _answer_at_once(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    is_causal: bool,
+    stabilised: int,
+) -> Answer:
+    """What the parts would hand on one after the other, without the attention of all tokens on each other."""
+    output = call.run(
+        lambda: F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
+    )
+    sources = (query, key, value)
+    wanted = [is_source(t) for t in sources]
+    kept = [call.keep(t) for t in sources]
+    shapes = [t.shape for t in sources]
+
+    def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        q, k, v = (t().flatten(0, -3) for t in kept)
+        seen = _causal(q, k) if is_causal else mask
+        if seen is not None:
+            shape = (*shapes[0][:-1], shapes[1][-2])
+            of_all = seen.dim() == 2 or set(seen.shape[:-2]) == {1}
+            seen = seen.expand(shape[-2:] if seen.dim() == 2 else (*seen.shape[:-2], *shape[-2:]))
+            seen = seen.reshape(1, *shape[-2:]) if of_all else seen.expand(shape).flatten(0, -3)
+        shares = functional.attention(
+            q * scale,
+            k,
+            v,
+            [s.flatten(0, -3) for s in seeds],
+            mask=seen,
+            stabilised=stabilised,
+        )
+        return [
+            list(compress((t.view(shape) for t, shape in zip(of, shapes, strict=True)), wanted))
+            for of in shares
+        ]
+
+    return Answer(
+        output,
+        list(compress(sources, wanted)),
+        propagate,  # type: ignore[arg-type]  # of all seeds
+        nonnegative=call.is_nonnegative(value),
+        together=True,
+    )
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    shape = (query.shape[-2], key.shape[-2])
+    return torch.ones(shape, dtype=torch.bool, device=query.device).tril()
 
 
 def _without_masked_rows(weights: Tensor, logits: Tensor) -> Tensor:
@@ -134,19 +224,27 @@ def _multi_head_attention(
         elif additive.dim() == 3:
             additive = additive.unflatten(0, (-1, num_heads))
         mask = additive if mask is None else mask + additive
+    if mask is None and not need_weights:
+        attended = F.scaled_dot_product_attention(q, k, v, None, dropout_p if training else 0.0)
+        return _projected(attended, out_proj_weight, out_proj_bias, batched), None
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits + mask
     attention = F.dropout(logits.softmax(-1), dropout_p, training)
     if mask is not None and not need_weights:
         attention = _without_masked_rows(attention, logits)
-    output = F.linear((attention @ v).transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
-    output = output.transpose(0, 1) if batched else output.squeeze(0)
+    output = _projected(attention @ v, out_proj_weight, out_proj_bias, batched)
     if not need_weights:
         return output, None
     attention = attention.detach()
     attention = attention.mean(1) if average_attn_weights else attention
     return output, attention if batched else attention.squeeze(0)
+
+
+def _projected(attended: Tensor, weight: Tensor, bias: Tensor | None, batched: bool) -> Tensor:
+    """The output projection of all heads together."""
+    output = F.linear(attended.transpose(1, 2).flatten(2), weight, bias)
+    return output.transpose(0, 1) if batched else output.squeeze(0)
 
 
 ATTENTION: dict[str, Form] = {
