@@ -318,10 +318,10 @@ def positive_contributions(
         tensor([3., 5.])
     """
     parts = _parts(weight)
-    positive = _rectify_in_place(transposed(parts.positive), x)
-    if not (nonnegative or parts.nonnegative):
-        positive -= _rectify_in_place(transposed(parts.negative), x, negative=True)
-    return positive
+    positive = transposed(parts.positive)
+    if nonnegative or parts.nonnegative:
+        return _rectify_in_place(positive, x)
+    return _chosen([positive, transposed(parts.negative)], x)
 
 
 def _rectify_in_place(s: Tensor, x: Tensor, *, negative: bool = False) -> Tensor:
@@ -358,10 +358,9 @@ def linear(
         positive.addmm_(columns[:, rows], piece.positive)
         if negative is not None:
             negative.addmm_(columns[:, rows], piece.negative)
-    positive = _rectify_in_place(positive.view(x.shape), x)
-    if negative is not None:
-        positive -= _rectify_in_place(negative.view(x.shape), x, negative=True)
-    return positive
+    if negative is None:
+        return _rectify_in_place(positive.view(x.shape), x)
+    return _chosen([positive.view(x.shape), negative.view(x.shape)], x)
 
 
 def convolution(
@@ -436,7 +435,7 @@ def convolution(
     # An image: the products with the positive and the negative part of the weight as one.
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
     positive, negative = both.chunk(2, 1)
-    return rectify(positive, x).sub_(_rectify_in_place(negative.contiguous(), x, negative=True))
+    return _chosen([t.contiguous() for t in (positive, negative)], x)
 
 
 def _by_phases(
@@ -836,12 +835,14 @@ def attention(
         tensor([[[0.8808],
                  [0.1192]]])
     """
-    of_keys, of_queries = _signed_parts(key), _signed_parts(query)
+    keys, queries = SignedParts(key), SignedParts(query)
+    of_keys, of_queries = (keys.positive, keys.negative), (queries.positive, queries.negative)
     positive_values = value.clamp(min=0)
     found = [
-        (torch.empty_like(of_queries), torch.zeros_like(of_keys), torch.zeros_like(value))
+        ([torch.empty_like(query) for _ in range(2)], [torch.zeros_like(key) for _ in range(2)],
+         torch.zeros_like(value))
         for _ in seeds
-    ]
+    ]  # fmt: skip
     for group, rows in _blocks(len(query), query.shape[1], key.shape[1], query.device):
         logits = query[group, rows] @ key[group].mT
         if mask is not None:
@@ -856,15 +857,23 @@ def attention(
         for s, (to_query, to_key, to_value) in zip(seeds, found, strict=True):
             to_value[group].baddbmm_(probabilities.mT, s[group, rows])
             of_logits = (s[group, rows] @ positive_values[group].mT).mul_(factor)
-            torch.bmm(of_logits, of_keys[group], out=to_query[group, rows])
-            to_key[group].baddbmm_(of_logits.mT, of_queries[group, rows])
+            for result, part in zip(to_query, of_keys, strict=True):
+                torch.bmm(of_logits, part[group], out=result[group, rows])
+            for result, part in zip(to_key, of_queries, strict=True):
+                result[group].baddbmm_(of_logits.mT, part[group, rows])
     return [
         (_chosen(to_query, query), _chosen(to_key, key), _rectify_in_place(to_value, value))
         for to_query, to_key, to_value in found
     ]
 
 
-BLOCK = {"cpu": 2**18}
+def _chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Of products with a positive and a negative part, the one of the sign of ``x``; overwrites both."""
+    positive, negative = products
+    return _rectify_in_place(positive, x).sub_(_rectify_in_place(negative, x, negative=True))
+
+
+BLOCK = {"cpu": 2**17}
 """Elements of attention that are made at a time, by the kind of device."""
 
 ROWS = 256
@@ -881,17 +890,6 @@ def _blocks(
     for group in range(0, groups, many):
         for row in range(0, rows, few):
             yield slice(group, group + many), slice(row, row + few)
-
-
-def _signed_parts(x: Tensor) -> Tensor:
-    """Positive and negative part, side by side in the last dimension."""
-    return torch.cat([x.clamp(min=0), x.clamp(max=0)], -1)
-
-
-def _chosen(products: Tensor, x: Tensor) -> Tensor:
-    """Of products with :func:`_signed_parts`, that with the part of the sign of ``x``."""
-    positive, negative = products.chunk(2, -1)
-    return rectify(positive, x).sub_(_rectify_in_place(negative.contiguous(), x, negative=True))
 
 
 def magnitude(x: Tensor) -> Tensor:
