@@ -464,8 +464,12 @@ def _by_phases(
     # (C_out, C_in, phase, offset, phase, offset ...) to (C_in phases, C_out, offsets)
     phases, offsets = ([2 + 2 * dim + i for dim in range(dims)] for i in (0, 1))
     weight = weight.permute(1, *phases, 0, *offsets).flatten(0, dims)
-    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
-    cells = convolve(s, weight, padding=pads)[tuple(kept)]
+    if set(weight.shape[2:]) == {1} and not any(pads):  # patches side by side
+        cells = (s.movedim(1, -1) @ weight.flatten(1).mT).movedim(-1, 1)
+    else:
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
+        cells = convolve(s, weight, padding=pads)
+    cells = cells[tuple(kept)]
     cells = cells.unflatten(1, (channels, *stride))
     # (B, C_in, phase, phase ..., place, place ...)
     order = [i + dim for dim in range(dims) for i in (2 + dims, 2)]

@@ -343,7 +343,8 @@ class CompositeRule(Rule):
     """A call that is made of others: run again part by part, so that each part meets its own rule.
 
     ``scaled_dot_product_attention`` and ``nn.MultiheadAttention``; LSTM, GRU and RNN, unrolled; GLU,
-    ``lerp``, ``addcmul`` and their kin.
+    ``lerp``, ``addcmul`` and their kin. Attention whose parts all have their usual rules is answered at
+    once, with the same result, see :func:`captum_abslrp.functional.attention`.
 
     Example:
         >>> mapping = get_mapping().extended({"scaled_dot_product_attention": CompositeRule()})
