@@ -221,7 +221,7 @@ def _abslrp(model: nn.Module) -> AttributionFunction:
 def _lrp(model: nn.Module) -> AttributionFunction:
     from captum.attr import LRP
 
-    class LRPOfOperations(LRP):  # type: ignore[misc,unused-ignore]
+    class LRPOfOperations(LRP):  # type: ignore[misc,unused-ignore]  # untyped base
         layers: list[nn.Module]
 
         def _get_layers(self, model: nn.Module) -> None:

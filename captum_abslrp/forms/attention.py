@@ -224,18 +224,14 @@ def _multi_head_attention(
         elif additive.dim() == 3:
             additive = additive.unflatten(0, (-1, num_heads))
         mask = additive if mask is None else mask + additive
-    if mask is None and not need_weights:
-        attended = F.scaled_dot_product_attention(q, k, v, None, dropout_p if training else 0.0)
+    if not need_weights:
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
         return _projected(attended, out_proj_weight, out_proj_bias, batched), None
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits + mask
     attention = F.dropout(logits.softmax(-1), dropout_p, training)
-    if mask is not None and not need_weights:
-        attention = _without_masked_rows(attention, logits)
     output = _projected(attention @ v, out_proj_weight, out_proj_bias, batched)
-    if not need_weights:
-        return output, None
     attention = attention.detach()
     attention = attention.mean(1) if average_attn_weights else attention
     return output, attention if batched else attention.squeeze(0)
