@@ -791,19 +791,27 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
     pieces = (
         ([t] for t in (x, probabilities, factor)) if whole else _in_pieces(x, probabilities, factor)
     )
-    for few, few_shares, into in zip(*pieces, strict=True):
-        shares = few_shares.nan_to_num()
-
-        def unmasked(values: Tensor, shares: Tensor = shares) -> Tensor:
-            result: Tensor = torch.ops.aten.threshold_backward(values, shares, EPS)
-            return result
-
-        # What is masked counts as zero here, and is left out of the denominator by the division below.
-        twin_part = unmasked(unmasked(few.abs()).softmax(dim))
-        twin_part /= twin_part.sum(dim, keepdim=True).clamp_(min=_SMALLEST)
-        sign = few.sign()
-        torch.mul(unmasked(shares).addcmul_(twin_part, sign), sign, out=into)
+    for few, shares, into in zip(*pieces, strict=True):
+        _softmax(few, shares, dim, into, [torch.empty_like(few) for _ in range(2)])
     return factor
+
+
+def _softmax(
+    x: Tensor, probabilities: Tensor, dim: int, factor: Tensor, scratch: Sequence[Tensor]
+) -> None:
+    """:func:`softmax`, into the memory of ``factor``; what two more tensors of the shape hold is lost."""
+    sizes, twin_part = scratch
+    torch.nan_to_num(probabilities, out=factor)
+
+    def unmask(values: Tensor) -> Tensor:
+        torch.ops.aten.threshold_backward.grad_input(values, factor, EPS, grad_input=values)
+        return values
+
+    # What is masked counts as zero here, and is left out of the denominator by the division below.
+    torch.softmax(unmask(torch.abs(x, out=sizes)), dim, out=twin_part)
+    unmask(twin_part).div_(twin_part.sum(dim, keepdim=True).clamp_(min=_SMALLEST))
+    sign = torch.sign(x, out=sizes)
+    unmask(factor).addcmul_(twin_part, sign).mul_(sign)
 
 
 def attention(
@@ -839,36 +847,44 @@ def attention(
         tensor([[[0.8808],
                  [0.1192]]])
     """
-    keys, queries = SignedParts(key), SignedParts(query)
-    of_keys, of_queries = (keys.positive, keys.negative), (queries.positive, queries.negative)
-    positive_values = value.clamp(min=0)
+    groups, rows = _blocks(len(query), query.shape[1], key.shape[1], query.device)
     found = [
-        ([torch.empty_like(query) for _ in range(2)], [torch.zeros_like(key) for _ in range(2)],
-         torch.zeros_like(value))
-        for _ in seeds
-    ]  # fmt: skip
-    for group, rows in _blocks(len(query), query.shape[1], key.shape[1], query.device):
-        logits = query[group, rows] @ key[group].mT
-        if mask is not None:
-            logits.masked_fill_(~mask[group if len(mask) > 1 else slice(None), rows], -torch.inf)
-        probabilities = logits.softmax(-1)
-        factor = softmax(logits, probabilities, -1)
-        if mask is not None:  # a query that sees nothing
-            probabilities = probabilities.nan_to_num_(0)
-        ratio = probabilities / (probabilities + EPS)
-        for _ in range(stabilised):
-            factor *= ratio
-        for s, (to_query, to_key, to_value) in zip(seeds, found, strict=True):
-            to_value[group].baddbmm_(probabilities.mT, s[group, rows])
-            of_logits = (s[group, rows] @ positive_values[group].mT).mul_(factor)
-            for result, part in zip(to_query, of_keys, strict=True):
-                torch.bmm(of_logits, part[group], out=result[group, rows])
-            for result, part in zip(to_key, of_queries, strict=True):
-                result[group].baddbmm_(of_logits.mT, part[group, rows])
-    return [
-        (_chosen(to_query, query), _chosen(to_key, key), _rectify_in_place(to_value, value))
-        for to_query, to_key, to_value in found
+        (torch.empty_like(query), torch.empty_like(key), torch.zeros_like(value)) for _ in seeds
     ]
+    # Memory is made once for all blocks: fresh memory costs more than what is computed in it.
+    made = [query.new_empty(groups[0].stop, rows[0].stop, key.shape[1]) for _ in range(5)]
+    for group in groups:
+        q, k, v = query[group], key[group], value[group].clamp(min=0)
+        of_keys = [k.clamp(min=0), k.clamp(max=0)]
+        to_keys = [[torch.zeros_like(k) for _ in of_keys] for _ in seeds]
+        for row in rows:
+            few = q[:, row]
+            logits, probabilities, factor, *scratch = (
+                memory[: len(few), : few.shape[1]] for memory in made
+            )
+            torch.bmm(few, k.mT, out=logits)
+            if mask is not None:
+                seen = mask[group if len(mask) > 1 else slice(None), row]
+                logits.masked_fill_(~seen, -torch.inf)
+            torch.softmax(logits, -1, out=probabilities)
+            if mask is not None:  # a query that sees nothing
+                probabilities.nan_to_num_(0)
+            _softmax(logits, probabilities, -1, factor, scratch)
+            ratio = torch.add(probabilities, EPS, out=scratch[0])
+            torch.div(probabilities, ratio, out=ratio)
+            for _ in range(stabilised):
+                factor *= ratio
+            of_logits, of_queries = scratch[0], [few.clamp(min=0), few.clamp(max=0)]
+            for seed, (to_query, _, to_value), products in zip(seeds, found, to_keys, strict=True):
+                s = seed[group, row]
+                to_value[group].baddbmm_(probabilities.mT, s)
+                torch.bmm(s, v.mT, out=of_logits).mul_(factor)
+                to_query[group, row] = _chosen([of_logits @ part for part in of_keys], few)
+                for result, part in zip(products, of_queries, strict=True):
+                    result.baddbmm_(of_logits.mT, part)
+        for (_, to_key, _), products in zip(found, to_keys, strict=True):
+            to_key[group] = _chosen(products, k)
+    return [(to_q, to_k, _rectify_in_place(to_v, value)) for to_q, to_k, to_v in found]
 
 
 def _chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -886,14 +902,16 @@ ROWS = 256
 
 def _blocks(
     groups: int, rows: int, columns: int, device: torch.device
-) -> Iterator[tuple[slice, slice]]:
+) -> tuple[list[slice], list[slice]]:
     """Some groups with all of their rows, or some rows of a group, at a time."""
     elements = BLOCK.get(device.type, 2**26)
     many = max(1, elements // (rows * columns))
     few = rows if many > 1 else max(ROWS, elements // columns)
-    for group in range(0, groups, many):
-        for row in range(0, rows, few):
-            yield slice(group, group + many), slice(row, row + few)
+    return _slices(groups, many), _slices(rows, few)
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
 
 def magnitude(x: Tensor) -> Tensor:

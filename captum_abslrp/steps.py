@@ -79,6 +79,11 @@ class Kept:
             self._tensor, self._remake = self._remake(), None
         return self._tensor
 
+    def contiguous(self) -> Tensor:
+        """The tensor as from ``__call__``, in contiguous memory, in which it is kept from now on."""
+        self._tensor = self.as_given().contiguous()
+        return self()
+
     def storage(self) -> torch.UntypedStorage | None:
         """The memory that is kept, if any is."""
         return None if self._tensor is None else self._tensor.untyped_storage()

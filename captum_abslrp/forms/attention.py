@@ -103,7 +103,7 @@ def _answer_at_once(
     shapes = [t.shape for t in sources]
 
     def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
-        q, k, v = (t().flatten(0, -3) for t in kept)
+        q, k, v = (t.contiguous().flatten(0, -3) for t in kept)
         seen = _causal(q, k) if is_causal else mask
         if seen is not None:
             shape = (*shapes[0][:-1], shapes[1][-2])
