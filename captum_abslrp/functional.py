@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 EPS = 1e-9
-"""The one stabiliser: added to the magnitude of a divisor, always in float32 or float64."""
+"""The one stabiliser, added to the magnitude of a divisor, always in float32 or float64."""
 
 LEAST = 1e-20
 """Magnitude of an output that is zero where it is divided by without a stabiliser."""
@@ -849,14 +849,14 @@ def attention(
     """
     groups, rows = _blocks(len(query), query.shape[1], key.shape[1], query.device)
     found = [
-        (torch.empty_like(query), torch.empty_like(key), torch.zeros_like(value)) for _ in seeds
+        (torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)) for _ in seeds
     ]
     # Memory is made once for all blocks: fresh memory costs more than what is computed in it.
     made = [query.new_empty(groups[0].stop, rows[0].stop, key.shape[1]) for _ in range(5)]
     for group in groups:
         q, k, v = query[group], key[group], value[group].clamp(min=0)
         of_keys = [k.clamp(min=0), k.clamp(max=0)]
-        to_keys = [[torch.zeros_like(k) for _ in of_keys] for _ in seeds]
+        negatives = [torch.zeros_like(k) for _ in seeds]
         for row in rows:
             few = q[:, row]
             logits, probabilities, factor, *scratch = (
@@ -875,25 +875,28 @@ def attention(
             for _ in range(stabilised):
                 factor *= ratio
             of_logits, of_queries = scratch[0], [few.clamp(min=0), few.clamp(max=0)]
-            for seed, (to_query, _, to_value), products in zip(seeds, found, to_keys, strict=True):
+            for seed, found_of_seed, negative in zip(seeds, found, negatives, strict=True):
                 s = seed[group, row]
-                to_value[group].baddbmm_(probabilities.mT, s)
+                to_query, to_key, to_value = (t[group] for t in found_of_seed)
+                to_value.baddbmm_(probabilities.mT, s)
                 torch.bmm(s, v.mT, out=of_logits).mul_(factor)
-                to_query[group, row] = _chosen([of_logits @ part for part in of_keys], few)
-                for result, part in zip(products, of_queries, strict=True):
+                positive = torch.bmm(of_logits, of_keys[0], out=to_query[:, row])
+                _chosen([positive, of_logits @ of_keys[1]], few)
+                for result, part in zip((to_key, negative), of_queries, strict=True):
                     result.baddbmm_(of_logits.mT, part)
-        for (_, to_key, _), products in zip(found, to_keys, strict=True):
-            to_key[group] = _chosen(products, k)
+        for (_, to_key, _), negative in zip(found, negatives, strict=True):
+            _chosen([to_key[group], negative], k)
     return [(to_q, to_k, _rectify_in_place(to_v, value)) for to_q, to_k, to_v in found]
 
 
 def _chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of products with a positive and a negative part, the one of the sign of ``x``; overwrites both."""
+    """Of products with a positive and a negative part, the one of the sign of ``x``, in place of the first;
+    overwrites both."""
     positive, negative = products
     return _rectify_in_place(positive, x).sub_(_rectify_in_place(negative, x, negative=True))
 
 
-BLOCK = {"cpu": 2**17}
+BLOCK = {"cpu": 2**18}
 """Elements of attention that are made at a time, by the kind of device."""
 
 ROWS = 256

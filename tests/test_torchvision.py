@@ -62,9 +62,11 @@ def check(model: nn.Module, *sizes: int) -> None:
     x, target = images[[0, 1, 0]], [1, 1, 2]
     with no_trace(model):
         relevance = AbsLRP(model).attribute(x, target)
-    assert relevance.shape == x.shape
-    assert bool(torch.isfinite(relevance).all())
-    assert bool(relevance.flatten(1).any(1).all())
+        of_class = AbsLRP(model).attribute(x, target, contrast=None)
+    for maps in (relevance, of_class):
+        assert maps.shape == x.shape
+        assert bool(torch.isfinite(maps).all())
+        assert bool(maps.flatten(1).any(1).all())
     alone = AbsLRP(model).attribute(x[:1], 1)
     # In shares of the total: the two maps are one each, and nearly cancel in deep models.
     assert (relevance[:1] - alone).abs().sum() < 1e-12
@@ -79,6 +81,9 @@ def of_each_size(name: str) -> Any:
 NAMES = torchvision.models.list_models(module=torchvision.models)
 
 
+# With random weights the classes of the deepest ones, efficientnet_b7 and v2_l, differ by rounding only,
+# which is what the warning says.
+@pytest.mark.filterwarnings("ignore:The maps of target and contrast")
 @pytest.mark.parametrize("name", [of_each_size(name) for name in NAMES])
 def test_every_model_is_explained(name: str) -> None:
     torch.manual_seed(0)
