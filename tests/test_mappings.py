@@ -176,8 +176,12 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_mapping("mine") is mine
     assert "mine" in list_mappings()
     assert find_mapping(Net()) is mine
-    with pytest.raises(ValueError, match=r"got \['mine', .*`overwrite=True`"):
-        register_mapping(mine, architectures=[name])
+    for taken in (name, Net):
+        with pytest.raises(ValueError, match=r"got \['mine', .*`overwrite=True`"):
+            register_mapping(mine, architectures=[taken])
+    for wrong in (3, "Net", int):
+        with pytest.raises(TypeError, match="classes of models, or qualified names"):
+            register_mapping(Mapping("yours", []), architectures=[wrong])  # type: ignore[list-item]
     other = Mapping("mine", [])
     register_mapping(other, overwrite=True)
     assert get_mapping("mine") is other

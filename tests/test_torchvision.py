@@ -66,7 +66,7 @@ def check(model: nn.Module, *sizes: int) -> None:
     for maps in (relevance, of_class):
         assert maps.shape == x.shape
         assert bool(torch.isfinite(maps).all())
-        assert bool(maps.flatten(1).any(1).all())
+    assert bool(relevance.flatten(1).any(1).all())
     alone = AbsLRP(model).attribute(x[:1], 1)
     # In shares of the total: the two maps are one each, and nearly cancel in deep models.
     assert (relevance[:1] - alone).abs().sum() < 1e-12

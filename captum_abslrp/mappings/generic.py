@@ -49,3 +49,4 @@ GENERIC = register_mapping(
         ],
     )
 )
+"""The rules of all calls, for every model that has no mapping of its own."""

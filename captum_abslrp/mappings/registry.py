@@ -57,10 +57,11 @@ class Mapping:
 
     Args:
         name: for messages and the register.
-        entries: pairs of a :data:`Key`, or a tuple of keys, and the rule for what they match.
+        entries: pairs of a :data:`~captum_abslrp.mappings.registry.Key`, or a tuple of keys, and the rule
+            for what they match.
         base: the mapping to ask where no entry matches.
 
-    Calls that only move elements (:data:`captum_abslrp.calls.PASS_THROUGH`: reshape, cat, ...) are not
+    Calls that only move elements (``captum_abslrp.calls.PASS_THROUGH``: reshape, cat, ...) are not
     asked for: relevance moves with its element there.
 
     Example:
@@ -122,20 +123,24 @@ _LAYER_RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_mapping(
-    mapping: Mapping, *, architectures: Sequence[str] = (), overwrite: bool = False
+    mapping: Mapping,
+    *,
+    architectures: Sequence[str | type[nn.Module]] = (),
+    overwrite: bool = False,
 ) -> Mapping:
     """Make a mapping known by its name, and as the mapping of architectures.
 
     Args:
         mapping: the mapping.
-        architectures: qualified class names of the models it is for, for example
-            ``"timm.models.vgg.VGG"``. Subclasses are found, too. The classes are not imported.
+        architectures: classes of the models it is for, or their qualified names, for example
+            ``"timm.models.vgg.VGG"``, which are not imported. Subclasses are found, too.
         overwrite: replace what is registered already.
 
     Returns:
         The mapping.
 
     Raises:
+        TypeError: if an architecture is neither.
         ValueError: if the name or an architecture is taken and ``overwrite`` is not set.
 
     Example:
@@ -144,16 +149,28 @@ def register_mapping(
         >>> get_mapping("mine") is mine
         True
     """
+    names = [_qualified_name(architecture) for architecture in architectures]
     taken = [mapping.name] if mapping.name in _MAPPINGS else []
-    taken += [a for a in architectures if a in _ARCHITECTURES]
+    taken += [name for name in names if name in _ARCHITECTURES]
     if taken and not overwrite:
         raise ValueError(
             f"Expected a mapping of a new name for new architectures, but got {taken}, which "
             f"are registered already. Pass `overwrite=True` to replace them."
         )
     _MAPPINGS[mapping.name] = mapping
-    _ARCHITECTURES.update(dict.fromkeys(architectures, mapping))
+    _ARCHITECTURES.update(dict.fromkeys(names, mapping))
     return mapping
+
+
+def _qualified_name(architecture: str | type[nn.Module]) -> str:
+    if isinstance(architecture, type) and issubclass(architecture, nn.Module):
+        return f"{architecture.__module__}.{architecture.__qualname__}"
+    if isinstance(architecture, str) and "." in architecture:
+        return architecture
+    raise TypeError(
+        f"Expected `architectures` to hold classes of models, or qualified names such as "
+        f"'timm.models.vgg.VGG', but got {architecture!r}."
+    )
 
 
 def register_call_rule(

@@ -9,3 +9,4 @@ RESNET = register_mapping(
     Mapping("resnet", [], base=GENERIC),
     architectures=["timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet"],
 )
+"""ResNet and its variants, with the generic rules."""

@@ -10,3 +10,4 @@ VGG = register_mapping(
     Mapping("vgg", [("max_pool2d", MaxPoolRule(divide=False))], base=GENERIC),
     architectures=["timm.models.vgg.VGG", "torchvision.models.vgg.VGG"],
 )
+"""VGG, with max pooling as published, without division."""

@@ -21,6 +21,7 @@ VIT = register_mapping(
         "torchvision.models.vision_transformer.VisionTransformer",
     ],
 )
+"""Vision Transformer, with dropout as published."""
 
 VIT_DISTILLED = register_mapping(
     Mapping("vit_distilled", [(At("", call="add"), HeadSumRule())], base=VIT),
