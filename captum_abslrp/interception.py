@@ -70,7 +70,8 @@ class Call:
         name: canonical name: no module, no dunder, no trailing underscore (``"add"`` for
             ``torch.add``, ``+``, ``+=`` and ``Tensor.add_``).
         func: the function that was called, as ``torch.overrides`` hands it over.
-        args, kwargs: its arguments, without ``out`` and ``inplace``.
+        args: its positional arguments.
+        kwargs: its keyword arguments, without ``out`` and ``inplace``.
         module: the innermost module whose forward pass makes the call.
         path: where this module is in the model, for example ``"blocks.0.attn.proj"``.
         local_path: where it is in the part of the model that the mapping was found for.
@@ -96,7 +97,7 @@ class Call:
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """The positional arguments in the order of the operation: 2 and x for ``2 - x``."""
+        """The positional arguments in the order of the operation, 2 and x for ``2 - x``."""
         return self.args[::-1] if self.reflected else self.args
 
     def keep(self, tensor: Tensor) -> Kept:

@@ -39,7 +39,10 @@ __all__ = [
 ]
 
 AttributionFunction = Callable[[Tensor, int | Tensor], Tensor]
+"""From images (B, C, H, W) and a target for all or for each to maps of the same shape."""
+
 MethodFactory = Callable[[nn.Module], AttributionFunction]
+"""Makes the attribution function of a model."""
 
 _METHODS: dict[str, MethodFactory] = {}
 

@@ -52,7 +52,7 @@ _IDEMPOTENT = (nn.ReLU, nn.modules.dropout._DropoutNd)
 class Rule(PropagationRule):
     """Base class of the absLRP rules.
 
-    A subclass lists its closed forms in :attr:`closed_forms`, by the canonical name of the call that each
+    A subclass lists its closed forms in ``closed_forms``, by the canonical name of the call that each
     one answers, or overrides :meth:`answer`.
     """
 

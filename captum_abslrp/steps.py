@@ -33,12 +33,12 @@ class Answer(NamedTuple):
     propagate: Propagate
     """Hands relevance per magnitude of the output to the sources; is called once per seed."""
     scaled: bool = True
-    """Whether the relevance of each sample is scaled afterwards (pass-through calls: no)."""
+    """Whether the relevance of each sample is scaled afterwards, as for all but pass-through calls."""
     constants: Sequence[Tensor] = ()
     """Arguments that depend on the explained inputs, too, and are constants of this call."""
     nonnegative: bool = False
-    """Whether no negative entry of the output takes part in what comes after: there is none, or the rule
-    hands nothing on where the output is negative. The rules of later calls may make use of it."""
+    """Whether no negative entry of the output takes part in what comes after, because there is none, or the
+    rule hands nothing on where the output is negative. The rules of later calls may make use of it."""
     vanishing: bool = False
     """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
     is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
@@ -56,7 +56,7 @@ class Kept:
     """A tensor kept for the backward pass, or the way to make it again.
 
     A call that is about to change a tensor in place has it cloned first (see
-    :meth:`Interception.keep`), so that what is kept always is what the call has seen.
+    ``Interception.keep``), so that what is kept always is what the call has seen.
     """
 
     __slots__ = ("_remake", "_tensor")

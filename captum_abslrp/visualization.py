@@ -26,6 +26,8 @@ __all__ = [
     "Array",
     "colour_limit",
     "denormalize",
+    "overlay_opacity",
+    "picture_array",
     "plot_attribution",
     "plot_grid",
     "plot_rows",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 Array = Tensor | npt.NDArray[Any]
+"""A torch tensor or a numpy array."""
 
 COLOUR_MAP = "RdBu_r"
 
@@ -99,6 +102,19 @@ def colour_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
         if limit > tiny:
             return limit
     return 1.0
+
+
+def overlay_opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How opaque relevance lies over a picture: the more, the larger its magnitude.
+
+    Args:
+        values: relevance in multiples of the magnitude at which the colour scale ends, any shape.
+
+    Example:
+        >>> overlay_opacity(np.array([0.0, -1.0, 2.0]))
+        array([0.  , 0.95, 0.95])
+    """
+    return 0.95 * np.abs(values).clip(0, 1) ** 0.7
 
 
 def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -185,7 +201,7 @@ def plot_rows(
     _require_count("attributions", len(attributions), rows)
     if row_labels is not None:
         _require_count("row_labels", len(row_labels), rows)
-    pictures = [_picture(image) for image in images]
+    pictures = [picture_array(image) for image in images]
     maps = [relevance_image(attribution) for attribution in attributions]
 
     height = rows * _CELL_INCHES * _tallness(pictures)
@@ -249,7 +265,7 @@ def plot_grid(
         _require_count("row_labels", len(row_labels), rows)
     if column_labels is not None:
         _require_count("column_labels", len(column_labels), columns)
-    pictures = [_picture(image) for image in images]
+    pictures = [picture_array(image) for image in images]
 
     width = (columns + 1) * _GRID_CELL_INCHES + 1.2
     height = rows * _GRID_CELL_INCHES * _tallness(pictures) + 0.3
@@ -295,8 +311,20 @@ def _require_count(name: str, given: int, expected: int) -> None:
         raise ValueError(f"Expected `{name}` to have {expected} entries, but got {given}.")
 
 
-def _picture(image: Array) -> npt.NDArray[np.float64]:
-    """The image as (H, W, 3) in [0, 1]."""
+def picture_array(image: Array) -> npt.NDArray[np.float64]:
+    """The image as (H, W, 3) in [0, 1].
+
+    Args:
+        image: values in [0, 1] or uint8, (C, H, W) with one or three channels, or (H, W).
+
+    Raises:
+        ValueError: if the shape is another one, or a value is not finite or out of range.
+
+    Example:
+        >>> import torch
+        >>> picture_array(torch.ones(1, 2, 4)).shape
+        (2, 4, 3)
+    """
     raw = _to_numpy(image)
     if raw.ndim == 2:
         raw = raw[None]
@@ -389,8 +417,7 @@ def _draw_overlay(
     grey = 0.4 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]))
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     limit = colour_limit(relevance, clip_percentile)
-    opacity = (np.abs(relevance) / limit).clip(0, 1) ** 0.7
-    _draw_map(axes, relevance, clip_percentile, opacity=0.95 * opacity)
+    _draw_map(axes, relevance, clip_percentile, opacity=overlay_opacity(relevance / limit))
 
 
 def _write_note(axes: Axes, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for part in (demo, explain, evaluate, inspect):
         part.add_command(commands)
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    args.line = shlex.join([PROGRAM, *given])  # for reports
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)

@@ -22,12 +22,14 @@ from captum_abslrp.cli.files import (
     save_figure,
     save_text,
     say,
+    settings_of,
 )
 from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.metrics.comparison import Comparison
 from captum_abslrp.metrics.evaluation import Evaluation
-from captum_abslrp.metrics.gae import SCHEDULES
+from captum_abslrp.metrics.gae import SCHEDULES, Setting
+from captum_abslrp.report import Panel, Section, Table, render
 from captum_abslrp.visualization import plot_grid
 
 if TYPE_CHECKING:
@@ -112,6 +114,12 @@ def add_command(commands: Any) -> None:
         metavar="DIR",
         help="where to write (default: %(default)s)",
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a report for a browser, too: one file with the tables, figures and maps",
+    )
 
 
 def _method_names(text: str) -> list[str]:
@@ -135,13 +143,26 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.demo and not all(name.startswith(DEMO_PREFIX) for name in models):
         raise UserError(f"Expected `--demo` to go with a demo model, but got {args.model!r}.")
     device = find_device(args.device)
+    sections = []
     for name in models:
         out = args.out if args.model else args.out / name.removeprefix(DEMO_PREFIX)
-        _evaluate_model(name, out, args, device)
+        sections.append(_evaluate_model(name, out, args, device))
+    if args.html is not None:
+        page = render(
+            sections,
+            title=f"Attribution methods compared on {', '.join(models)}",
+            settings=settings_of(args),
+            command=args.line,
+        )
+        save_text(page, args.html)
+        say(f"The report is {args.html}.")
     return 0
 
 
-def _evaluate_model(name: str, out: Path, args: argparse.Namespace, device: torch.device) -> None:
+def _evaluate_model(
+    name: str, out: Path, args: argparse.Namespace, device: torch.device
+) -> Section:
+    """Evaluate methods on a model and write the results; what a report shows of it is returned."""
     subject = load_subject(name, args.checkpoint, device)
     images: DemoScenes | ImageFolder
     if args.demo:
@@ -180,7 +201,7 @@ def _evaluate_model(name: str, out: Path, args: argparse.Namespace, device: torc
     methods = {method: _Method(method, subject.model) for method in args.methods}
     try:
         table = evaluation.run(methods, args.n_mosaics, show_progress=True)
-        maps = _maps(evaluation, methods, table, subject, args.n_mosaics)
+        maps = _maps(evaluation, methods, table, args.n_mosaics)
     except ValueError as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -198,9 +219,25 @@ def _evaluate_model(name: str, out: Path, args: argparse.Namespace, device: torc
     save_text(table.to_csv(), out / "comparison.csv")
     table.save(out / "comparison.json")
     save_figure(table.plot(title=heading), out / "comparison.png")
-    save_figure(maps, out / "maps.png")
+    save_figure(_figure(maps, subject), out / "maps.png")
     say(text)
     say(f"Tables and figures are in {out}.")
+    columns, *rows = table.rows()
+    return Section(
+        name,
+        panels=[
+            Panel(
+                f"Mosaic {number}",
+                subject.show(setting.mosaics[0].cpu()),
+                [subject.label(int(setting.targets))],
+                {method: [None if isinstance(m, str) else m] for method, m in of_mosaic.items()},
+            )
+            for number, (setting, of_mosaic) in enumerate(maps, start=1)
+        ],
+        tables=[Table(heading, columns, rows)],
+        figures={f"Scores of the methods on {name}": (out / "comparison.png").read_bytes()},
+        notes=[f"Skipped: {reason}" for reason in evaluation.skipped.values()],
+    )
 
 
 class _Method:
@@ -215,28 +252,30 @@ class _Method:
 
 
 def _maps(
-    evaluation: Evaluation,
-    methods: dict[str, _Method],
-    table: Comparison,
-    subject: Subject,
-    n_mosaics: int,
-) -> Figure:
+    evaluation: Evaluation, methods: dict[str, _Method], table: Comparison, n_mosaics: int
+) -> list[tuple[Setting, dict[str, Tensor | str]]]:
     """A few mosaics, each with what the methods say of its positive image's class."""
     settings = [evaluation.setting(number) for number in range(min(SHOWN_MOSAICS, n_mosaics))]
-    cells: list[list[Tensor | str]] = [
-        [
-            "failed"
-            if table.methods[name].failure is not None
-            else method(setting.mosaics, setting.targets)[0].detach().cpu()
-            for name, method in methods.items()
-        ]
+    return [
+        (
+            setting,
+            {
+                name: "failed"
+                if table.methods[name].failure is not None
+                else method(setting.mosaics, setting.targets)[0].detach().cpu()
+                for name, method in methods.items()
+            },
+        )
         for setting in settings
     ]
+
+
+def _figure(maps: Sequence[tuple[Setting, dict[str, Tensor | str]]], subject: Subject) -> Figure:
     return plot_grid(
-        [subject.show(setting.mosaics[0].cpu()) for setting in settings],
-        cells,
-        row_labels=[f"why {subject.label(int(setting.targets))}?" for setting in settings],
-        column_labels=list(methods),
+        [subject.show(setting.mosaics[0].cpu()) for setting, _ in maps],
+        [list(of_mosaic.values()) for _, of_mosaic in maps],
+        row_labels=[f"why {subject.label(int(setting.targets))}?" for setting, _ in maps],
+        column_labels=list(maps[0][1]),
     )
 
 

@@ -28,12 +28,15 @@ from captum_abslrp.cli.files import (
     read_image,
     save_array,
     save_figure,
+    save_text,
     say,
+    settings_of,
     with_suffix,
 )
 from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
 from captum_abslrp.interception import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
+from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section, render
 from captum_abslrp.visualization import plot_grid, plot_rows
 
 if TYPE_CHECKING:
@@ -110,6 +113,12 @@ def add_command(commands: Any) -> None:
         metavar="DIR",
         help="where to write (default: %(default)s)",
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a report for a browser, too: one file to click through",
+    )
 
 
 @dataclass(frozen=True)
@@ -129,14 +138,29 @@ def _explain(args: argparse.Namespace) -> int:
     outputs = output_names(args.images, out)
 
     failures = 0
+    panels: list[Panel] = []
     many = len(args.images) > 1
     for path, name in progress(zip(args.images, outputs, strict=True), "images", show=many):
         try:
-            _explain_image(path, out / name, subject, question, args, device)
+            _explain_image(path, out / name, subject, question, args, device, panels)
         except UserError as error:
             failures += 1
             complain(error)
+    if args.html is not None and panels:
+        _write_report(args, panels)
     return 2 if failures else 0
+
+
+def _write_report(args: argparse.Namespace, panels: Sequence[Panel]) -> None:
+    names = [path.name for path in args.images]
+    page = render(
+        [Section(args.model, panels)],
+        title=f"What {args.model} sees in {names[0] if len(names) == 1 else f'{len(names)} images'}",
+        settings=settings_of(args),
+        command=args.line,
+    )
+    save_text(page, args.html)
+    say(f"The report is {args.html}.")
 
 
 def _explain_image(
@@ -146,7 +170,9 @@ def _explain_image(
     question: Question,
     args: argparse.Namespace,
     device: torch.device,
+    panels: list[Panel],
 ) -> None:
+    """Explain an image and write what is found; what a report shows of it is added to `panels`."""
     image = subject.prepare(read_image(path, subject.channels))
     inputs = image[None].to(device)
     with torch.no_grad():
@@ -154,12 +180,15 @@ def _explain_image(
     targets = _targets(question, probabilities)
     chances = [f"{100 * float(probabilities[t]):.1f} %" for t in targets]
 
-    maps: dict[str, list[Tensor]] = {"abslrp": []}
     method = AbsLRP(subject.model, normalization=args.normalization)
+
+    def explained(contrast: int | str | None) -> list[Tensor]:
+        found = (method.attribute(inputs, target=t, contrast=contrast) for t in targets)
+        return [relevance[0].detach().cpu() for relevance in found]
+
     try:
-        for target in targets:
-            relevance = method.attribute(inputs, target=target, contrast=question.contrast)
-            maps["abslrp"].append(relevance[0].detach().cpu())
+        maps = {"abslrp": explained(question.contrast)}
+        alone = explained(None) if args.html is not None and question.contrast is not None else None
     except UnsupportedCallError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -183,8 +212,38 @@ def _explain_image(
     save_array(raw, with_suffix(output, ".npy"))
     found = ", ".join(f"{name} {p}" for name, p in zip(classes, chances, strict=True))
     say(f"{path}: {found} -> {with_suffix(output, '.png')}")
+    if args.html is not None:
+        panels.append(
+            Panel(
+                path.name,
+                subject.show(image),
+                classes,
+                _views(maps, alone),
+                [float(probabilities[t]) for t in targets],
+                contrast=_in_words(question.contrast, subject),
+                notes=trouble,
+            )
+        )
     if trouble:
         raise UserError(f"{path}: {'; '.join(trouble)}")
+
+
+def _views(
+    maps: dict[str, list[Tensor]], alone: list[Tensor] | None
+) -> dict[str, Sequence[Tensor | None]]:
+    """What a report shows of each class; `alone` are its maps without a contrast, if there is one."""
+    ours, *_ = maps.values()
+    others = {name: of_method for name, of_method in maps.items() if name != "abslrp"}
+    if alone is None:
+        return {TARGET: ours, **others}
+    contrasts = [target - difference for target, difference in zip(alone, ours, strict=True)]
+    return {DIFFERENCE: ours, TARGET: alone, CONTRAST: contrasts, **others}
+
+
+def _in_words(contrast: int | str | None, subject: Subject) -> str:
+    if isinstance(contrast, int):
+        return subject.label(contrast)
+    return {"softmax": "the others, by their probability"}.get(contrast or "", "the others")
 
 
 def _explanation(

@@ -97,6 +97,31 @@ def save_array(values: Tensor, path: Path) -> None:
         raise UserError(f"{path} could not be written: {error.strerror}") from error
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """What a command was asked for, and the versions that answered, for a report."""
+    import platform
+
+    import captum
+    import timm
+    import torch
+
+    from captum_abslrp import __version__
+
+    asked = {
+        name.replace("_", "-"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in ("command", "line") and value not in (None, [], False)
+    }
+    versions = {
+        "captum-abslrp": __version__,
+        "torch": torch.__version__,
+        "captum": captum.__version__,
+        "timm": timm.__version__,
+        "Python": platform.python_version(),
+    }
+    return asked | versions
+
+
 def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[Any]:
     from tqdm import tqdm
 

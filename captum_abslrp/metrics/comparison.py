@@ -88,12 +88,17 @@ class Comparison:
     methods: dict[str, MethodScores]
 
     def __str__(self) -> str:
-        rows = [["method", *COLUMNS, "ms / image"], ["---"] * (len(COLUMNS) + 2)]
+        head, *rows = self.rows()
+        # A bar would end the cell.
+        lines = [head, ["---"] * len(head), *([c.replace("|", r"\|") for c in row] for row in rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def rows(self) -> list[list[str]]:
+        """The table as text: the names of the columns, then a row per method."""
+        rows = [["method", *COLUMNS, "ms / image"]]
         for name, scores in self.methods.items():
             if scores.failure is not None:
-                # A bar would end the cell.
-                reason = scores.failure.replace("|", r"\|")
-                rows.append([name, f"failed: {reason}", *[""] * len(COLUMNS)])
+                rows.append([name, f"failed: {scores.failure}", *[""] * len(COLUMNS)])
                 continue
             cells = []
             for column in COLUMNS:
@@ -101,7 +106,7 @@ class Comparison:
                 known = f"{scores.mean(column):.3f} [{low:.3f}, {high:.3f}]"
                 cells.append("-" if math.isnan(low) else known)
             rows.append([name, *cells, f"{1000 * scores.seconds_per_image:.1f}"])
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return rows
 
     def to_csv(self) -> str:
         """Means and confidence intervals as comma-separated values, one line per method."""

@@ -181,7 +181,10 @@ class Setting:
     """All that GAE needs of a model and its images, whatever the attributor: computed once.
 
     Attributes:
-        mosaics, positives, positive_index, targets: as in :class:`GAEResult`.
+        mosaics: as in :class:`GAEResult`, as are the next three.
+        positives: (M, C, H, W).
+        positive_index: (M,).
+        targets: (M,).
         states: what is explained for the local part: ``x+``, its S - 1 masked states with the most
             relevant first, and as many with the least relevant first, (2 S - 1, M, C, H, W).
         impact: see :func:`~captum_abslrp.metrics.functional.impact_map`, (M, C, H, W).

@@ -1,0 +1,285 @@
+"""Reports for a browser: one HTML file that needs no network, with maps to click through.
+
+Axes: C channels (1 or 3), H height, W width. Pictures and maps are inside of the file, as PNGs; nothing is
+loaded from anywhere.
+
+Example:
+    >>> import torch
+    >>> panel = Panel("cat.jpg", torch.rand(3, 8, 8), ["cat", "dog"], {"target": torch.randn(2, 3, 8, 8)})
+    >>> page = render([Section("a model", [panel])], title="Why?", settings={"model": "a model"})
+    >>> page.startswith("<!doctype html>"), "http:" in page
+    (True, False)
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_abslrp.visualization import (
+    Array,
+    colour_limit,
+    overlay_opacity,
+    picture_array,
+    relevance_image,
+)
+
+__all__ = ["Panel", "Section", "Table", "render"]
+
+TARGET, CONTRAST, DIFFERENCE = "target", "contrast", "difference"
+"""Views that :class:`Panel` knows the meaning of."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture and its maps.
+
+    Attributes:
+        name: heading, for example the name of the file.
+        picture: the image as the model sees it, values in [0, 1] or uint8, (C, H, W) or (H, W).
+        classes: names of the K classes that are explained.
+        maps: for each view K maps (C, H, W) or (H, W), one per class; None where there is none. The view
+            that is shown first is ``"difference"``, or else the first one. ``"target"``, ``"contrast"``
+            and ``"difference"`` are the relevance of the class, of what it is contrasted with, and what is
+            left of the one without the other. Where ``"target"`` is there, any two classes can be
+            compared.
+        probabilities: of the classes, K numbers in [0, 1].
+        contrast: what ``"contrast"`` stands for, in words.
+        notes: lines below the picture.
+    """
+
+    name: str
+    picture: Array
+    classes: Sequence[str]
+    maps: Mapping[str, Sequence[Array | None]]
+    probabilities: Sequence[float] | None = None
+    contrast: str = "the others"
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of scores: a caption, the heads of the columns, and rows of text, the first cell a head."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: tables, then panels; figures are PNG files as bytes, by their alt text."""
+
+    title: str
+    panels: Sequence[Panel] = ()
+    tables: Sequence[Table] = ()
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def render(
+    sections: Sequence[Section],
+    *,
+    title: str,
+    settings: Mapping[str, Any],
+    command: str | None = None,
+    clip_percentile: float = 99.0,
+) -> str:
+    """The report as one HTML page.
+
+    Args:
+        sections: what it shows.
+        title: heading of the page.
+        settings: what the results depend on, by name.
+        command: the command line that makes the report again.
+        clip_percentile: percentile of the magnitudes of a map at which its colours end.
+
+    Returns:
+        The page, to be written in UTF-8.
+
+    Raises:
+        ValueError: if a panel has no map, its counts differ, or its picture or a map is not fit to be
+            shown, see :func:`~captum_abslrp.visualization.plot_attribution`.
+
+    Example:
+        >>> table = Table("Scores", ["method", "GAE"], [["absLRP", "0.21"]])
+        >>> "0.21" in render([Section("VGG", tables=[table])], title="Scores", settings={"seed": 0})
+        True
+    """
+    data = {
+        "sections": [
+            {
+                "title": section.title,
+                "panels": [_panel(panel, clip_percentile) for panel in section.panels],
+                "tables": [vars(table) for table in section.tables],
+                "figures": [
+                    {"alt": alt, "src": _data_url(png)} for alt, png in section.figures.items()
+                ],
+                "notes": list(section.notes),
+            }
+            for section in sections
+        ],
+        "settings": {name: str(value) for name, value in settings.items()},
+        "command": command,
+        "scale": _colour_bar(),
+    }
+    parts = {
+        "title": html.escape(title),
+        "style": _resource("report.css"),
+        "script": _resource("report.js"),
+        # No text of the user's can end the script element.
+        "data": json.dumps(data).replace("<", "\\u003c"),
+    }
+    page = _resource("report.html")
+    before, *rest = page.split("{{")
+    return before + "".join(
+        parts[name] + after for name, after in (part.split("}}", 1) for part in rest)
+    )
+
+
+def _resource(name: str) -> str:
+    return (files("captum_abslrp.report") / name).read_text(encoding="utf-8")
+
+
+def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
+    picture = picture_array(panel.picture)
+    count = len(panel.classes)
+    if not panel.maps or count == 0:
+        raise ValueError(f"Expected {panel.name} to have maps of classes, but got none.")
+    counts = {view: len(maps) for view, maps in panel.maps.items()}
+    if panel.probabilities is not None:
+        counts["probabilities"] = len(panel.probabilities)
+    for what, found in counts.items():
+        if found != count:
+            raise ValueError(
+                f"Expected {panel.name} to have {count} of `{what}`, one per class, but got {found}."
+            )
+    maps = {
+        view: [None if given is None else relevance_image(given) for given in of_view]
+        for view, of_view in panel.maps.items()
+    }
+
+    def shown(relevance: npt.NDArray[np.float64] | None, what: str) -> dict[str, Any] | None:
+        if relevance is None:
+            return None
+        if relevance.shape != picture.shape[:2]:
+            raise ValueError(
+                f"Expected maps of {panel.name} to have the height and width of its picture "
+                f"{picture.shape[:2]}, but got {relevance.shape}."
+            )
+        limit = colour_limit(relevance, clip_percentile)
+        return {
+            "src": _overlay(relevance, limit),
+            "limit": f"{limit:.2g}",
+            "alt": f"{what}: {_in_words(relevance)}",
+        }
+
+    pairs = {}
+    if TARGET in maps:
+        for a, b in permutations(range(count), 2):
+            first, second = maps[TARGET][a], maps[TARGET][b]
+            if first is not None and second is not None:
+                what = f"{panel.classes[a]} rather than {panel.classes[b]}"
+                pairs[f"{a} {b}"] = shown(first - second, what)
+    return {
+        "name": panel.name,
+        "picture": _data_url(_png((picture * 255).round().astype(np.uint8))),
+        "size": [picture.shape[1], picture.shape[0]],
+        "classes": list(panel.classes),
+        "probabilities": None if panel.probabilities is None else list(panel.probabilities),
+        "contrast": panel.contrast,
+        "views": list(maps),
+        "maps": {
+            view: [
+                shown(relevance, f"{name}, {_name_of_view(view, panel.contrast)}")
+                for name, relevance in zip(panel.classes, of_view, strict=True)
+            ]
+            for view, of_view in maps.items()
+        },
+        "pairs": pairs,
+        "notes": list(panel.notes),
+    }
+
+
+def _name_of_view(view: str, contrast: str) -> str:
+    names = {
+        TARGET: "relevance of the class",
+        CONTRAST: f"relevance of {contrast}",
+        DIFFERENCE: f"rather than {contrast}",
+    }
+    return names.get(view, view)
+
+
+def _in_words(relevance: npt.NDArray[np.float64]) -> str:
+    """What a map shows, for those who do not see it: where most of what speaks for the class is."""
+    positive, total = relevance.clip(0), np.abs(relevance).sum()
+    if total == 0:
+        return "no relevance"
+    share = positive.sum() / total
+    if share == 0:
+        return "all of the relevance is negative"
+    rows = np.array_split(positive, 3, axis=0)
+    cells = np.array([[cell.sum() for cell in np.array_split(row, 3, axis=1)] for row in rows])
+    row, column = np.unravel_index(int(cells.argmax()), cells.shape)
+    names = [["upper left", "upper middle", "upper right"], ["middle left", "centre", "middle right"],
+             ["lower left", "lower middle", "lower right"]]  # fmt: skip
+    most = cells[row, column] / positive.sum()
+    return f"{share:.0%} of the relevance is positive, most of it ({most:.0%}) in the {names[row][column]}"
+
+
+LEVELS = 63
+"""Steps of the colour scale on each side of zero: as many as the eye can tell apart, and small files."""
+
+
+def _palette() -> npt.NDArray[np.uint8]:
+    """Colour and opacity of each step, (2 LEVELS + 1, 4)."""
+    from matplotlib import colormaps
+
+    from captum_abslrp.visualization import COLOUR_MAP
+
+    values = np.linspace(-1, 1, 2 * LEVELS + 1)
+    colours = colormaps[COLOUR_MAP]((values + 1) / 2)
+    colours[:, 3] = overlay_opacity(values)
+    return (colours * 255).round().astype(np.uint8)
+
+
+def _overlay(relevance: npt.NDArray[np.float64], limit: float) -> str:
+    """The map as a picture to be laid over the image, transparent where there is no relevance."""
+    from PIL import Image
+
+    steps = ((relevance / limit).clip(-1, 1) * LEVELS).round().astype(int) + LEVELS
+    palette = _palette()
+    image = Image.fromarray(steps.astype(np.uint8)).convert("P")
+    image.putpalette(palette[:, :3].tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=palette[:, 3].tobytes(), optimize=True)
+    return _data_url(file.getvalue())
+
+
+def _colour_bar() -> str:
+    """The colour scale as a picture on the grey that maps are laid over."""
+    palette = _palette()[None].astype(float)
+    opacity = palette[..., 3:] / 255
+    return _data_url(_png((palette[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)))
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,224 @@
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const main = document.querySelector("main");
+
+/** An element with attributes (properties where the value is no string) and children. */
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "string") made.setAttribute(name, value);
+    else made[name] = value;
+  }
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+/** A group of radio buttons; `chosen` is told of the index that was picked. */
+function choices(legend, name, labels, chosen) {
+  const buttons = labels.map((label, i) => {
+    const input = element("input", { type: "radio", name, value: String(i), checked: i === 0 });
+    input.addEventListener("change", () => chosen(i));
+    return element("label", { class: "choice" }, input, element("span", {}, ...label));
+  });
+  return element("fieldset", {}, element("legend", {}, legend), ...buttons);
+}
+
+let count = 0;
+
+function panel(given) {
+  const id = `panel${count++}`;
+  const has = (view) => given.views.includes(view);
+  const first = has("difference") ? "difference" : given.views[0];
+  const views = [first, ...given.views.filter((view) => view !== first)];
+  const state = { class: 0, view: first, rival: null };
+  const rival = () => (state.rival === null ? given.contrast : given.classes[state.rival]);
+
+  const [width, height] = given.size;
+  const size = { width: String(width), height: String(height) };
+  const image = element("img", { src: given.picture, alt: `The picture ${given.name}`, ...size });
+  const below = element("img", { src: given.picture, alt: "", class: "below", ...size });
+  const overlay = element("img", { class: "overlay", ...size });
+  const caption = element("figcaption", { "aria-live": "polite" });
+  const least = element("span");
+  const most = element("span");
+  const missing = element("p", { class: "missing", hidden: true }, "There is no such map.");
+
+  /** The map of the present choice, and its name. Of two classes it is the one without the other. */
+  function current() {
+    const name = given.classes[state.class];
+    const of = (view, i) => given.maps[view][i];
+    const isDifference = state.view === (has("difference") ? "difference" : "target");
+    if (isDifference && state.rival !== null) {
+      return [given.pairs[`${state.class} ${state.rival}`], `${name} rather than ${rival()}`];
+    }
+    if (state.view === "contrast") {
+      return [state.rival === null ? of("contrast", state.class) : of("target", state.rival), rival()];
+    }
+    const names = { target: name, difference: `${name} rather than ${rival()}` };
+    return [of(state.view, state.class), names[state.view] ?? `${name}, ${state.view}`];
+  }
+
+  function show() {
+    const [map, name] = current();
+    overlay.hidden = !map;
+    missing.hidden = Boolean(map);
+    if (map) {
+      overlay.src = map.src;
+      overlay.alt = map.alt;
+      least.textContent = `-${map.limit}`;
+      most.textContent = map.limit;
+    }
+    caption.textContent = name;
+    for (const option of against ? against.options : []) {
+      option.disabled = option.value !== "" && Number(option.value) === state.class;
+    }
+  }
+
+  const slider = element("input", { type: "range", min: "0", max: "100", value: "100" });
+  const shown = element("output", {}, "100 %");
+  slider.addEventListener("input", () => {
+    overlay.style.opacity = String(Number(slider.value) / 100);
+    shown.textContent = `${slider.value} %`;
+  });
+
+  const classes = choices(
+    given.classes.length > 1 ? "Class" : "Explained",
+    `${id}-class`,
+    given.classes.map((name, i) => [
+      name,
+      ...(given.probabilities
+        ? [
+            element("small", {}, percent(given.probabilities[i])),
+            element("meter", { min: "0", max: "1", value: given.probabilities[i], "aria-hidden": "true" }),
+          ]
+        : []),
+    ]),
+    (i) => {
+      state.class = i;
+      if (state.rival === i) {
+        state.rival = null;
+        against.value = "";
+      }
+      show();
+    },
+  );
+
+  let against = null;
+  const pairs = Object.keys(given.pairs).length > 0;
+  if (pairs) {
+    against = element("select", { id: `${id}-against` });
+    const usual = has("difference") ? given.contrast : "nothing";
+    against.append(element("option", { value: "" }, usual));
+    given.classes.forEach((name, i) => against.append(element("option", { value: String(i) }, name)));
+    against.addEventListener("change", () => {
+      state.rival = against.value === "" ? null : Number(against.value);
+      show();
+    });
+  }
+  const titles = { target: "the class", contrast: "what it is held against", difference: "the difference" };
+  const ofViews =
+    views.length > 1
+      ? choices("Map", `${id}-view`, views.map((view) => [titles[view] ?? view]), (i) => {
+          state.view = views[i];
+          show();
+        })
+      : null;
+
+  const stack = element("div", { class: "stack" }, below, overlay, missing);
+  const controls = element(
+    "div",
+    { class: "controls" },
+    classes,
+    against && element("p", {}, element("label", { for: against.id }, "rather than "), against),
+    ofViews,
+    element("p", {}, element("label", { class: "slider" }, "Opacity of the map ", slider, shown)),
+  );
+  const scale = element(
+    "div",
+    { class: "scale" },
+    least,
+    element("img", { src: data.scale, alt: "Colours from against (blue) to for the class (red)" }),
+    most,
+  );
+  const article = element(
+    "article",
+    { class: "panel", tabindex: "-1", "aria-label": given.name },
+    element("h3", {}, given.name),
+    element(
+      "div",
+      { class: "pictures" },
+      element("figure", {}, image, element("figcaption", {}, "input")),
+      element("figure", {}, stack, caption, scale),
+      controls,
+    ),
+    ...given.notes.map((note) => element("p", { class: "note" }, note)),
+  );
+
+  // Digits choose a class, + and - fade the map, wherever the focus is inside of the panel.
+  article.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT") return;
+    const digit = "123456789".indexOf(event.key);
+    const inputs = classes.querySelectorAll("input");
+    if (digit >= 0 && digit < inputs.length) {
+      inputs[digit].click();
+      inputs[digit].focus();
+    } else if (event.key === "+" || event.key === "-") {
+      slider.value = String(Number(slider.value) + (event.key === "+" ? 10 : -10));
+      slider.dispatchEvent(new Event("input"));
+    } else return;
+    event.preventDefault();
+  });
+  show();
+  return article;
+}
+
+function table(given) {
+  const head = element("tr", {}, ...given.columns.map((name) => element("th", { scope: "col" }, name)));
+  const rows = given.rows.map(([first, ...cells]) =>
+    element("tr", {}, element("th", { scope: "row" }, first), ...cells.map((cell) => element("td", {}, cell))),
+  );
+  return element(
+    "div",
+    { class: "table", tabindex: "0", role: "region", "aria-label": given.caption },
+    element(
+      "table",
+      {},
+      element("caption", {}, given.caption),
+      element("thead", {}, head),
+      element("tbody", {}, ...rows),
+    ),
+  );
+}
+
+for (const section of data.sections) {
+  main.append(
+    element(
+      "section",
+      {},
+      element("h2", {}, section.title),
+      ...section.notes.map((note) => element("p", {}, note)),
+      ...section.tables.map(table),
+      ...section.figures.map((figure) => element("img", { class: "figure", src: figure.src, alt: figure.alt })),
+      ...section.panels.map(panel),
+    ),
+  );
+}
+
+const settings = Object.entries(data.settings).flatMap(([name, value]) => [
+  element("dt", {}, name),
+  element("dd", {}, value),
+]);
+document.querySelector("footer").append(
+  element("h2", {}, "To repeat it"),
+  data.command && element("pre", {}, element("code", {}, data.command)),
+  element("dl", {}, ...settings),
+  element("h2", {}, "Keys"),
+  element(
+    "p",
+    {},
+    "Tab goes from control to control, arrows choose. Inside of a picture's part 1 to 9 choose the class, + and - fade the map.",
+  ),
+);

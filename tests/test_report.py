@@ -1,0 +1,276 @@
+"""The HTML report: what is in it, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captum_abslrp import AbsLRP, demo
+from captum_abslrp.cli import main
+from captum_abslrp.report import LEVELS, Panel, Section, Table, render
+
+
+def data_of(page: str) -> Any:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def pixels(url: str) -> np.ndarray[Any, Any]:
+    assert url.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def panel(**changes: Any) -> Panel:
+    given = {
+        "name": "cat.jpg",
+        "picture": torch.rand(3, 4, 6),
+        "classes": ["cat", "dog"],
+        "maps": {"target": torch.randn(2, 3, 4, 6)},
+    }
+    return Panel(**(given | changes))
+
+
+def page_of(*panels: Panel, **options: Any) -> str:
+    options = {"title": "Why?", "settings": {"seed": 3}} | options
+    return render([Section("model", list(panels))], **options)
+
+
+def test_maps_are_what_is_shown() -> None:
+    target = torch.tensor([[[2.0, -1.0, 0.0]], [[1.0, -1.0, 0.0]]])
+    given = panel(picture=torch.zeros(1, 1, 3), maps={"target": target})
+    (shown,) = data_of(page_of(given, clip_percentile=100))["sections"][0]["panels"]
+    first = shown["maps"]["target"][0]
+    assert pixels(first["src"]).tolist() == [[2 * LEVELS, LEVELS // 2, LEVELS]]
+    assert first["limit"] == "2"
+    # One class rather than the other: 1, 0, 0 and the opposite.
+    assert pixels(shown["pairs"]["0 1"]["src"]).tolist() == [[2 * LEVELS, LEVELS, LEVELS]]
+    assert pixels(shown["pairs"]["1 0"]["src"]).tolist() == [[0, LEVELS, LEVELS]]
+    assert "cat rather than dog: 100% of the relevance is positive" in shown["pairs"]["0 1"]["alt"]
+    assert shown["pairs"]["1 0"]["alt"].endswith("all of the relevance is negative")
+
+
+def test_nothing_is_loaded_and_no_text_breaks_out() -> None:
+    nasty = "</script><img src=http://example.org/x onerror=alert(1)>"
+    given = panel(name=nasty, classes=[nasty, "{{data}}"], notes=[nasty], contrast=nasty)
+    table = Table(nasty, [nasty, "b"], [[nasty, "{{style}}"]])
+    page = render(
+        [Section(nasty, [given], [table], notes=[nasty])],
+        title=nasty,
+        settings={nasty: nasty},
+        command=nasty,
+    )
+    assert page.count("</script>") == 2  # of the data and of the program
+    assert "<img" not in page
+    data = data_of(page)
+    assert data["command"] == nasty and data["settings"] == {nasty: nasty}
+    assert data["sections"][0]["panels"][0]["classes"] == [nasty, "{{data}}"]
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)=[\"']?(https?:|//)", page_of(panel()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"maps": {}}, "to have maps of classes, but got none"),
+        ({"classes": []}, "to have maps of classes, but got none"),
+        ({"classes": ["cat"]}, "to have 1 of `target`, one per class, but got 2"),
+        ({"probabilities": [0.5]}, "to have 2 of `probabilities`, one per class, but got 1"),
+        ({"picture": torch.rand(3, 4, 5)}, "height and width of its picture"),
+        ({"picture": torch.rand(3, 4, 6) + 1}, "values in \\[0, 1\\]"),
+        ({"maps": {"target": torch.full((2, 3, 4, 6), torch.nan)}}, "to be finite"),
+    ],
+)
+def test_bad_panels_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        page_of(panel(**changes))
+
+
+def test_a_missing_map_is_left_out() -> None:
+    given = panel(maps={"target": [torch.ones(4, 6), None]})
+    (shown,) = data_of(page_of(given))["sections"][0]["panels"]
+    assert shown["maps"]["target"][1] is None and shown["pairs"] == {}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for i, image in enumerate(demo.load_scenes("pair", 2).images):
+        paths.append(folder / f"scene{i}.png")
+        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def report(pictures: list[Path]) -> Path:
+    path = pictures[0].parent / "report.html"
+    words = ["--model", "demo:resnet", "--top", "3", "--compare", "saliency", "--html", path]
+    words += ["--normalization", "joint", "--out", path.parent / "maps"]
+    assert main(["explain", *map(str, [*pictures, *words])]) == 0
+    return path
+
+
+def test_explain_writes_a_report(report: Path, pictures: list[Path]) -> None:
+    data = data_of(report.read_text(encoding="utf-8"))
+    assert "explain" in data["command"] and "--top 3" in data["command"]
+    assert data["settings"]["normalization"] == "joint"
+    assert data["settings"]["torch"] == torch.__version__
+    first, second = data["sections"][0]["panels"]
+    assert (first["name"], second["name"]) == ("scene0.png", "scene1.png")
+    assert first["views"] == ["difference", "target", "contrast", "saliency"]
+    assert len(first["classes"]) == len(first["probabilities"]) == 3
+    assert len(first["pairs"]) == 6
+    # Any two classes against each other: what `contrast=` of one class gives.
+    x = demo.normalize(
+        torch.tensor(np.asarray(Image.open(pictures[0]))).permute(2, 0, 1)[None] / 255
+    )
+    a, b = (int(name) for name in first["classes"][:2])
+    attributor = AbsLRP(demo.load_model("resnet"), normalization="joint")
+    difference = attributor.attribute(x, target=a, contrast=b)[0].sum(0)
+    limit = difference.abs().flatten().quantile(0.99)
+    expected = ((difference / limit).clamp(-1, 1) * LEVELS).round() + LEVELS
+    steps = torch.tensor(pixels(first["pairs"]["0 1"]["src"]).astype(int))
+    assert (steps - expected).abs().max() <= 1
+
+
+def test_without_contrast_there_is_one_map(pictures: list[Path], tmp_path: Path) -> None:
+    words = ["--model", "demo:vgg", "--contrast", "none", "--html", tmp_path / "r.html"]
+    assert main(["explain", *map(str, [pictures[0], *words, "--out", tmp_path])]) == 0
+    (shown,) = data_of((tmp_path / "r.html").read_text(encoding="utf-8"))["sections"][0]["panels"]
+    assert shown["views"] == ["target"] and len(shown["classes"]) == 1
+
+
+def test_a_report_that_cannot_be_written_is_one_line(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "demo:vgg", "--html", tmp_path, "--out", tmp_path]
+    assert main(["explain", *map(str, [pictures[0], *words])]) == 2
+    assert f"{tmp_path} could not be written: Is a directory" in capsys.readouterr().err
+
+
+def test_evaluate_writes_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    words = ["--demo", "--model", "demo:vgg", "--methods", "abslrp,saliency", "--n-mosaics", "2"]
+    assert main(["evaluate", *words, "--out", str(tmp_path / "out"), "--html", str(path)]) == 0
+    data = data_of(path.read_text(encoding="utf-8"))
+    (section,) = data["sections"]
+    assert [row[0] for row in section["tables"][0]["rows"]] == ["abslrp", "saliency"]
+    assert [given["name"] for given in section["panels"]] == ["Mosaic 1", "Mosaic 2"]
+    assert section["panels"][0]["views"] == ["abslrp", "saliency"]
+    assert section["figures"][0]["alt"] == "Scores of the methods on demo:vgg"
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None and not os.environ.get("REQUIRE_BROWSER"):
+        pytest.skip("no Chromium on this machine: `apt-get install chromium`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Any]:
+    """The report in a page of its own, which must not complain or ask for anything."""
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    page = context.new_page()
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri())
+    yield page
+    assert not trouble
+    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+    context.close()
+
+
+def shown(page: Any, number: int = 0) -> tuple[str, str, str]:
+    """Picture, alt text and caption of the map in a panel."""
+    place = page.locator(".panel").nth(number)
+    overlay = place.locator(".overlay")
+    alt = overlay.get_attribute("alt")
+    return overlay.get_attribute("src"), alt, place.locator("figcaption").nth(1).inner_text()
+
+
+def test_clicks_change_the_map(opened: Any) -> None:
+    place = opened.locator(".panel").first
+    names = place.locator("fieldset").first.locator(".choice span").all_inner_texts()
+    first, second, third = (text.split()[0] for text in names)
+    before, beside = shown(opened), shown(opened, 1)
+    assert before[2] == f"{first} rather than the others"
+    place.locator(".choice").nth(1).click()
+    after = shown(opened)
+    assert after[2] == f"{second} rather than the others" and after[0] != before[0]
+    assert after[1].startswith(f"{second}, rather than the others: ")
+    place.get_by_label("rather than").select_option(label=third)
+    against = shown(opened)
+    assert against[2] == f"{second} rather than {third}" and against[0] not in (before[0], after[0])
+    place.get_by_text("what it is held against").click()
+    assert shown(opened)[2] == third
+    place.get_by_text("saliency").click()
+    assert shown(opened)[2] == f"{second}, saliency"
+    # The class that the other is held against takes its place: the others are back.
+    place.get_by_text("the difference").click()
+    place.locator(".choice").nth(2).click()
+    assert shown(opened)[2] == f"{third} rather than the others"
+    assert shown(opened, 1) == beside  # another picture has choices of its own
+
+
+def test_the_slider_fades_the_map(opened: Any) -> None:
+    place = opened.locator(".panel").first
+    overlay = place.locator(".overlay")
+    assert overlay.evaluate("e => getComputedStyle(e).opacity") == "1"
+    place.locator("input[type=range]").fill("30")
+    assert overlay.evaluate("e => getComputedStyle(e).opacity") == "0.3"
+    assert place.locator("output").inner_text() == "30 %"
+
+
+def test_keys_are_enough(opened: Any) -> None:
+    opened.keyboard.press("Tab")
+    assert opened.evaluate("document.activeElement.type") == "radio"
+    before = shown(opened)
+    opened.keyboard.press("ArrowRight")
+    assert shown(opened) != before
+    opened.keyboard.press("3")
+    third = shown(opened)
+    opened.keyboard.press("1")
+    assert shown(opened) == before and third != before
+    opened.keyboard.press("-")
+    assert opened.locator("output").first.inner_text() == "90 %"
+
+
+def test_every_picture_has_a_text_and_nothing_is_cut_off(opened: Any) -> None:
+    for image in opened.locator("img:not(.below)").all():
+        assert image.get_attribute("alt")
+    for width in (400, 1400):
+        opened.set_viewport_size({"width": width, "height": 800})
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    grounds = set()
+    for scheme in ("light", "dark"):
+        opened.emulate_media(color_scheme=scheme)
+        grounds.add(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert grounds == {"rgb(255, 255, 255)", "rgb(20, 23, 26)"}
