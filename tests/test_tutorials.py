@@ -1,0 +1,80 @@
+"""The tutorials run from top to bottom without a network, and are committed as they came out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
+
+OFFLINE = """
+import socket
+
+def _connect(self, address, connect=socket.socket.connect):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(f"a cell has asked for the network: {address}")
+    return connect(self, address)
+
+socket.socket.connect = _connect
+"""
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def kinds(notebook: Any) -> list[list[str]]:
+    """What each cell has printed or shown."""
+    return [
+        sorted(
+            {kind for o in cell.get("outputs", []) for kind in o.get("data", {o.get("name"): 0})}
+        )
+        for cell in notebook.cells
+    ]
+
+
+def test_there_are_six() -> None:
+    assert [path.name[:2] for path in TUTORIALS] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+# The client leaves sockets to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_runs(path: Path, tmp_path: Path) -> None:
+    committed = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(OFFLINE))
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    notebook.cells.pop(0)
+    assert kinds(notebook) == kinds(committed)
+    # A warning would be shown to every reader.
+    assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_is_committed_as_it_came_out(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert outputs(notebook)
+    assert not [o for o in outputs(notebook) if o.output_type == "error"]
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r'["\s(](/home|/root|/tmp|/usr|/work|C:\\\\)', text)
+    assert len(text) < 700_000
+    assert "**This is the one cell to change.**" in text
+    assert "## What to try next" in notebook.cells[-1].source
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for link in re.findall(r"\]\(([^)#:]+)\)", prose):
+        assert (path.parent / link).exists(), link
