@@ -347,7 +347,7 @@ def test_every_call_of_the_mapping_is_in_the_table_of_the_docs() -> None:
 def test_examples_of_the_docs_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_MAPPINGS", "_ARCHITECTURES"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    text = (Path(__file__).parents[1] / "docs" / "rules.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(block, names)

@@ -1,0 +1,105 @@
+"""Draws the cases of ``docs/reading-maps.md`` in which a map misleads, from the demo models, offline."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from captum_abslrp import AbsLRP, demo
+from captum_abslrp.methods import positive_share
+from captum_abslrp.visualization import plot_grid
+
+HERE = Path(__file__).parent
+
+
+def absent_class() -> None:
+    """Asked for a digit that is not there."""
+    model = demo.load_model("resnet")
+    scenes = demo.load_scenes("single")
+    chosen = torch.tensor([3, 6, 0])
+    x, labels = scenes.inputs[chosen], scenes.labels[chosen]
+    attributor = AbsLRP(model, normalization="joint")
+    absent = (labels + 5) % 10
+    maps = [attributor.attribute(x, target=t) for t in (labels, absent)]
+    with torch.no_grad():
+        probabilities = model(x).softmax(1)
+    rows = [
+        f"a {here} ({p[here]:.0%}), no {gone} ({p[gone]:.1%})"
+        for here, gone, p in zip(labels.tolist(), absent.tolist(), probabilities, strict=True)
+    ]
+    plot_grid(
+        list(scenes.images[chosen]),
+        [list(row) for row in zip(*maps, strict=True)],
+        row_labels=rows,
+        column_labels=["why what is there?", "why what is not there?"],
+    ).savefig(HERE / "failure-absent-class.png", dpi=80)
+
+
+def wrong_prediction() -> None:
+    """A scene that the model gets wrong: why what it says, and why what is there?"""
+    scenes = demo.load_scenes("single")
+    images, rows, labels = [], [], []
+    for name in demo.list_models():
+        model = demo.load_model(name)
+        with torch.no_grad():
+            predicted = model(scenes.inputs).argmax(1)
+        for i in (predicted != scenes.labels).nonzero().flatten()[:1].tolist():
+            attributor = AbsLRP(model, normalization="joint")
+            x = scenes.inputs[i : i + 1]
+            said, true = int(predicted[i]), int(scenes.labels[i])
+            images.append(scenes.images[i])
+            rows.append(
+                [
+                    attributor.attribute(x, target=said)[0],
+                    attributor.attribute(x, target=true)[0],
+                    attributor.attribute(x, target=said, contrast=true)[0],
+                ]
+            )
+            labels.append(f"{name}: {said}, but it is {true}")
+    plot_grid(
+        images,
+        rows,
+        row_labels=labels,
+        column_labels=["why what it says?", "why what is there?", "the one rather than the other"],
+    ).savefig(HERE / "failure-wrong-prediction.png", dpi=80)
+
+
+def random_weights() -> None:
+    """The same model trained, with a random head, and with random weights throughout."""
+    scenes = demo.load_scenes("pair", 20)
+    x, targets, masks = scenes.inputs, scenes.labels[:, 0], scenes.masks[:, 0]
+    trained = demo.load_model("resnet")
+    torch.manual_seed(0)
+    models = {"trained": trained}
+    models["random head"] = copy.deepcopy(trained)
+    for module in models["random head"].modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    models["random weights"] = copy.deepcopy(trained)
+    for module in models["random weights"].modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.reset_parameters()
+    columns = {}
+    for name, model in models.items():
+        attributor = AbsLRP(model, normalization="joint")
+        for contrast in (None, "others"):
+            maps = attributor.attribute(x, target=targets, contrast=contrast)
+            share = positive_share(maps, masks).mean()
+            said = "no contrast" if contrast is None else "difference"
+            print(f"{name:15} {said:12} {share:.1%} of positive relevance on the digit asked for")
+            columns[f"{name}, {said}"] = maps
+    plot_grid(
+        list(scenes.images[:2]),
+        [[maps[i] for maps in columns.values()] for i in range(2)],
+        row_labels=[f"why {t}?" for t in targets[:2].tolist()],
+        column_labels=list(columns),
+    ).savefig(HERE / "failure-random-weights.png", dpi=80)
+
+
+if __name__ == "__main__":
+    absent_class()
+    wrong_prediction()
+    random_weights()

@@ -1,0 +1,80 @@
+"""Draws the gallery of the README: the same pictures asked for one class and for another.
+
+``python docs/gallery.py`` explains scenes of the demo with the demo models, offline. With network,
+``python docs/gallery.py --models vit_base_patch16_224 resnet50 vgg16_bn --images cat.jpg ...`` does the
+same with pretrained models of timm's and the two most probable classes of each picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from captum_abslrp import AbsLRP, demo
+from captum_abslrp.visualization import denormalize, plot_grid
+
+SCENES = (2, 1)
+
+
+def explained(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    return AbsLRP(model, normalization="joint").attribute(x, target=targets)
+
+
+def of_demo_models() -> tuple[list[Tensor], list[list[Tensor]], list[str], list[str]]:
+    """Pictures, rows of maps, labels of rows and columns: each scene asked for both of its digits."""
+    scenes = demo.load_scenes("pair")
+    images = scenes.images[list(SCENES)].repeat_interleave(2, 0)
+    targets = scenes.labels[list(SCENES)].flatten()
+    names = demo.list_models()
+    maps = [explained(demo.load_model(name), demo.normalize(images), targets) for name in names]
+    asked = [f"why {t}?" for t in targets.tolist()]
+    return list(images), [list(row) for row in zip(*maps, strict=True)], asked, names
+
+
+def of_pretrained_models(
+    names: list[str], paths: list[Path]
+) -> tuple[list[Tensor], list[list[Tensor]], list[str], list[str]]:
+    import timm
+    from PIL import Image
+
+    labels = timm.data.ImageNetInfo().label_descriptions()
+    models = {name: timm.create_model(name, pretrained=True).eval() for name in names}
+    pictures, rows, asked = [], [], []
+    for path in paths:
+        top: Tensor | None = None
+        of_models, picture = [], None
+        for model in models.values():
+            config = timm.data.resolve_model_data_config(model)
+            x = timm.data.create_transform(**config)(Image.open(path).convert("RGB"))[None]
+            if top is None or picture is None:  # classes and crop of the first model
+                with torch.no_grad():
+                    top = model(x).topk(2).indices[0]
+                picture = denormalize(x[0], config["mean"], config["std"])
+            maps = explained(model, x.expand(2, -1, -1, -1), top)
+            of_models.append(nn.functional.interpolate(maps, picture.shape[-2:]))
+        assert top is not None and picture is not None
+        for i, target in enumerate(top.tolist()):
+            pictures.append(picture)
+            rows.append([maps[i] for maps in of_models])
+            asked.append(f"why {labels[target].split(',')[0]}?")
+    return pictures, rows, asked, names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", help="pretrained models of timm's")
+    parser.add_argument("--images", nargs="+", type=Path, default=[], help="pictures for them")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "gallery.png")
+    args = parser.parse_args()
+    if bool(args.models) != bool(args.images):
+        parser.error("Expected --models and --images together.")
+    found = of_pretrained_models(args.models, args.images) if args.models else of_demo_models()
+    pictures, maps, asked, names = found
+    plot_grid(pictures, maps, row_labels=asked, column_labels=names).savefig(args.out, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
