@@ -170,6 +170,7 @@ def test_evaluate_writes_a_report(tmp_path: Path) -> None:
     assert [row[0] for row in section["tables"][0]["rows"]] == ["abslrp", "saliency"]
     assert [given["name"] for given in section["panels"]] == ["Mosaic 1", "Mosaic 2"]
     assert section["panels"][0]["views"] == ["abslrp", "saliency"]
+    assert data["settings"]["seed"] == "0" and "resume" not in data["settings"]
     assert section["figures"][0]["alt"] == "Scores of the methods on demo:vgg"
 
 

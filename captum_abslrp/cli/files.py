@@ -110,7 +110,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
     asked = {
         name.replace("_", "-"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
         for name, value in sorted(vars(args).items())
-        if name not in ("command", "line") and value not in (None, [], False)
+        if name not in ("command", "line") and not (value in (None, []) or value is False)
     }
     versions = {
         "captum-abslrp": __version__,
