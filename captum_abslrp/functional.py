@@ -125,6 +125,10 @@ def _in_pieces(*tensors: Tensor) -> list[Sequence[Tensor]]:
 def relevance(x: Tensor, s: Tensor) -> Tensor:
     """Relevance, from relevance per magnitude: ``|x| s``; 0 where ``s`` is, however large ``x``.
 
+    Args:
+        x: the tensor, any shape.
+        s: its relevance per magnitude, same shape.
+
     Example:
         >>> relevance(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0]))
         tensor([1., 3.])
@@ -218,6 +222,9 @@ _SMALLEST = 1e-30
 
 def rectify(s: Tensor, x: Tensor) -> Tensor:
     """``s`` where ``x`` is positive, and 0 elsewhere.
+
+    Args:
+        s, x: of one shape.
 
     Example:
         >>> rectify(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, -5.0, 0.0]))
@@ -919,6 +926,9 @@ def _slices(size: int, step: int) -> list[slice]:
 
 def magnitude(x: Tensor) -> Tensor:
     """``|x|``; 0 for what is masked by an infinite value, which takes no part.
+
+    Args:
+        x: any shape.
 
     Example:
         >>> magnitude(torch.tensor([-2.0, -float("inf")]))

@@ -243,7 +243,18 @@ def register_call_rule(
 
 
 def find_layer_rule(module: nn.Module) -> Rule | None:
-    """The rule that is registered for the class of a layer, or a class it derives from."""
+    """The rule that is registered for the class of a layer, or a class it derives from.
+
+    Args:
+        module: the layer.
+
+    Returns:
+        The rule, or None.
+
+    Example:
+        >>> find_layer_rule(nn.Linear(3, 2)) is None
+        True
+    """
     if not _LAYER_RULES:
         return None
     return next((_LAYER_RULES[c] for c in type(module).__mro__ if c in _LAYER_RULES), None)

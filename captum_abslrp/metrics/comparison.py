@@ -42,6 +42,12 @@ class MethodScores:
         seconds: time that its attributions took in all.
         n_images: how many images were explained in that time.
         failure: why the method could not be scored; None where it could.
+
+    Example:
+        >>> scores = MethodScores()
+        >>> scores.values["gae"] += [0.25, 0.75]
+        >>> scores.mean("gae")
+        0.5
     """
 
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
@@ -83,6 +89,13 @@ class Comparison:
 
     Attributes:
         methods: scores by the name of the method.
+
+    Example:
+        >>> print(Comparison({"mine": MethodScores(failure="no rule")}))
+        | method | gae | local_consistency | faithfulness | robustness | contrastiveness | localization
+        | lerf_morf | ms / image |
+        | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+        | mine | failed: no rule |  |  |  |  |  |  |  |
     """
 
     methods: dict[str, MethodScores]

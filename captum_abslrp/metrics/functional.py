@@ -136,6 +136,13 @@ def masked_states(
     Returns:
         States (S, B, C, H, W), their outputs for the target (S, B), and their maps, each scaled to
         sum 1, shaped like the states.
+
+    Example:
+        >>> x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
+        >>> states, outputs, maps = masked_states(
+        ...     lambda x: x.sum((2, 3)), x, torch.tensor([0]), most_relevant_first=True, n_steps=2)
+        >>> states[1], outputs.flatten()
+        (tensor([[[[1., 2., 0., 0.]]]]), tensor([10.,  3.]))
     """
     count = x[0].numel()
     state, masked = x.detach(), torch.zeros_like(x, dtype=torch.bool)
@@ -178,12 +185,29 @@ def impact_map(lerf_maps: Tensor, morf_maps: Tensor) -> Tensor:
 
     Returns:
         The sign of the difference of both sums over the states, each scaled to sum 1, (B, C, H, W).
+
+    Example:
+        >>> lerf, morf = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
+        >>> impact_map(lerf.view(1, 1, 1, 1, 2), morf.view(1, 1, 1, 1, 2)).flatten()
+        tensor([ 1., -1.])
     """
     return (scaled_to_sum_one(lerf_maps.sum(0)) - scaled_to_sum_one(morf_maps.sum(0))).sign()
 
 
 def positive_part(attributions: Tensor) -> Tensor:
-    """Positive part of attributions (B, ...), scaled to maximum 1 per image; zeros stay zeros."""
+    """Positive part of attributions, scaled to maximum 1 per image; zeros stay zeros.
+
+    Args:
+        attributions: (B, ...), signed, in any unit.
+
+    Returns:
+        Shaped like them, in [0, 1].
+
+    Example:
+        >>> positive_part(torch.tensor([[-1.0, 2.0, 4.0], [-1.0, 0.0, -2.0]]))
+        tensor([[0.0000, 0.5000, 1.0000],
+                [0.0000, 0.0000, 0.0000]])
+    """
     positive = attributions.clamp(min=0)
     maxima = positive.flatten(1).amax(1)
     return positive / torch.where(maxima > 0, maxima, 1).view(-1, *[1] * (positive.dim() - 1))
@@ -205,22 +229,53 @@ def dice_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    r""":math:`\sum v r / \sum r` per image, 0 where there are no weights; (B,)."""
+    r""":math:`\sum v r / \sum r` per image, 0 where there are no weights.
+
+    Args:
+        values: ``v``, (B, ...).
+        weights: ``r``, not negative, (B, ...); the two broadcast.
+
+    Returns:
+        (B,).
+
+    Example:
+        >>> weighted_mean(torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, 1.0]]))
+        tensor([0.5000])
+    """
     total = weights.flatten(1).sum(1)
     return (values * weights).flatten(1).sum(1) / torch.where(total > 0, total, 1)
 
 
 def faithfulness(impact: Tensor, relevance: Tensor) -> Tensor:
-    """Share of relevance on elements that matter less that on others, in [-1, 1]; (B,)."""
+    """Share of relevance on elements that matter less that on others.
+
+    Args:
+        impact: see :func:`impact_map`, (B, C, H, W).
+        relevance: not negative, see :func:`positive_part`, (B, C, H, W).
+
+    Returns:
+        (B,), in [-1, 1].
+
+    Example:
+        >>> faithfulness(torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([[1.0, 0.5, 0.5]]))
+        tensor([0.2500])
+    """
     return weighted_mean(impact, relevance)
 
 
 def robustness(relevance_shift: Tensor, output_shift: Tensor) -> Tensor:
-    """How well the shift of relevance follows the shift of the output: ``1 - 2 D``, in [-1, 1]; (B,).
+    """How well the shift of relevance follows the shift of the output: ``1 - 2 D``.
 
     Args:
         relevance_shift: ``D(r, r_MoRF_k) - D(r, r_LeRF_k)``, (B, S - 1).
         output_shift: ``(f_LeRF_k - f_MoRF_k) / f_0``, (B, S - 1).
+
+    Returns:
+        (B,), in [-1, 1].
+
+    Example:
+        >>> robustness(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 1.0]]))
+        tensor([0.6000])
     """
     return 1 - 2 * dice_distance(relevance_shift, output_shift)
 
@@ -238,6 +293,13 @@ def score_map(probabilities: Tensor, positive: Tensor, height: int, width: int) 
 
     Returns:
         (M, height, width), in [-1, 1].
+
+    Example:
+        >>> score_map(torch.tensor([[0.8, 0.2, 0.0, 0.4]]), torch.tensor([0]), 4, 4)
+        tensor([[[ 1.0000,  1.0000,  1.0000, -0.5000],
+                 [ 1.0000,  1.0000,  1.0000,  1.0000],
+                 [ 1.0000,  1.0000,  1.0000,  1.0000],
+                 [-1.0000,  1.0000,  1.0000,  0.0000]]])
     """
     quadrants = 2 * probabilities / probabilities.gather(1, positive.view(-1, 1)) - 1
     grid = quadrants.view(-1, 2, 2)
@@ -296,6 +358,12 @@ def lerf_morf_area(
 
     Returns:
         Mean of LeRF less MoRF over the steps, (B,), in [-1, 1]; higher is better.
+
+    Example:
+        >>> model = lambda x: torch.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)  # looks at one pixel
+        >>> x = torch.full((1, 1, 1, 2), 5.0)
+        >>> lerf_morf_area(model, x, torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([0]), n_steps=2)
+        tensor([0.5000])
     """
     ranked = attributions.sum(1).flatten(1).argsort(dim=1, descending=True, stable=True)
     pixels = ranked.shape[1]

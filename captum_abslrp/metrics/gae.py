@@ -37,6 +37,12 @@ class GAEResult:
         positives: the positive images, (M, C, H, W).
         positive_index: position of the positive image in its mosaic, (M,).
         targets: the class that each positive image was predicted as, (M,).
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+        >>> result = gae(model, captum.attr.Saliency(model), torch.rand(8, 3, 4, 4))
+        >>> sorted(result.mean())
+        ['contrastiveness', 'faithfulness', 'gae', 'local_consistency', 'robustness']
     """
 
     gae: Tensor

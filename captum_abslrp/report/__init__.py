@@ -56,6 +56,12 @@ class Panel:
         probabilities: of the classes, K numbers in [0, 1].
         contrast: what ``"contrast"`` stands for, in words.
         notes: lines below the picture.
+
+    Example:
+        >>> import torch
+        >>> maps = {"target": torch.randn(2, 3, 8, 8)}
+        >>> Panel("cat.jpg", torch.rand(3, 8, 8), ["cat", "dog"], maps).contrast
+        'the others'
     """
 
     name: str
@@ -69,7 +75,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of scores: a caption, the heads of the columns, and rows of text, the first cell a head."""
+    """A table of scores: a caption, the heads of the columns, and rows of text, the first cell a head.
+
+    Example:
+        >>> Table("Scores", ["method", "GAE"], [["absLRP", "0.21"]]).caption
+        'Scores'
+    """
 
     caption: str
     columns: Sequence[str]
@@ -78,7 +89,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: tables, then panels; figures are PNG files as bytes, by their alt text."""
+    """A part of a report: notes, tables, figures (PNG files as bytes, by their alt text), then panels.
+
+    Example:
+        >>> Section("VGG", notes=["100 mosaics"]).title
+        'VGG'
+    """
 
     title: str
     panels: Sequence[Panel] = ()
