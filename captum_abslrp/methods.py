@@ -53,7 +53,7 @@ def register_method(
     """Decorator that adds a factory to the registry.
 
     Args:
-        name: what the method is called, also on the command line.
+        name: what the method is called, also by ``captum_abslrp.cli.main`` in this process.
         overwrite: replace a method that has this name already.
 
     Raises:

@@ -67,30 +67,42 @@ def wrong_prediction() -> None:
     ).savefig(HERE / "failure-wrong-prediction.png", dpi=80)
 
 
+SEEDS = 4
+
+
 def random_weights() -> None:
     """The same model trained, with a random head, and with random weights throughout."""
     scenes = demo.load_scenes("pair", 20)
     x, targets, masks = scenes.inputs, scenes.labels[:, 0], scenes.masks[:, 0]
     trained = demo.load_model("resnet")
-    torch.manual_seed(0)
-    models = {"trained": trained}
-    models["random head"] = copy.deepcopy(trained)
-    for module in models["random head"].modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-    models["random weights"] = copy.deepcopy(trained)
-    for module in models["random weights"].modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.reset_parameters()
+    print(f"area of the digit asked for {masks.float().mean():.1%}")
+
+    def drawn(seed: int, *kinds: type[nn.Module]) -> nn.Module:
+        torch.manual_seed(seed)
+        model = copy.deepcopy(trained)
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.reset_parameters()
+        return model.eval()
+
+    everything = nn.Conv2d, nn.Linear, nn.BatchNorm2d
+    models = {
+        "trained": [trained],
+        "random head": [drawn(seed, nn.Linear) for seed in range(SEEDS)],
+        "random weights": [drawn(seed, *everything) for seed in range(SEEDS)],
+    }
     columns = {}
-    for name, model in models.items():
-        attributor = AbsLRP(model, normalization="joint")
-        for contrast in (None, "others"):
-            maps = attributor.attribute(x, target=targets, contrast=contrast)
-            share = positive_share(maps, masks).mean()
-            said = "no contrast" if contrast is None else "difference"
-            print(f"{name:15} {said:12} {share:.1%} of positive relevance on the digit asked for")
-            columns[f"{name}, {said}"] = maps
+    for name, of_seeds in models.items():
+        for contrast, said in ((None, "no contrast"), ("others", "difference")):
+            maps = [
+                AbsLRP(model, normalization="joint").attribute(x, targets, contrast=contrast)
+                for model in of_seeds
+            ]
+            shares = [float(positive_share(m, masks).mean()) for m in maps]
+            print(
+                f"{name:15} {said:12} {min(shares):.1%} to {max(shares):.1%} on the digit asked for"
+            )
+            columns[f"{name}, {said}"] = maps[0]
     plot_grid(
         list(scenes.images[:2]),
         [[maps[i] for maps in columns.values()] for i in range(2)],

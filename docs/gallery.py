@@ -42,23 +42,29 @@ def of_pretrained_models(
 
     labels = timm.data.ImageNetInfo().label_descriptions()
     models = {name: timm.create_model(name, pretrained=True).eval() for name in names}
+    configs = {name: timm.data.resolve_model_data_config(m) for name, m in models.items()}
     pictures, rows, asked = [], [], []
     for path in paths:
-        top: Tensor | None = None
-        of_models, picture = [], None
-        for model in models.values():
-            config = timm.data.resolve_model_data_config(model)
-            x = timm.data.create_transform(**config)(Image.open(path).convert("RGB"))[None]
-            if top is None or picture is None:  # classes and crop of the first model
-                with torch.no_grad():
-                    top = model(x).topk(2).indices[0]
-                picture = denormalize(x[0], config["mean"], config["std"])
-            maps = explained(model, x.expand(2, -1, -1, -1), top)
-            of_models.append(nn.functional.interpolate(maps, picture.shape[-2:]))
-        assert top is not None and picture is not None
+        image = Image.open(path).convert("RGB")
+        # One crop for all, that of the first model; each has a size and a normalisation of its own.
+        crop = configs[names[0]]["crop_pct"]
+        inputs = {
+            name: timm.data.create_transform(**config | {"crop_pct": crop})(image)[None]
+            for name, config in configs.items()
+        }
+        with torch.no_grad():
+            top = models[names[0]](inputs[names[0]]).topk(2).indices[0]
+        x, config = inputs[names[0]][0], configs[names[0]]
+        picture = denormalize(x, config["mean"], config["std"])
+        maps = [
+            nn.functional.interpolate(
+                explained(model, inputs[name].expand(2, -1, -1, -1), top), picture.shape[-2:]
+            )
+            for name, model in models.items()
+        ]
         for i, target in enumerate(top.tolist()):
             pictures.append(picture)
-            rows.append([maps[i] for maps in of_models])
+            rows.append([of_model[i] for of_model in maps])
             asked.append(f"why {labels[target].split(',')[0]}?")
     return pictures, rows, asked, names
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP
+from captum_abslrp import AbsLRP, inspect_rules, register_call_rule
 from captum_abslrp.mappings import (
     At,
     Mapping,
@@ -192,3 +192,22 @@ def test_unknown_names_bring_near_ones() -> None:
         ValueError, match=r"Expected `mapping` to be one of \[.*'vit'.*Did you mean 'resnet'"
     ):
         get_mapping("resnets")
+
+
+def test_entries_of_a_mapping_win_over_registered_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "_CALL_RULES", dict(registry_module._CALL_RULES))
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sinc(super().forward(x)) + torch.erfinv(x[:, :2].tanh())
+
+    register_call_rule("sinc", TwinRule())
+    register_call_rule("erfinv", TwinRule())
+    own = PassThroughRule()
+    alone = Mapping("alone", [("sinc", own), *get_mapping().entries])  # over nothing
+    for mapping in (alone, get_mapping().extended({"sinc": own})):
+        calls = {
+            c.call: c for c in inspect_rules(Net(3, 2), torch.rand(2, 3), mapping=mapping).calls
+        }
+        assert calls["torch.sinc"].origin == f"mapping {mapping.name!r}"
+        assert calls["torch.erfinv"].origin == "registered"

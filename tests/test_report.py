@@ -88,6 +88,7 @@ def test_nothing_is_loaded_and_no_text_breaks_out() -> None:
         ({"classes": []}, "to have maps of classes, but got none"),
         ({"classes": ["cat"]}, "to have 1 of `target`, one per class, but got 2"),
         ({"probabilities": [0.5]}, "to have 2 of `probabilities`, one per class, but got 1"),
+        ({"probabilities": torch.tensor([0.5, torch.nan])}, "to be in \\[0, 1\\]"),
         ({"picture": torch.rand(3, 4, 5)}, "height and width of its picture"),
         ({"picture": torch.rand(3, 4, 6) + 1}, "values in \\[0, 1\\]"),
         ({"maps": {"target": torch.full((2, 3, 4, 6), torch.nan)}}, "to be finite"),
@@ -156,9 +157,43 @@ def test_without_contrast_there_is_one_map(pictures: list[Path], tmp_path: Path)
 def test_a_report_that_cannot_be_written_is_one_line(
     pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", "demo:vgg", "--html", tmp_path, "--out", tmp_path]
-    assert main(["explain", *map(str, [pictures[0], *words])]) == 2
-    assert f"{tmp_path} could not be written: Is a directory" in capsys.readouterr().err
+    folder = tmp_path / "folder.html"
+    folder.mkdir()
+    before = pictures[1].read_bytes()
+    for path, message in (
+        (folder, f"{folder} could not be written: Is a directory"),
+        (pictures[0] / "r.html", "could not be written: File exists"),
+        (pictures[1], "to be a file that ends in .html, but got"),
+    ):
+        for command in (["explain", pictures[0], "--model", "demo:vgg"], ["evaluate", "--demo"]):
+            words = [*command, "--html", path, "--out", tmp_path / "out"]
+            assert main([str(word) for word in words]) == 2
+            assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # nothing was done before
+    assert pictures[1].read_bytes() == before
+
+
+def test_a_report_tells_what_failed(pictures: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page = tmp_path / "new" / "r.html"
+    words = ["--model", "demo:vgg", "--html", page, "--out", tmp_path]
+    assert main(["explain", *map(str, [broken, pictures[0], *words])]) == 2
+    (section,) = data_of(page.read_text(encoding="utf-8"))["sections"]
+    assert len(section["panels"]) == 1
+    assert "broken.png could not be read as an image" in section["notes"][0]
+    page.unlink()
+    assert main(["explain", *map(str, [broken, *words])]) == 2
+    assert not page.exists()
+
+
+def test_pictures_of_one_name_are_told_apart(pictures: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "scene0.png").write_bytes(pictures[0].read_bytes())
+    both = [pictures[0], tmp_path / "scene0.png"]
+    words = ["--model", "demo:vgg", "--html", tmp_path / "r.html", "--out", tmp_path]
+    assert main(["explain", *map(str, [*both, *words])]) == 0
+    (section,) = data_of((tmp_path / "r.html").read_text(encoding="utf-8"))["sections"]
+    assert [shown["name"] for shown in section["panels"]] == [str(path) for path in both]
 
 
 def test_evaluate_writes_a_report(tmp_path: Path) -> None:

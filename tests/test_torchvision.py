@@ -67,6 +67,9 @@ def check(model: nn.Module, *sizes: int) -> None:
         assert maps.shape == x.shape
         assert bool(torch.isfinite(maps).all())
     assert bool(relevance.flatten(1).any(1).all())
+    with torch.no_grad():  # a logit that a last ReLU has made zero has no relevance
+        logits = model(x).gather(1, torch.tensor(target).view(-1, 1)).squeeze(1)
+    assert of_class.flatten(1).any(1).tolist() == (logits != 0).tolist()
     alone = AbsLRP(model).attribute(x[:1], 1)
     # In shares of the total: the two maps are one each, and nearly cancel in deep models.
     assert (relevance[:1] - alone).abs().sum() < 1e-12

@@ -17,6 +17,7 @@ from captum_abslrp.cli.files import (
     UserError,
     complain,
     folder,
+    html_file,
     positive_int,
     read_image,
     save_figure,
@@ -142,21 +143,28 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UserError("Expected `--model` to name a model, but got none; see --help.")
     if args.demo and not all(name.startswith(DEMO_PREFIX) for name in models):
         raise UserError(f"Expected `--demo` to go with a demo model, but got {args.model!r}.")
+    html_file(args.html)
     device = find_device(args.device)
-    sections = []
-    for name in models:
-        out = args.out if args.model else args.out / name.removeprefix(DEMO_PREFIX)
-        sections.append(_evaluate_model(name, out, args, device))
-    if args.html is not None:
-        page = render(
-            sections,
-            title=f"Attribution methods compared on {', '.join(models)}",
-            settings=settings_of(args),
-            command=args.line,
-        )
-        save_text(page, args.html)
-        say(f"The report is {args.html}.")
+    sections: list[Section] = []
+    try:
+        for name in models:
+            out = args.out if args.model else args.out / name.removeprefix(DEMO_PREFIX)
+            sections.append(_evaluate_model(name, out, args, device))
+    finally:  # what is finished is not lost if the rest is stopped
+        if args.html is not None and sections:
+            _write_report(args, sections)
     return 0
+
+
+def _write_report(args: argparse.Namespace, sections: Sequence[Section]) -> None:
+    page = render(
+        sections,
+        title=f"Attribution methods compared on {', '.join(section.title for section in sections)}",
+        settings=settings_of(args),
+        command=args.line,
+    )
+    save_text(page, args.html)
+    say(f"The report is {args.html}.")
 
 
 def _evaluate_model(
@@ -210,7 +218,8 @@ def _evaluate_model(
         complain(UserError(f"stopped; {PROGRAM} evaluate ... --resume goes on"))
         raise SystemExit(130) from None
 
-    heading = f"{name}, {args.n_mosaics} mosaics, mean [95 % confidence interval]"
+    mosaics = "1 mosaic" if args.n_mosaics == 1 else f"{args.n_mosaics} mosaics"
+    heading = f"{name}, {mosaics}, mean [95 % confidence interval]"
     skipped = "".join(f"\n- {reason}" for reason in evaluation.skipped.values())
     if skipped:
         skipped = f"\nSkipped, {len(evaluation.skipped)} in all:\n{skipped}\n"
@@ -223,6 +232,8 @@ def _evaluate_model(
     say(text)
     say(f"Tables and figures are in {out}.")
     columns, *rows = table.rows()
+    failed = {name: scores.failure for name, scores in table.methods.items() if scores.failure}
+    rows = [[name, "failed"] if name in failed else [name, *cells] for name, *cells in rows]
     return Section(
         name,
         panels=[
@@ -236,7 +247,8 @@ def _evaluate_model(
         ],
         tables=[Table(heading, columns, rows)],
         figures={f"Scores of the methods on {name}": (out / "comparison.png").read_bytes()},
-        notes=[f"Skipped: {reason}" for reason in evaluation.skipped.values()],
+        notes=[f"{method} failed: {reason}" for method, reason in failed.items()]
+        + [f"Skipped: {reason}" for reason in evaluation.skipped.values()],
     )
 
 

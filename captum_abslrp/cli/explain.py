@@ -22,6 +22,7 @@ from captum_abslrp.cli.files import (
     complain,
     did_you_mean,
     folder,
+    html_file,
     output_names,
     positive_int,
     progress,
@@ -131,31 +132,39 @@ class Question:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    html_file(args.html)
     device = find_device(args.device)
     subject = load_subject(args.model, args.checkpoint, device)
     question = _question(args, subject)
     out = folder(args.out)
     outputs = output_names(args.images, out)
 
-    failures = 0
+    failures: list[str] = []
     panels: list[Panel] = []
     many = len(args.images) > 1
-    for path, name in progress(zip(args.images, outputs, strict=True), "images", show=many):
-        try:
-            _explain_image(path, out / name, subject, question, args, device, panels)
-        except UserError as error:
-            failures += 1
-            complain(error)
-    if args.html is not None and panels:
-        _write_report(args, panels)
+    try:
+        for path, name in progress(zip(args.images, outputs, strict=True), "images", show=many):
+            try:
+                _explain_image(path, out / name, subject, question, args, device, panels)
+            except UserError as error:
+                failures.append(str(error))
+                complain(error)
+    finally:  # what is finished is not lost if the rest is stopped
+        if args.html is not None:
+            _write_report(args, panels, failures)
     return 2 if failures else 0
 
 
-def _write_report(args: argparse.Namespace, panels: Sequence[Panel]) -> None:
-    names = [path.name for path in args.images]
+def _write_report(
+    args: argparse.Namespace, panels: Sequence[Panel], failures: Sequence[str]
+) -> None:
+    if not panels:
+        say(f"No image was explained: {args.html} is not written.")
+        return
+    seen = panels[0].name if len(panels) == 1 else f"{len(panels)} images"
     page = render(
-        [Section(args.model, panels)],
-        title=f"What {args.model} sees in {names[0] if len(names) == 1 else f'{len(names)} images'}",
+        [Section(args.model, panels, notes=failures)],
+        title=f"What {args.model} sees in {seen}",
         settings=settings_of(args),
         command=args.line,
     )
@@ -215,17 +224,20 @@ def _explain_image(
     if args.html is not None:
         panels.append(
             Panel(
-                path.name,
+                path.name if _is_only(path.name, args.images) else str(path),
                 subject.show(image),
                 classes,
                 _views(maps, alone),
                 [float(probabilities[t]) for t in targets],
                 contrast=_in_words(question.contrast, subject),
-                notes=trouble,
             )
         )
     if trouble:
         raise UserError(f"{path}: {'; '.join(trouble)}")
+
+
+def _is_only(name: str, paths: Sequence[Path]) -> bool:
+    return sum(path.name == name for path in paths) == 1
 
 
 def _views(

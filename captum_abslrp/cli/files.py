@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,22 @@ def folder(path: Path) -> Path:
         raise UserError(
             f"Expected `--out` to be a folder to write to, but got {path}: {error.strerror}"
         ) from error
+    return path
+
+
+def html_file(path: Path | None) -> Path | None:
+    """Where a report goes, checked before anything else is done."""
+    if path is None:
+        return None
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"Expected `--html` to be a file that ends in .html, but got {path}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "Is a directory" if path.is_dir() else "Permission denied"
+        raise UserError(f"{path} could not be written: {reason}")
     return path
 
 

@@ -82,8 +82,9 @@ class Mapping:
 
     def find(self, call: Call) -> tuple[Rule, str] | None:
         """The rule for a call and where it comes from, or None."""
-        if self.base is None and call.name in _CALL_RULES:
-            return _CALL_RULES[call.name], "registered"
+        registered = _CALL_RULES.get(call.name) if self.base is None else None
+        if registered is not None and self is _MAPPINGS.get("generic"):
+            return registered, "registered"
         by_place, by_name = self._index
         at, rule = by_name.get(call.name, (len(self.entries), None))
         for i, key, other in by_place:
@@ -92,6 +93,8 @@ class Mapping:
                 break
         if rule is not None:
             return rule, f"mapping {self.name!r}"
+        if registered is not None:
+            return registered, "registered"
         return None if self.base is None else self.base.find(call)
 
     @functools.cached_property
@@ -191,7 +194,8 @@ def register_call_rule(
             differentiate, a layer with its own backward pass included.
         overwrite: replace a rule that the generic mapping has, or that is registered already.
 
-    A rule set on a module and the entries of an architecture's mapping still win.
+    A rule set on a module still wins; where a call is registered, so do the entries of an architecture's
+    mapping. A registered layer is one call, and no mapping is asked for what is inside of it.
 
     Raises:
         TypeError: if the call or the rule is none.

@@ -40,7 +40,7 @@ TARGET, CONTRAST, DIFFERENCE = "target", "contrast", "difference"
 """Views that :class:`Panel` knows the meaning of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panel:
     """One picture and its maps.
 
@@ -154,7 +154,7 @@ def render(
         "style": _resource("report.css"),
         "script": _resource("report.js"),
         # No text of the user's can end the script element.
-        "data": json.dumps(data).replace("<", "\\u003c"),
+        "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
     page = _resource("report.html")
     before, *rest = page.split("{{")
@@ -173,8 +173,14 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
     if not panel.maps or count == 0:
         raise ValueError(f"Expected {panel.name} to have maps of classes, but got none.")
     counts = {view: len(maps) for view, maps in panel.maps.items()}
+    probabilities = None
     if panel.probabilities is not None:
-        counts["probabilities"] = len(panel.probabilities)
+        probabilities = [float(p) for p in panel.probabilities]
+        counts["probabilities"] = len(probabilities)
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError(
+                f"Expected `probabilities` of {panel.name} to be in [0, 1], but got {probabilities}."
+            )
     for what, found in counts.items():
         if found != count:
             raise ValueError(
@@ -212,7 +218,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
         "picture": _data_url(_png((picture * 255).round().astype(np.uint8))),
         "size": [picture.shape[1], picture.shape[0]],
         "classes": list(panel.classes),
-        "probabilities": None if panel.probabilities is None else list(panel.probabilities),
+        "probabilities": probabilities,
         "contrast": panel.contrast,
         "views": list(maps),
         "maps": {
@@ -283,7 +289,7 @@ def _overlay(relevance: npt.NDArray[np.float64], limit: float) -> str:
 
 
 def _colour_bar() -> str:
-    """The colour scale as a picture on the grey that maps are laid over."""
+    """The colour scale as a picture, laid over white."""
     palette = _palette()[None].astype(float)
     opacity = palette[..., 3:] / 255
     return _data_url(_png((palette[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)))

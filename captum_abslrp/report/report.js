@@ -31,7 +31,8 @@ let count = 0;
 function panel(given) {
   const id = `panel${count++}`;
   const has = (view) => given.views.includes(view);
-  const first = has("difference") ? "difference" : given.views[0];
+  const usual = has("difference") ? "difference" : given.views[0];
+  const first = given.maps[usual][0] ? usual : given.views.find((view) => given.maps[view][0]) ?? usual;
   const views = [first, ...given.views.filter((view) => view !== first)];
   const state = { class: 0, view: first, rival: null };
   const rival = () => (state.rival === null ? given.contrast : given.classes[state.rival]);
@@ -110,11 +111,11 @@ function panel(given) {
   const pairs = Object.keys(given.pairs).length > 0;
   if (pairs) {
     against = element("select", { id: `${id}-against` });
-    const usual = has("difference") ? given.contrast : "nothing";
-    against.append(element("option", { value: "" }, usual));
+    against.append(element("option", { value: "" }, has("difference") ? given.contrast : "nothing"));
     given.classes.forEach((name, i) => against.append(element("option", { value: String(i) }, name)));
     against.addEventListener("change", () => {
       state.rival = against.value === "" ? null : Number(against.value);
+      if (ofViews) ofViews.querySelectorAll("input")[views.indexOf(usual)].click();
       show();
     });
   }
@@ -219,6 +220,6 @@ document.querySelector("footer").append(
   element(
     "p",
     {},
-    "Tab goes from control to control, arrows choose. Inside of a picture's part 1 to 9 choose the class, + and - fade the map.",
+    "Tab goes from control to control, arrows choose. In the panel of a picture the keys 1 to 9 choose the class, + and - fade the map.",
   ),
 );

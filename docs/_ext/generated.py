@@ -89,13 +89,13 @@ class CommandHelp(_Lines):
 
 
 def _resolved(name: str) -> Any:
-    """The function, class or table of a qualified name; a fresh object where it is none of them."""
+    """The function, class or table of a qualified name; None for constants, which are known by name."""
     module, _, attribute = name.rpartition(".")
     with contextlib.suppress(ImportError, ValueError):
         found = getattr(importlib.import_module(module), attribute, None)
         if found is not None and not isinstance(found, (str, int, float, tuple)):
             return found
-    return object()
+    return None
 
 
 def check_public_names(app: Sphinx, exception: Exception | None) -> None:
@@ -103,10 +103,11 @@ def check_public_names(app: Sphinx, exception: Exception | None) -> None:
     if exception is not None or app.builder.name != "html":
         return
     documented = set(app.env.domains["py"].objects)
-    functions_and_classes = {id(_resolved(name)) for name in documented}
+    objects = [found for name in documented if (found := _resolved(name)) is not None]
     for module in PUBLIC:
         for name in importlib.import_module(module).__all__:
-            known = id(_resolved(f"{module}.{name}")) in functions_and_classes
+            value = _resolved(f"{module}.{name}")
+            known = value is not None and any(value is found for found in objects)
             if not known and f"{module}.{name}" not in documented:
                 logging.getLogger(__name__).warning("%s.%s is not documented", module, name)
 
