@@ -69,7 +69,8 @@ class AbsLRP(GradientAttribution):
             ``logits_per_image`` of an object or dict (such as Hugging Face's ``ModelOutput``).
 
     Raises:
-        TypeError: if ``model`` is no module, or if it or a part of it is scripted or quantised.
+        TypeError: if ``model`` is no module, if it or a part of it is scripted or quantised, or if
+            another argument is not of a type that is listed here.
         ValueError: if the mapping or the normalization is unknown.
 
     Example:
@@ -101,6 +102,11 @@ class AbsLRP(GradientAttribution):
             raise TypeError(
                 f"Expected `mapping` to be a Mapping, the name of one or None, but got "
                 f"{type(mapping).__name__}."
+            )
+        if not (output is None or callable(output)):
+            raise TypeError(
+                f"Expected `output` to be a function that picks a tensor, such as `lambda out: out[0]`, or "
+                f"None, but got {output!r}."
             )
         model = unwrapped(model)
         _check_visible(model)
@@ -477,6 +483,12 @@ def _check_inputs(inputs: tuple[Any, ...]) -> int:
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"Expected `inputs` to be a tensor or a tuple of tensors, but got {type(x).__name__}."
+            )
+        if x.is_meta or x.layout != torch.strided:
+            kind = "a tensor without values (meta)" if x.is_meta else f"{x.layout}"
+            raise TypeError(
+                f"Expected `inputs` to be dense tensors with values, but got {kind}. Convert it first, "
+                f"`x.to_dense()`; without values `inspect_rules` tells which rules a model gets."
             )
         if not x.is_floating_point():
             raise TypeError(
