@@ -41,6 +41,9 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor], Run]] = {
     "InputXGradient": lambda m, x, t: lambda: get_method("inputxgradient")(m)(x, t),
     "AbsLRP, target": lambda m, x, t: lambda: AbsLRP(m).attribute(x, t, contrast=None),
     "AbsLRP, target and contrast": lambda m, x, t: lambda: AbsLRP(m).attribute(x, t),
+    "AbsLRP, target and contrast, joint": lambda m, x, t: (
+        lambda: AbsLRP(m, normalization="joint").attribute(x, t)
+    ),
     "DeepLift": lambda m, x, t: lambda: get_method("deeplift")(m)(x, t),
     "LRP": lambda m, x, t: lambda: get_method("lrp")(m)(x, t),
     "IntegratedGradients(50)": lambda m, x, t: (

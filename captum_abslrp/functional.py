@@ -903,8 +903,9 @@ def _chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
     return _rectify_in_place(positive, x).sub_(_rectify_in_place(negative, x, negative=True))
 
 
-BLOCK = {"cpu": 2**18}
-"""Elements of attention that are made at a time, by the kind of device."""
+BLOCK = {"cpu": 2**18, "cuda": 2**26}
+"""Elements of attention that are made at a time, by the kind of device: about five tensors of as many, 5 MB
+or 1.3 GB in float32. That of the CPU was measured; a GPU wants large products and has memory for them."""
 
 ROWS = 256
 """Rows of attention that are made at a time at least, so that products with them are efficient."""
@@ -914,7 +915,7 @@ def _blocks(
     groups: int, rows: int, columns: int, device: torch.device
 ) -> tuple[list[slice], list[slice]]:
     """Some groups with all of their rows, or some rows of a group, at a time."""
-    elements = BLOCK.get(device.type, 2**26)
+    elements = BLOCK.get(device.type, BLOCK["cuda"])
     many = max(1, elements // (rows * columns))
     few = rows if many > 1 else max(ROWS, elements // columns)
     return _slices(groups, many), _slices(rows, few)

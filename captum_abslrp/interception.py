@@ -628,16 +628,17 @@ def _own_rule(module: nn.Module) -> Rule | None:
 
 def rule_of_layer(module: nn.Module) -> PropagationRule | None:
     """The rule that answers a module as one call: one that is set on it and is not one of ours, such as
-    Captum's ``EpsilonRule``, or the one that is registered for its class."""
+    Captum's ``EpsilonRule``, or the one that is registered for its class. One of ours on a module of a
+    class with a registered rule stands in for that rule."""
     from captum.attr._utils.lrp_rules import PropagationRule
 
     from captum_abslrp.mappings import find_layer_rule
     from captum_abslrp.rules import Rule
 
-    own = getattr(module, "rule", None)
-    if isinstance(own, PropagationRule):
-        return None if isinstance(own, Rule) else own
-    return find_layer_rule(module)
+    own, registered = getattr(module, "rule", None), find_layer_rule(module)
+    if isinstance(own, PropagationRule) and (registered is not None or not isinstance(own, Rule)):
+        return own
+    return registered
 
 
 def _with_magnitudes(layer: nn.Module, *args: Any) -> Any:

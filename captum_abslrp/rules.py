@@ -29,6 +29,7 @@ __all__ = [
     "AbsLRPRule",
     "ActivationRule",
     "AdditionRule",
+    "Answer",
     "BatchNormRule",
     "CompositeRule",
     "ConstantRule",
@@ -65,7 +66,7 @@ class Rule(PropagationRule):
             call: the call. History is not recorded while it is answered.
 
         Returns:
-            An :class:`~captum_abslrp.interception.Answer`.
+            An :class:`~captum_abslrp.rules.Answer`.
 
         Raises:
             TypeError: if the rule has no form for this kind of call.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
@@ -53,6 +54,16 @@ nitpick_ignore = [
     for name in ("captum_abslrp.interception.Interception", "Array", "Key", "Propagate")
 ] + [("py:class", "dict[str")]  # of a dataclass whose default is made by a factory
 linkcheck_timeout = 10
+
+
+def setup(app: Any) -> None:
+    """Links to notebooks lead somewhere in the repository and in the site alike."""
+
+    def lead_to_pages(app: Any, name: str, source: list[str]) -> None:
+        source[0] = source[0].replace("](../tutorials/", "](tutorials/")
+
+    app.connect("source-read", lead_to_pages)
+
 
 # The notebooks are part of the site.
 shutil.copytree(

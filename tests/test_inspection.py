@@ -127,6 +127,22 @@ def test_subclasses_of_a_registered_layer_are_meant_too() -> None:
     assert bool(AbsLRP(network(Faster())).attribute(batch(3, 6), 1).any())
 
 
+def test_a_rule_of_ours_on_a_registered_layer_stands_in_for_the_registered_one() -> None:
+    model, x = network(FusedSwish()), batch(3, 6)
+    register_call_rule(FusedSwish, TwinRule())
+    expected = AbsLRP(model).attribute(x, 1)
+    register_call_rule(FusedSwish, PassThroughRule(), overwrite=True)
+    assert relative_error(AbsLRP(model).attribute(x, 1), expected) > 1e-3
+    model[1].rule = TwinRule()
+    assert torch.equal(AbsLRP(model).attribute(x, 1), expected)
+    (call,) = (c for c in inspect_rules(model, x).calls if c.path == "1")
+    assert (call.call, call.rule, call.origin) == (
+        "FusedSwish.forward",
+        "TwinRule()",
+        "module.rule",
+    )
+
+
 def test_a_call_is_registered_by_the_line_of_the_message() -> None:
     class Inverse(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

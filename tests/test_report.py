@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 from captum_abslrp import AbsLRP, demo
+from captum_abslrp.cli import evaluate as evaluate_command
+from captum_abslrp.cli import explain as explain_command
 from captum_abslrp.cli import main
 from captum_abslrp.report import LEVELS, Panel, Section, Table, render
 
@@ -59,7 +61,10 @@ def test_maps_are_what_is_shown() -> None:
     assert pixels(shown["pairs"]["0 1"]["src"]).tolist() == [[2 * LEVELS, LEVELS, LEVELS]]
     assert pixels(shown["pairs"]["1 0"]["src"]).tolist() == [[0, LEVELS, LEVELS]]
     assert "cat rather than dog: 100% of the relevance is positive" in shown["pairs"]["0 1"]["alt"]
-    assert shown["pairs"]["1 0"]["alt"].endswith("all of the relevance is negative")
+    assert shown["pairs"]["1 0"]["alt"] == (
+        "dog rather than cat: 100% of the relevance is negative, the largest part of it (100%) in the "
+        "upper left"
+    )
 
 
 def test_nothing_is_loaded_and_no_text_breaks_out() -> None:
@@ -162,15 +167,81 @@ def test_a_report_that_cannot_be_written_is_one_line(
     before = pictures[1].read_bytes()
     for path, message in (
         (folder, f"{folder} could not be written: Is a directory"),
-        (pictures[0] / "r.html", "could not be written: File exists"),
+        (pictures[0] / "new" / "r.html", f"could not be written: {pictures[0]} is not a dir"),
         (pictures[1], "to be a file that ends in .html, but got"),
     ):
         for command in (["explain", pictures[0], "--model", "demo:vgg"], ["evaluate", "--demo"]):
             words = [*command, "--html", path, "--out", tmp_path / "out"]
             assert main([str(word) for word in words]) == 2
             assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()  # nothing was done before
+    assert not (tmp_path / "out").exists()
+    words = ["--model", "demo:vg", "--html", tmp_path / "new" / "r.html"]
+    assert main(["explain", *map(str, [pictures[0], *words])]) == 2
+    assert not (tmp_path / "new").exists()
     assert pictures[1].read_bytes() == before
+
+
+def test_what_is_finished_is_in_the_report_of_a_stopped_run(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(work: Any, calls: int) -> Any:
+        left = iter(range(calls))
+
+        def stopped(*args: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return work(*args)
+
+        return stopped
+
+    page = tmp_path / "r.html"
+    words = ["--html", page, "--out", tmp_path / "out"]
+    explain = ["explain", *pictures[:2], "--model", "demo:vgg", *words]
+    evaluate = ["evaluate", "--demo", "--methods", "random", "--n-mosaics", 1, *words]
+    for command, module, function, title in (
+        (explain, explain_command, "_explain_image", pictures[0].name),
+        (evaluate, evaluate_command, "_evaluate_model", "Mosaic 1"),
+    ):
+        monkeypatch.setattr(module, function, stopping(getattr(module, function), 1))
+        with pytest.raises(KeyboardInterrupt):
+            main([str(word) for word in command])
+        (section,) = data_of(page.read_text(encoding="utf-8"))["sections"]
+        assert [shown["name"] for shown in section["panels"]] == [title]
+
+
+def test_maps_that_differ_by_rounding_are_told_of(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alike = torch.ones(2, 4, 6)
+    alike[1, 0, 0] += 1e-5
+    given = panel(maps={"target": alike})
+    (shown,) = data_of(page_of(given))["sections"][0]["panels"]
+    assert shown["notes"] == [
+        "cat rather than dog: the maps of the two are so alike that their difference is rounding."
+    ]
+    (shown,) = data_of(page_of(panel(maps={"target": alike.double()})))["sections"][0]["panels"]
+    assert shown["notes"] == []
+
+
+def test_warnings_are_lines_and_notes(
+    pictures: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attribute = AbsLRP.attribute
+
+    def doubtful(*args: Any, **options: Any) -> Any:
+        warnings.warn("The maps are alike.", stacklevel=1)
+        return attribute(*args, **options)
+
+    monkeypatch.setattr(AbsLRP, "attribute", doubtful)
+    words = ["--model", "demo:vgg", "--html", tmp_path / "r.html", "--out", tmp_path]
+    words += ["--contrast", "none"]
+    assert main(["explain", *map(str, [pictures[0], *words])]) == 0
+    assert capsys.readouterr().err.endswith(f"warning: {pictures[0]}: The maps are alike.\n")
+    (section,) = data_of((tmp_path / "r.html").read_text(encoding="utf-8"))["sections"]
+    assert section["panels"][0]["notes"] == ["The maps are alike."]
 
 
 def test_a_report_tells_what_failed(pictures: list[Path], tmp_path: Path) -> None:
@@ -216,7 +287,7 @@ CHROMIUM = next(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None and not os.environ.get("REQUIRE_BROWSER"):
+    if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: `apt-get install chromium`")
     from playwright.sync_api import sync_playwright
 
@@ -274,6 +345,40 @@ def test_clicks_change_the_map(opened: Any) -> None:
     place.locator(".choice").nth(2).click()
     assert shown(opened)[2] == f"{third} rather than the others"
     assert shown(opened, 1) == beside  # another picture has choices of its own
+
+
+def test_two_classes_are_compared_whatever_map_comes_first(browser: Any, tmp_path: Path) -> None:
+    maps = {"saliency": torch.rand(2, 4, 6), "target": torch.rand(2, 4, 6)}
+    (tmp_path / "r.html").write_text(page_of(panel(maps=maps)), encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    assert shown(page)[2] == "cat, saliency"
+    page.get_by_label("rather than").select_option(label="dog")
+    assert shown(page)[2] == "cat rather than dog"
+    page.close()
+
+
+def test_a_missing_map_has_no_scale(browser: Any, tmp_path: Path) -> None:
+    given = panel(maps={"target": [torch.ones(4, 6), None]})
+    (tmp_path / "r.html").write_text(page_of(given), encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    assert page.locator(".scale").is_visible()
+    page.locator(".choice").nth(1).click()
+    assert not page.locator(".scale").is_visible()
+    assert page.get_by_text("There is no such map.").is_visible()
+    page.close()
+
+
+def test_what_is_chosen_is_seen_in_forced_colours(browser: Any, report: Path) -> None:
+    page = browser.new_page(forced_colors="active")
+    page.goto(report.as_uri())
+    grounds = [
+        page.locator(".choice span").nth(i).evaluate("e => getComputedStyle(e).backgroundColor")
+        for i in range(2)
+    ]
+    assert grounds[0] != grounds[1]
+    page.close()
 
 
 def test_the_slider_fades_the_map(opened: Any) -> None:

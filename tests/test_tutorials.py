@@ -46,6 +46,15 @@ def numbers(notebook: Any) -> list[list[float]]:
     return found
 
 
+def tolerance(number: float) -> float:
+    """What a number may differ by on another machine: scores of few mosaics do, rounding stays rounding."""
+    return (
+        0.02
+        if abs(number) >= 0.1
+        else max(0.2 * abs(number), 0.002 if abs(number) >= 0.01 else 1e-5)
+    )
+
+
 def kinds(notebook: Any) -> list[list[str]]:
     """What each cell has printed or shown."""
     return [
@@ -73,7 +82,9 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     notebook.cells.pop(0)
     assert kinds(notebook) == kinds(committed)
     for now, then in zip(numbers(notebook), numbers(committed), strict=True):
-        assert now == pytest.approx(then, rel=0.05, abs=0.02)
+        assert len(now) == len(then)
+        for a, b in zip(now, then, strict=True):
+            assert a == pytest.approx(b, rel=0.05, abs=tolerance(b)), (a, b)
     # A warning would be shown to every reader.
     assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
 
@@ -92,11 +103,17 @@ def test_is_committed_as_it_came_out(path: Path) -> None:
     assert "## What to try next" in notebook.cells[-1].source
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+ROOT = Path(__file__).parents[1]
+PAGES = [*TUTORIALS, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    for link in re.findall(r"\]\(([^)#:]+)\)", prose):
+    prose = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        notebook = nbformat.read(path, as_version=4)
+        prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
         assert (path.parent / link).exists(), link
 
 

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from captum_abslrp import __version__
+from captum_abslrp import __version__, processes
 from captum_abslrp.cli import demo, evaluate, explain, inspect
 from captum_abslrp.cli.files import PROGRAM, UserError, complain
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.line = shlex.join([PROGRAM, *given])  # for reports
     command: Callable[[argparse.Namespace], int] = args.command
     try:
-        return command(args)
+        with processes.started():
+            return command(args)
     except UserError as error:
         complain(error)
         return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,26 +10,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from captum_abslrp import demo
+from captum_abslrp import demo, processes
 from captum_abslrp.cli.files import (
     PROGRAM,
     UserError,
     complain,
     folder,
     html_file,
+    image_files,
     positive_int,
     read_image,
     save_figure,
+    save_report,
     save_text,
     say,
-    settings_of,
 )
 from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.metrics.comparison import Comparison
 from captum_abslrp.metrics.evaluation import Evaluation
 from captum_abslrp.metrics.gae import SCHEDULES, Setting
-from captum_abslrp.report import Panel, Section, Table, render
+from captum_abslrp.report import Panel, Section, Table
 from captum_abslrp.visualization import plot_grid
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def add_command(commands: Any) -> None:
         help="compare attribution methods by Global Attribution Evaluation (GAE)",
         description="Scores attribution methods on mosaics of four images each, and writes the "
         "table (comparison.md, .csv and .json), two figures (comparison.png, maps.png) and, as it "
-        "goes, a line per mosaic and method (scores.jsonl).",
+        "goes, a line per mosaic and method (scores.jsonl). Started by `torchrun -m captum_abslrp "
+        "evaluate ...`, several processes share the mosaics.",
     )
     parser.set_defaults(command=_evaluate)
     parser.add_argument(
@@ -136,48 +137,43 @@ def _method_names(text: str) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    models = [args.model] if args.model else []
-    if args.demo and not models:
-        models = [DEMO_PREFIX + name for name in demo.list_models()]
-    if not models:
+    names = [args.model] if args.model else []
+    if args.demo and not names:
+        names = [DEMO_PREFIX + name for name in demo.list_models()]
+    if not names:
         raise UserError("Expected `--model` to name a model, but got none; see --help.")
-    if args.demo and not all(name.startswith(DEMO_PREFIX) for name in models):
+    if args.demo and not all(name.startswith(DEMO_PREFIX) for name in names):
         raise UserError(f"Expected `--demo` to go with a demo model, but got {args.model!r}.")
     html_file(args.html)
     device = find_device(args.device)
     sections: list[Section] = []
     try:
-        for name in models:
+        for name in names:
             out = args.out if args.model else args.out / name.removeprefix(DEMO_PREFIX)
-            sections.append(_evaluate_model(name, out, args, device))
+            sections += _evaluate_model(name, out, args, device)
     finally:  # what is finished is not lost if the rest is stopped
-        if args.html is not None and sections:
-            _write_report(args, sections)
+        if args.html is not None and not sections and processes.rank() == 0:
+            say(f"No model was evaluated: {args.html} is not written.")
+        elif args.html is not None and sections:
+            models = ", ".join(section.title for section in sections)
+            save_report(args, sections, f"Attribution methods compared on {models}")
     return 0
-
-
-def _write_report(args: argparse.Namespace, sections: Sequence[Section]) -> None:
-    page = render(
-        sections,
-        title=f"Attribution methods compared on {', '.join(section.title for section in sections)}",
-        settings=settings_of(args),
-        command=args.line,
-    )
-    save_text(page, args.html)
-    say(f"The report is {args.html}.")
 
 
 def _evaluate_model(
     name: str, out: Path, args: argparse.Namespace, device: torch.device
-) -> Section:
-    """Evaluate methods on a model and write the results; what a report shows of it is returned."""
+) -> list[Section]:
+    """Evaluate methods on a model and write the results; what a report shows of it is returned.
+
+    Where several processes share the mosaics, the first one writes.
+    """
     subject = load_subject(name, args.checkpoint, device)
     images: DemoScenes | ImageFolder
     if args.demo:
         images = DemoScenes(args.n_mosaics, args.seed)
         found = "scenes of the demo"
     else:
-        images = ImageFolder(args.data, subject)
+        images = ImageFolder(args.data, subject, args.out)
         found = str(args.data.resolve())
         if 4 * args.n_mosaics > len(images):
             say(f"{len(images)} images for {args.n_mosaics} mosaics: some take part in several.")
@@ -209,11 +205,13 @@ def _evaluate_model(
     methods = {method: _Method(method, subject.model) for method in args.methods}
     try:
         table = evaluation.run(methods, args.n_mosaics, show_progress=True)
+        if processes.rank() > 0:
+            return []
         maps = _maps(evaluation, methods, table, args.n_mosaics)
     except ValueError as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        raise UserError(f"{out} could not be written to: {error.strerror}") from error
+        raise UserError(f"{out} could not be written to: {error.strerror or error}") from error
     except KeyboardInterrupt:
         complain(UserError(f"stopped; {PROGRAM} evaluate ... --resume goes on"))
         raise SystemExit(130) from None
@@ -226,7 +224,7 @@ def _evaluate_model(
     text = f"{heading}\n\n{table}\n{skipped}"
     save_text(text, out / "comparison.md")
     save_text(table.to_csv(), out / "comparison.csv")
-    table.save(out / "comparison.json")
+    save_text(table.to_json(), out / "comparison.json")
     save_figure(table.plot(title=heading), out / "comparison.png")
     save_figure(_figure(maps, subject), out / "maps.png")
     say(text)
@@ -234,7 +232,7 @@ def _evaluate_model(
     columns, *rows = table.rows()
     failed = {name: scores.failure for name, scores in table.methods.items() if scores.failure}
     rows = [[name, "failed"] if name in failed else [name, *cells] for name, *cells in rows]
-    return Section(
+    section = Section(
         name,
         panels=[
             Panel(
@@ -250,6 +248,7 @@ def _evaluate_model(
         notes=[f"{method} failed: {reason}" for method, reason in failed.items()]
         + [f"Skipped: {reason}" for reason in evaluation.skipped.values()],
     )
+    return [section]
 
 
 class _Method:
@@ -309,23 +308,13 @@ class DemoScenes:
 class ImageFolder:
     """Images in a folder per class, or in one folder, as a model wants them.
 
-    Files whose ending is not that of an image are passed over.
+    Files whose ending is not that of an image are passed over, and so are those in one folder.
     """
 
-    def __init__(self, path: Path, subject: Subject) -> None:
-        from PIL import Image
-
-        Image.init()
-        endings = set(Image.registered_extensions())
+    def __init__(self, path: Path, subject: Subject, passed_over: Path | None = None) -> None:
         if not path.is_dir():
             raise UserError(f"Expected `--data` to be a folder, but got {path}, which is none.")
-        found = [
-            Path(place, name)
-            for place, _, names in os.walk(path, followlinks=True)
-            for name in names
-            if Path(name).suffix.lower() in endings
-        ]
-        self.paths = sorted(found)
+        self.paths = image_files(path, passed_over)
         self.subject = subject
         if len(self.paths) < 4:
             raise UserError(

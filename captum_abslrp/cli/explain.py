@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from captum_abslrp import demo
+from captum_abslrp import __version__, demo, processes
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.cli.files import (
     UserError,
+    all_image_files,
     complain,
     did_you_mean,
     folder,
@@ -29,20 +34,23 @@ from captum_abslrp.cli.files import (
     read_image,
     save_array,
     save_figure,
-    save_text,
+    save_report,
     say,
-    settings_of,
     with_suffix,
 )
 from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
 from captum_abslrp.interception import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
-from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section, render
+from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section
 from captum_abslrp.visualization import plot_grid, plot_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
+
+NOTE = "captum-abslrp"
+"""Name of the text in a figure that tells how it was made."""
 NORMALIZATIONS = ("separate", "joint")
 CONTRASTS = ("others", "softmax", "none")
 
@@ -53,10 +61,17 @@ def add_command(commands: Any) -> None:
         "explain",
         help="explain what a model sees in images",
         description="Writes for each image a figure (input, overlay, map) and the raw relevance: "
-        "STEM-abslrp.png and STEM-abslrp.npy.",
+        "STEM-abslrp.png and STEM-abslrp.npy. Started by `torchrun -m captum_abslrp explain ...`, "
+        "several processes share the images.",
     )
     parser.set_defaults(command=_explain)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="image files, or folders of them, whose structure the outputs keep",
+    )
     parser.add_argument(
         "--model",
         required=True,
@@ -115,10 +130,16 @@ def add_command(commands: Any) -> None:
         help="where to write (default: %(default)s)",
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out images that have been explained in the same way, as their figures tell",
+    )
+    parser.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="write a report for a browser, too: one file to click through",
+        help="write a report for a browser, too: one file to click through, of about 1 MB per image with "
+        "--top 3; each class is explained without a contrast as well; the page holds this command line",
     )
 
 
@@ -133,26 +154,58 @@ class Question:
 
 def _explain(args: argparse.Namespace) -> int:
     html_file(args.html)
+    if args.html is not None and args.resume:
+        raise UserError(
+            "Expected `--html` or `--resume`, but got both: a report shows all images, and explains them "
+            "anew."
+        )
     device = find_device(args.device)
     subject = load_subject(args.model, args.checkpoint, device)
     question = _question(args, subject)
     out = folder(args.out)
-    outputs = output_names(args.images, out)
+    images = all_image_files(args.images, out)
+    outputs = [out / name for name in output_names(images, out)]
+    paths = [path for path, _ in images]
+    undone = list(range(len(paths)))
+    if args.resume:
+        undone = processes.from_first(
+            lambda: [i for i in undone if not _is_done(paths[i], outputs[i], args)]
+        )
+        say(f"{len(paths) - len(undone)} of {len(paths)} images are explained already.")
 
-    failures: list[str] = []
-    panels: list[Panel] = []
-    many = len(args.images) > 1
+    failures: dict[int, str] = {}
+    panels: dict[int, Panel] = {}
+    finished = False
     try:
-        for path, name in progress(zip(args.images, outputs, strict=True), "images", show=many):
+        for i in progress(processes.share(undone), "images", show=len(paths) > 1):
             try:
-                _explain_image(path, out / name, subject, question, args, device, panels)
+                panel, trouble = _explain_image(
+                    paths[i], outputs[i], subject, question, args, device
+                )
+                if panel is not None:
+                    panels[i] = panel
             except UserError as error:
-                failures.append(str(error))
-                complain(error)
+                trouble = str(error)
+            if trouble:
+                failures[i] = trouble
+                complain(trouble)
+        finished = True
     finally:  # what is finished is not lost if the rest is stopped
-        if args.html is not None:
-            _write_report(args, panels, failures)
-    return 2 if failures else 0
+        if finished:
+            failures, panels = _of_all(failures), _of_all(panels)
+        if args.html is not None and processes.rank() == 0:
+            times = Counter(path.name for path in paths)
+            for i, panel in panels.items():
+                name = paths[i].name if times[paths[i].name] == 1 else str(paths[i])
+                panels[i] = replace(panel, name=name)
+            _write_report(args, list(panels.values()), list(failures.values()))
+    # The first process speaks for all: `torchrun` stops the others when one fails.
+    return 2 if failures and processes.rank() == 0 else 0
+
+
+def _of_all(found: dict[int, T]) -> dict[int, T]:
+    """What the processes have found, by the number of the image."""
+    return dict(sorted(chain.from_iterable(part.items() for part in processes.gather(found))))
 
 
 def _write_report(
@@ -162,14 +215,8 @@ def _write_report(
         say(f"No image was explained: {args.html} is not written.")
         return
     seen = panels[0].name if len(panels) == 1 else f"{len(panels)} images"
-    page = render(
-        [Section(args.model, panels, notes=failures)],
-        title=f"What {args.model} sees in {seen}",
-        settings=settings_of(args),
-        command=args.line,
-    )
-    save_text(page, args.html)
-    say(f"The report is {args.html}.")
+    section = Section(args.model, panels, notes=failures)
+    save_report(args, [section], f"What {args.model} sees in {seen}")
 
 
 def _explain_image(
@@ -179,9 +226,12 @@ def _explain_image(
     question: Question,
     args: argparse.Namespace,
     device: torch.device,
-    panels: list[Panel],
-) -> None:
-    """Explain an image and write what is found; what a report shows of it is added to `panels`."""
+) -> tuple[Panel | None, str]:
+    """Explain an image and write what is found.
+
+    Returns:
+        What a report shows of it, if there is one, and what methods it is compared with have failed.
+    """
     image = subject.prepare(read_image(path, subject.channels))
     inputs = image[None].to(device)
     with torch.no_grad():
@@ -196,11 +246,17 @@ def _explain_image(
         return [relevance[0].detach().cpu() for relevance in found]
 
     try:
-        maps = {"abslrp": explained(question.contrast)}
-        alone = explained(None) if args.html is not None and question.contrast is not None else None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            maps = {"abslrp": explained(question.contrast)}
+        wanted = args.html is not None and question.contrast is not None
+        alone = explained(None) if wanted else None
     except UnsupportedCallError as error:
         raise UserError(f"{path}: {error}") from error
 
+    doubts = list(dict.fromkeys(str(warning.message) for warning in caught))
+    for doubt in doubts:
+        complain(f"{path}: {doubt}", kind="warning")
     trouble: list[str] = []
     for name in dict.fromkeys(args.compare):
         try:
@@ -216,34 +272,58 @@ def _explain_image(
         rather = f" rather than {subject.label(question.contrast)}"
     classes = [subject.label(target) for target in targets]
     figure = _explanation(path.name, subject.show(image), maps, classes, chances, rather)
-    save_figure(figure, with_suffix(output, ".png"))
     raw = torch.stack(maps["abslrp"]) if question.top is not None else maps["abslrp"][0]
     save_array(raw, with_suffix(output, ".npy"))
+    # The figure comes last: where it is, the image is done.
+    save_figure(figure, with_suffix(output, ".png"), {NOTE: _note(path, args)})
     found = ", ".join(f"{name} {p}" for name, p in zip(classes, chances, strict=True))
     say(f"{path}: {found} -> {with_suffix(output, '.png')}")
+    panel = None
     if args.html is not None:
-        panels.append(
-            Panel(
-                path.name if _is_only(path.name, args.images) else str(path),
-                subject.show(image),
-                classes,
-                _views(maps, alone),
-                [float(probabilities[t]) for t in targets],
-                contrast=_in_words(question.contrast, subject),
-            )
+        panel = Panel(
+            path.name,
+            subject.show(image).mul(255).round().byte(),
+            classes,
+            _views(maps, alone),
+            [float(probabilities[t]) for t in targets],
+            contrast=_in_words(question.contrast, subject),
+            notes=doubts,
         )
-    if trouble:
-        raise UserError(f"{path}: {'; '.join(trouble)}")
+    return panel, f"{path}: {'; '.join(trouble)}" if trouble else ""
 
 
-def _is_only(name: str, paths: Sequence[Path]) -> bool:
-    return sum(path.name == name for path in paths) == 1
+def _note(path: Path, args: argparse.Namespace) -> str:
+    """What a figure tells of how it was made, so that it can be made again."""
+    asked = {
+        name: getattr(args, name)
+        for name in ("model", "target", "top", "contrast", "normalization", "compare")
+    }
+    checkpoint = args.checkpoint and str(args.checkpoint.resolve())
+    settings = {"image": str(path.resolve()), **asked, "checkpoint": checkpoint}
+    return json.dumps({**settings, "captum-abslrp": __version__})
+
+
+def _is_done(path: Path, output: Path, args: argparse.Namespace) -> bool:
+    """Whether an image has been explained as it is asked for now."""
+    from PIL import Image
+
+    figure, raw = with_suffix(output, ".png"), with_suffix(output, ".npy")
+    try:
+        if not raw.exists() or figure.stat().st_mtime < path.stat().st_mtime:
+            return False
+        with Image.open(figure) as image:
+            return image.info.get(NOTE) == _note(path, args)
+    except OSError:
+        return False
 
 
 def _views(
     maps: dict[str, list[Tensor]], alone: list[Tensor] | None
 ) -> dict[str, Sequence[Tensor | None]]:
-    """What a report shows of each class; `alone` are its maps without a contrast, if there is one."""
+    """What a report shows of each class, (H, W) per map; `alone` are its maps without a contrast, if there
+    is one."""
+    maps = {name: [relevance.sum(0) for relevance in of_method] for name, of_method in maps.items()}
+    alone = None if alone is None else [relevance.sum(0) for relevance in alone]
     ours, *_ = maps.values()
     others = {name: of_method for name, of_method in maps.items() if name != "abslrp"}
     if alone is None:

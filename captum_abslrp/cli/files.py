@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch import Tensor
+
+from captum_abslrp import processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+    from captum_abslrp.report import Section
 
 PROGRAM = "captum-abslrp"
 
@@ -38,19 +43,58 @@ def read_image(path: Path, channels: int) -> Image:
         raise UserError(f"{path} could not be read as an image: {reason}") from error
 
 
-def output_names(images: Sequence[Path], out: Path) -> list[str]:
-    """A name per image, ``STEM-abslrp``, numbered where it would hit another output or an input."""
+def image_files(place: Path, passed_over: Path | None = None) -> list[Path]:
+    """The files of a folder and those below that have the ending of an image, in order of their names.
+
+    Args:
+        passed_over: a folder whose files are left out.
+    """
+    from PIL import Image
+
+    Image.init()
+    endings = set(Image.registered_extensions())
+    left_out = passed_over and passed_over.resolve()
+    return sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(place, followlinks=True)
+        if left_out is None or not Path(folder).resolve().is_relative_to(left_out)
+        for name in names
+        if Path(name).suffix.lower() in endings
+    )
+
+
+def all_image_files(given: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
+    """The images that are given, and those in folders that are given, each with the folder under `out`
+    that its outputs go to."""
+    files: list[tuple[Path, Path]] = []
+    for path in given:
+        if not path.is_dir():
+            files.append((path, Path()))
+            continue
+        found = image_files(path, out)
+        if not found:
+            raise UserError(f"Expected {path} to be a folder with images, but got one without.")
+        files += [(file, file.relative_to(path).parent) for file in found]
+    return files
+
+
+def output_names(images: Sequence[tuple[Path, Path]], out: Path) -> list[Path]:
+    """A name per image, ``FOLDER/STEM-abslrp``, numbered where it would hit another output or an input."""
     # Case is ignored, as some file systems do.
-    inputs = {str(path.resolve()).casefold() for path in images}
+    inputs = {str(path.resolve()).casefold() for path, _ in images}
     taken: set[str] = set()
+    last: dict[str, int] = {}
     names = []
-    for path in images:
-        number = 1
-        name = f"{path.stem}-abslrp"
-        while name.casefold() in taken or _hits(out / name, inputs):
+    for path, place in images:
+        plain = place / f"{path.stem}-abslrp"
+        key = str(plain).casefold()
+        number = last.get(key, 0) + 1
+        name = plain if number == 1 else place / f"{path.stem}-{number}-abslrp"
+        while str(name).casefold() in taken or _hits(out / name, inputs):
             number += 1
-            name = f"{path.stem}-{number}-abslrp"
-        taken.add(name.casefold())
+            name = place / f"{path.stem}-{number}-abslrp"
+        last[key] = number
+        taken.add(str(name).casefold())
         names.append(name)
     return names
 
@@ -75,43 +119,68 @@ def folder(path: Path) -> Path:
     return path
 
 
-def html_file(path: Path | None) -> Path | None:
-    """Where a report goes, checked before anything else is done."""
+def html_file(path: Path | None) -> None:
+    """Check where a report goes, before anything else is done; `written` makes the folder."""
     if path is None:
-        return None
+        return
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"Expected `--html` to be a file that ends in .html, but got {path}.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "Is a directory" if path.is_dir() else "Permission denied"
-        raise UserError(f"{path} could not be written: {reason}")
-    return path
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if path.is_dir():
+        reason = "Is a directory"
+    elif there != path and not there.is_dir():
+        reason = f"{there} is not a directory"
+    elif not os.access(there, os.W_OK):
+        reason = "Permission denied"
+    else:
+        return
+    raise UserError(f"{path} could not be written: {reason}")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place when it is whole; until then what is there stays."""
+    target = Path(os.path.realpath(path))  # a link stays one
+    part = target.with_name(f".{target.name}.part")
     try:
-        figure.savefig(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        try:
+            with part.open("wb") as file:
+                yield file
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from error
+        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def save_figure(figure: Figure, path: Path, notes: dict[str, str] | None = None) -> None:
+    """Write a figure as PNG; `notes` are texts in the file."""
+    with written(path) as file:
+        figure.savefig(file, format="png", metadata=notes)
 
 
 def save_text(text: str, path: Path) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from error
+    with written(path) as file:
+        file.write(text.encode())
 
 
 def save_array(values: Tensor, path: Path) -> None:
     import numpy as np
 
-    try:
-        np.save(path, values.numpy())
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from error
+    with written(path) as file:
+        np.save(file, values.numpy())
+
+
+def save_report(args: argparse.Namespace, sections: Sequence[Section], title: str) -> None:
+    """Write the report of a command to where it was asked for."""
+    from captum_abslrp.report import render
+
+    page = render(sections, title=title, settings=settings_of(args), command=args.line)
+    save_text(page, args.html)
+    say(f"The report is {args.html}.")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
@@ -143,19 +212,22 @@ def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[
     from tqdm import tqdm
 
     steps = list(items)
+    show = show and processes.rank() == 0
     yield from tqdm(steps, unit=f" {unit}", file=sys.stderr, disable=not show)
 
 
 def say(text: str) -> None:
+    """Tell the user; where several processes share the work, the first one speaks."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)
+    if processes.rank() == 0:
+        tqdm.write(text, file=sys.stdout)
 
 
-def complain(error: UserError) -> None:
+def complain(error: UserError | str, kind: str = "error") -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    tqdm.write(f"{PROGRAM}: {kind}: {error}", file=sys.stderr)
 
 
 def did_you_mean(near: Sequence[str]) -> str:

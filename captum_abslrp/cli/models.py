@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from captum_abslrp import demo
+from captum_abslrp import demo, processes
 from captum_abslrp.cli.files import UserError, did_you_mean, first_line, quiet
 from captum_abslrp.visualization import denormalize
 
@@ -41,7 +41,7 @@ class Subject:
 
 def find_device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
+        device = processes.own_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]

@@ -2,7 +2,7 @@
 
 A form takes the :class:`~captum_abslrp.interception.Call` and the arguments of the call, as the
 function that is called declares them, and returns an
-:class:`~captum_abslrp.interception.Answer`. The mathematics is in :mod:`captum_abslrp.functional`; what
+:class:`~captum_abslrp.rules.Answer`. The mathematics is in :mod:`captum_abslrp.functional`; what
 is said here is what each call computes, what is kept for the backward pass, and which of the arguments
 receive relevance. Each module ends with tables from the names of calls to their forms.
 """

@@ -152,10 +152,14 @@ class Comparison:
                 rows[name]["seconds_per_image"] = scores.seconds_per_image
         return pandas.DataFrame.from_dict(rows, orient="index")
 
+    def to_json(self) -> str:
+        """All values as JSON."""
+        table = {name: scores_to_json(scores) for name, scores in self.methods.items()}
+        return json.dumps(table, indent=1)
+
     def save(self, path: str | Path) -> None:
         """Write all values as JSON."""
-        table = {name: scores_to_json(scores) for name, scores in self.methods.items()}
-        Path(path).write_text(json.dumps(table, indent=1), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:

@@ -1,7 +1,8 @@
 """Scores of attributors over many mosaics, written to disk as they come: a run that is stopped goes on.
 
 The unit of work is one attributor on one mosaic. What is drawn by chance for a mosaic depends on the
-seed and the number of the mosaic alone, so that the scores do not depend on how often a run was stopped.
+seed and the number of the mosaic alone, so that the scores do not depend on how often a run was stopped,
+nor on how many processes shared the work.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from captum.attr import Attribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_abslrp import processes
 from captum_abslrp.metrics.comparison import (
     Comparison,
     MethodScores,
@@ -43,6 +45,11 @@ class Evaluation:
 
     The folder holds ``settings.json``, what the scores depend on, and ``scores.jsonl``, one line per
     mosaic and attributor. Nothing else in it is touched.
+
+    Where ``torch.distributed`` is initialised, the processes share the mosaics: each of them makes the
+    evaluation and calls :meth:`run`, which returns the whole table in each. Process n > 0 writes to
+    ``scores-n.jsonl`` in the folder, which all must see. A run may be resumed by another number of
+    processes.
 
     Args:
         folder: where to write; made if it is not there.
@@ -103,6 +110,7 @@ class Evaluation:
         self.skipped: dict[int, str] = {}
         """Why an image could not be read, by its number."""
         self._scores: dict[tuple[int, str], MethodScores] = {}
+        self._written: list[dict[str, Any]] = []
         settings = {
             **(description or {}),
             "images": len(images),
@@ -110,52 +118,24 @@ class Evaluation:
             "seed": seed,
             **self.options,
         }
-        self._open(Path(folder), json.loads(json.dumps(settings)), resume)
+        folder, rank = Path(folder), processes.rank()
+        self._path = folder / (f"scores-{rank}.jsonl" if rank else "scores.jsonl")
+        self._add(processes.from_first(lambda: _open(folder, settings, resume)))
 
-    def _open(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "scores.jsonl"
-        described = folder / "settings.json"
-        if self._path.exists() and not resume:
-            raise FileExistsError(
-                f"Expected `folder` to be without scores, but got {folder}, which has some: "
-                f"resume, or choose another folder."
-            )
-        if not self._path.exists():
-            described.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            return
-        stored = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
-        for name in {**settings, **stored}:
-            if stored.get(name) != settings.get(name):
-                raise ValueError(
-                    f"Expected {name} to be {stored.get(name)!r}, as for the scores in {folder}, "
-                    f"but got {settings.get(name)!r}: choose another folder."
-                )
-        self._read()
-
-    def _read(self) -> None:
-        content = self._path.read_bytes()
-        whole, newline, torn = content.rpartition(b"\n")
-        if torn:
-            # The run was stopped while it wrote this line.
-            os.truncate(self._path, len(whole) + len(newline))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                if "skipped" in entry:
-                    self.skipped[entry["skipped"]] = entry["reason"]
-                else:
-                    scores = scores_from_json(entry["scores"])
+    def _add(self, entries: Iterable[dict[str, Any]]) -> None:
+        for entry in entries:
+            if "skipped" in entry:
+                self.skipped[entry["skipped"]] = entry["reason"]
+            else:
+                scores = scores_from_json(entry["scores"])
+                known = self._scores.get((entry["mosaic"], entry["method"]))
+                if known is None or known.failure is not None:
                     self._scores[entry["mosaic"], entry["method"]] = scores
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"Expected line {number} of {self._path} to hold scores, but got "
-                    f"{line[:80].decode(errors='replace')!r}: remove the line and resume."
-                ) from error
 
     def _write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        self._written.append(entry)
 
     def run(
         self,
@@ -179,17 +159,20 @@ class Evaluation:
             ValueError: if fewer than four images can be read.
         """
         plan = plan_mosaics(self.labels, n_mosaics, self.seed)
+        undone = [n for n in range(n_mosaics) if self._missing(n, explanation_funcs)]
         failed: set[str] = set()
-        bar = tqdm(total=n_mosaics * len(explanation_funcs), disable=not show_progress)
-        with bar:
-            for number, chosen in enumerate(plan):
-                missing = [name for name in explanation_funcs if not self._is_done(number, name)]
+        with tqdm(
+            total=n_mosaics * len(explanation_funcs),
+            initial=(n_mosaics - len(undone)) * len(explanation_funcs),
+            disable=not show_progress or processes.rank() > 0,
+        ) as bar:
+            for number in processes.share(undone):
                 setting = None
-                for name in missing:
+                for name in self._missing(number, explanation_funcs):
                     if name in failed:
                         continue
                     bar.set_postfix_str(f"mosaic {number + 1}, {name}")
-                    setting = self.setting(number, chosen) if setting is None else setting
+                    setting = self.setting(number, plan[number]) if setting is None else setting
                     scores = score_method(
                         setting,
                         self.forward_func,
@@ -201,8 +184,16 @@ class Evaluation:
                     self._scores[number, name] = scores
                     entry = {"mosaic": number, "method": name, "scores": scores_to_json(scores)}
                     self._write(entry)
-                bar.update(len(explanation_funcs))
+                # The others are about as far.
+                bar.update(min(len(explanation_funcs) * processes.count(), bar.total - bar.n))
+        for entries in processes.gather(self._written):
+            self._add(entries)
+        self._written = []
+        self.skipped = dict(sorted(self.skipped.items()))
         return self.comparison(explanation_funcs, n_mosaics)
+
+    def _missing(self, mosaic: int, methods: Iterable[str]) -> list[str]:
+        return [name for name in methods if not self._is_done(mosaic, name)]
 
     def _is_done(self, mosaic: int, method: str) -> bool:
         scores = self._scores.get((mosaic, method))
@@ -266,6 +257,60 @@ class Evaluation:
                 self.skipped[index] = str(error)
                 self._write({"skipped": index, "reason": str(error)})
             return None
+
+
+def _open(folder: Path, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
+    """What is written in a folder already, which is ready for these settings then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(settings))
+    described = folder / "settings.json"
+    paths = sorted(folder.glob("scores*.jsonl"))
+    if paths and not resume:
+        raise FileExistsError(
+            f"Expected `folder` to be without scores, but got {folder}, which has some: "
+            f"resume, or choose another folder."
+        )
+    if not paths:
+        described.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return []
+    stored = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+    for name in {**settings, **stored}:
+        if stored.get(name) != settings.get(name):
+            raise ValueError(
+                f"Expected {name} to be {stored.get(name)!r}, as for the scores in {folder}, "
+                f"but got {settings.get(name)!r}: choose another folder."
+            )
+    return [entry for path in paths for entry in _read(path)]
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of scores; one that was not written to its end is removed."""
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        # The run was stopped while it wrote this line.
+        os.truncate(path, len(whole) + len(newline))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            _check(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Expected line {number} of {path} to hold scores, but got "
+                f"{line[:80].decode(errors='replace')!r}: remove the line and resume."
+            ) from error
+        yield entry
+
+
+def _check(entry: dict[str, Any]) -> None:
+    """Raise where a line is not as :class:`Evaluation` writes them."""
+    wanted = (
+        {"skipped": int, "reason": str} if "skipped" in entry else {"mosaic": int, "method": str}
+    )
+    for name, kind in wanted.items():
+        if not isinstance(entry[name], kind):
+            raise TypeError(name)
+    if "skipped" not in entry:
+        scores_from_json(entry["scores"])
 
 
 def plan_mosaics(labels: Sequence[int], n_mosaics: int, seed: int) -> list[list[int]]:

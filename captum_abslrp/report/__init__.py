@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from captum_abslrp.visualization import (
     Array,
@@ -207,12 +208,21 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
         }
 
     pairs = {}
-    if TARGET in maps:
-        for a, b in permutations(range(count), 2):
-            first, second = maps[TARGET][a], maps[TARGET][b]
-            if first is not None and second is not None:
-                what = f"{panel.classes[a]} rather than {panel.classes[b]}"
-                pairs[f"{a} {b}"] = shown(first - second, what)
+    notes = list(panel.notes)
+    for a, b in permutations(range(count) if TARGET in maps else (), 2):
+        first, second = maps[TARGET][a], maps[TARGET][b]
+        if first is None or second is None:
+            continue
+        what = f"{panel.classes[a]} rather than {panel.classes[b]}"
+        pairs[f"{a} {b}"] = shown(first - second, what)
+        total = np.abs(first).sum() + np.abs(second).sum()
+        if (
+            a < b
+            and 0 < np.abs(first - second).sum() < 100 * _precision(panel.maps[TARGET][a]) * total
+        ):
+            notes.append(
+                f"{what}: the maps of the two are so alike that their difference is rounding."
+            )
     return {
         "name": panel.name,
         "picture": _data_url(_png((picture * 255).round().astype(np.uint8))),
@@ -229,8 +239,17 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
             for view, of_view in maps.items()
         },
         "pairs": pairs,
-        "notes": list(panel.notes),
+        "notes": notes,
     }
+
+
+def _precision(values: Array | None) -> float:
+    """The smallest relative difference that the numbers of a map can express."""
+    if isinstance(values, np.ndarray):
+        return float(np.finfo(values.dtype).eps) if values.dtype.kind == "f" else 0.0
+    return (
+        torch.finfo(values.dtype).eps if values is not None and values.is_floating_point() else 0.0
+    )
 
 
 def _name_of_view(view: str, contrast: str) -> str:
@@ -243,20 +262,29 @@ def _name_of_view(view: str, contrast: str) -> str:
 
 
 def _in_words(relevance: npt.NDArray[np.float64]) -> str:
-    """What a map shows, for those who do not see it: where most of what speaks for the class is."""
-    positive, total = relevance.clip(0), np.abs(relevance).sum()
+    """What a map shows, for those who do not see it: how much is for the class or against it, and where."""
+    total = np.abs(relevance).sum()
     if total == 0:
         return "no relevance"
-    share = positive.sum() / total
-    if share == 0:
-        return "all of the relevance is negative"
-    rows = np.array_split(positive, 3, axis=0)
+    parts = []
+    for name, part in (("positive", relevance.clip(0)), ("negative", (-relevance).clip(0))):
+        share = part.sum() / total
+        if share > 0:
+            most, place = _largest_cell(part)
+            parts.append(
+                f"{share:.0%} of the relevance is {name}, the largest part of it ({most:.0%}) in the {place}"
+            )
+    return "; ".join(parts)
+
+
+def _largest_cell(values: npt.NDArray[np.float64]) -> tuple[float, str]:
+    """The share of the ninth of a map that holds most, and where it is."""
+    rows = np.array_split(values, 3, axis=0)
     cells = np.array([[cell.sum() for cell in np.array_split(row, 3, axis=1)] for row in rows])
     row, column = np.unravel_index(int(cells.argmax()), cells.shape)
     names = [["upper left", "upper middle", "upper right"], ["middle left", "centre", "middle right"],
              ["lower left", "lower middle", "lower right"]]  # fmt: skip
-    most = cells[row, column] / positive.sum()
-    return f"{share:.0%} of the relevance is positive, most of it ({most:.0%}) in the {names[row][column]}"
+    return float(cells[row, column] / values.sum()), names[row][column]
 
 
 LEVELS = 63

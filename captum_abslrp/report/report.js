@@ -31,6 +31,7 @@ let count = 0;
 function panel(given) {
   const id = `panel${count++}`;
   const has = (view) => given.views.includes(view);
+  const comparable = has("difference") ? "difference" : "target";
   const usual = has("difference") ? "difference" : given.views[0];
   const first = given.maps[usual][0] ? usual : given.views.find((view) => given.maps[view][0]) ?? usual;
   const views = [first, ...given.views.filter((view) => view !== first)];
@@ -45,14 +46,20 @@ function panel(given) {
   const caption = element("figcaption", { "aria-live": "polite" });
   const least = element("span");
   const most = element("span");
+  const scale = element(
+    "div",
+    { class: "scale" },
+    least,
+    element("img", { src: data.scale, alt: "Colours from against (blue) to for the class (red)" }),
+    most,
+  );
   const missing = element("p", { class: "missing", hidden: true }, "There is no such map.");
 
   /** The map of the present choice, and its name. Of two classes it is the one without the other. */
   function current() {
     const name = given.classes[state.class];
     const of = (view, i) => given.maps[view][i];
-    const isDifference = state.view === (has("difference") ? "difference" : "target");
-    if (isDifference && state.rival !== null) {
+    if (state.view === comparable && state.rival !== null) {
       return [given.pairs[`${state.class} ${state.rival}`], `${name} rather than ${rival()}`];
     }
     if (state.view === "contrast") {
@@ -66,6 +73,7 @@ function panel(given) {
     const [map, name] = current();
     overlay.hidden = !map;
     missing.hidden = Boolean(map);
+    scale.hidden = !map;
     if (map) {
       overlay.src = map.src;
       overlay.alt = map.alt;
@@ -115,7 +123,7 @@ function panel(given) {
     given.classes.forEach((name, i) => against.append(element("option", { value: String(i) }, name)));
     against.addEventListener("change", () => {
       state.rival = against.value === "" ? null : Number(against.value);
-      if (ofViews) ofViews.querySelectorAll("input")[views.indexOf(usual)].click();
+      if (ofViews) ofViews.querySelectorAll("input")[views.indexOf(comparable)].click();
       show();
     });
   }
@@ -136,13 +144,6 @@ function panel(given) {
     against && element("p", {}, element("label", { for: against.id }, "rather than "), against),
     ofViews,
     element("p", {}, element("label", { class: "slider" }, "Opacity of the map ", slider, shown)),
-  );
-  const scale = element(
-    "div",
-    { class: "scale" },
-    least,
-    element("img", { src: data.scale, alt: "Colours from against (blue) to for the class (red)" }),
-    most,
   );
   const article = element(
     "article",
@@ -213,7 +214,7 @@ const settings = Object.entries(data.settings).flatMap(([name, value]) => [
   element("dd", {}, value),
 ]);
 document.querySelector("footer").append(
-  element("h2", {}, "To repeat it"),
+  element("h2", {}, "How to reproduce this report"),
   data.command && element("pre", {}, element("code", {}, data.command)),
   element("dl", {}, ...settings),
   element("h2", {}, "Keys"),

@@ -1,0 +1,107 @@
+"""Work that is shared by the processes of ``torch.distributed``, where it is initialised.
+
+What is exchanged are small Python objects (scores, paths, messages), never tensors of the model. Without
+``torch.distributed`` everything here is what one process does alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+__all__ = ["count", "from_first", "gather", "own_device", "rank", "share", "started"]
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others, which may have much more left to do. One that has died is
+noticed at once: its connection is closed."""
+
+_group: Any = None
+"""What objects are exchanged in; None for the default group."""
+
+
+@contextmanager
+def started() -> Iterator[None]:
+    """The processes that ``torchrun`` has started, connected with each other; else this one alone.
+
+    Example:
+        >>> with started():
+        ...     share([1, 2, 3])
+        [1, 2, 3]
+    """
+    described = all(name in os.environ for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"))
+    if not described or os.environ["WORLD_SIZE"] == "1" or _initialised():
+        yield
+        return
+    global _group
+    distributed.init_process_group()  # gloo for the host and, where there is a GPU, NCCL
+    _group = distributed.new_group(timeout=PATIENCE, backend="gloo")
+    try:
+        yield
+    finally:
+        _group = None
+        distributed.destroy_process_group()
+
+
+def _initialised() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return distributed.get_rank() if _initialised() else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if _initialised() else 1
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """What of some work is this process's: every item is one process's."""
+    return items[rank() :: count()]
+
+
+def gather(value: T) -> list[T]:
+    """The value of each process, in order of their numbers, for all of them."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value, group=_group)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process makes, for all of them; what it raises is raised in all of them."""
+    if count() == 1:
+        return make()
+    result: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = make()
+        except Exception as error:  # raised below, in each process
+            result[1] = error
+    distributed.broadcast_object_list(result, group=_group)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: where CUDA is asked for, each process of a machine has its own GPU.
+
+    Example:
+        >>> own_device(torch.device("cpu"))
+        device(type='cpu')
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index is None and local is not None:
+        return torch.device("cuda", int(local))
+    return device
