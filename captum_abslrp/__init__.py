@@ -5,6 +5,7 @@
 """
 
 from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.diagnostics import trace_relevance
 from captum_abslrp.inspection import inspect_rules
 from captum_abslrp.interception import UnsupportedCallError
 from captum_abslrp.layer import LayerAbsLRP
@@ -17,6 +18,7 @@ __all__ = [
     "inspect_rules",
     "register_call_rule",
     "register_mapping",
+    "trace_relevance",
     "__version__",
 ]
 

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -29,6 +30,7 @@ from captum_abslrp.contrast import (
     expand_target,
     target_seed,
 )
+from captum_abslrp.diagnostics import Watch
 from captum_abslrp.interception import Interception, UnsupportedCallError
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
@@ -37,8 +39,11 @@ from captum_abslrp.steps import is_answered
 
 __all__ = ["AbsLRP"]
 
-Forward = Callable[[Sequence[Tensor], tuple[Any, ...]], tuple[Tensor, Sequence[Tensor]]]
-"""From inputs and further arguments to the output and the tensors that relevance is asked for."""
+Forward = Callable[
+    [Sequence[Tensor], tuple[Any, ...], Watch | None], tuple[Tensor, Sequence[Tensor]]
+]
+"""From inputs, further arguments and who looks at the calls, to the output and the tensors that relevance is
+asked for."""
 
 
 class AbsLRP(GradientAttribution):
@@ -127,6 +132,7 @@ class AbsLRP(GradientAttribution):
         combine: str = "difference",
         internal_batch_size: int | str | None = None,
         return_convergence_delta: bool = False,
+        check_finite: bool = False,
     ) -> Any:
         r"""Attribute the target's output to the elements of the inputs.
 
@@ -149,6 +155,8 @@ class AbsLRP(GradientAttribution):
             internal_batch_size: how many samples are run at a time, at most; None runs all at once,
                 ``"auto"`` as many as fit into half of the free memory, by what one sample keeps.
             return_convergence_delta: whether to return the delta, too.
+            check_finite: look at what every call makes, forward and back, which takes time (on a GPU most
+                of all). On the host this is done by itself where a map is not finite.
 
         Returns:
             Relevance shaped like ``inputs``, same dtype and device, without history; its unit is the
@@ -156,12 +164,12 @@ class AbsLRP(GradientAttribution):
             lost. With ``return_convergence_delta`` a pair of it and the delta, of shape (B,): the sum
             of the relevance of all inputs less that of the seeds (1, or 0 for a difference).
 
-        Nothing waits for a GPU: what would have to be looked at there is not checked. Targets are best
-        given as ints or on the host.
+        Nothing waits for a GPU: what would have to be looked at there is not checked, unless
+        ``check_finite`` asks for it. Targets are best given as ints or on the host.
 
         Warns:
-            UserWarning: if a layer is in training mode, or (on the host) if the maps of target and
-                contrast are so alike that their difference is rounding.
+            UserWarning: if a layer is in training mode, or (on the host) if no relevance reaches the
+                inputs, or the maps of target and contrast are so alike that their difference is rounding.
 
         Raises:
             TypeError: if inputs or target are not of a type that is listed here, or the model does
@@ -169,6 +177,8 @@ class AbsLRP(GradientAttribution):
             ValueError: if inputs are not finite (on the host; elsewhere their maps are not either) or
                 have no batch dimension, or the target does not fit the output.
             IndexError: if the target is out of range.
+            FloatingPointError: if a map is not finite (on the host, or with ``check_finite``); the call
+                that made the first value that is not is named.
             UnsupportedCallError: if the model makes a call that has no rule; it is named.
 
         Example:
@@ -184,7 +194,8 @@ class AbsLRP(GradientAttribution):
             contrast,
             combine,
             internal_batch_size,
-            forward=lambda leaves, extra: (self._forward(leaves, extra), leaves),
+            forward=self._to_inputs,
+            watch=Watch(finite=True) if check_finite else None,
         )
         relevances = tuple(torch.cat(parts) for parts in zip(*(r for r, _ in chunks), strict=True))
         attributions = relevances if isinstance(inputs, tuple) else relevances[0]
@@ -202,6 +213,26 @@ class AbsLRP(GradientAttribution):
     def multiplies_by_inputs(self) -> bool:
         return True
 
+    def explain_watched(
+        self, inputs: Any, target: Target, additional_forward_args: Any, watch: Watch
+    ) -> None:
+        """Explain the target alone while every call is looked at; arguments as for :meth:`attribute`."""
+        self._explain(
+            inputs,
+            target,
+            additional_forward_args,
+            None,
+            "difference",
+            None,
+            forward=self._to_inputs,
+            watch=watch,
+        )
+
+    def _to_inputs(
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        return self._forward(leaves, extra, watch), leaves
+
     def _explain(
         self,
         inputs: Any,
@@ -212,6 +243,7 @@ class AbsLRP(GradientAttribution):
         internal_batch_size: int | str | None,
         *,
         forward: Forward,
+        watch: Watch | None,
     ) -> list[tuple[list[Tensor], float]]:
         """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
         given: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -250,7 +282,7 @@ class AbsLRP(GradientAttribution):
                 leaves, others = tuple(map(part, given)), tuple(map(part, extra))
                 try:
                     chunk = self._explain_chunk(
-                        leaves, part(targets), others, part(contrasts), combine, forward
+                        leaves, part(targets), others, part(contrasts), combine, forward, watch
                     )
                 except Exception as error:  # raised again, unless it says that memory was short
                     if not (automatic and step > 1 and is_out_of_memory(error)):
@@ -283,17 +315,28 @@ class AbsLRP(GradientAttribution):
         contrast: Any,
         combine: str,
         forward: Forward,
+        watch: Watch | None,
     ) -> tuple[list[Tensor], float]:
         """Relevance of what is explained, and the sum per sample that it started with, of samples
         that are run together."""
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
             leaves = [x.clone().detach().requires_grad_() for x in inputs]
-            output, explained = forward(leaves, extra)
+            output, explained = forward(leaves, extra, watch)
             values = output.detach()
             seed = target_seed(values, target)
             held_against = contrast_seed(values, seed, contrast)
             seeds = [seed] if held_against is None else [seed, held_against]
             relevances = propagate(output, explained, torch.stack(seeds), positive=True)
+            if on_host(torch.stack([r.isfinite().all() for r in relevances]).all()) is False:
+                if watch is None:  # once more, to find the call
+                    watch = Watch(finite=True)
+                    self._explain_chunk(inputs, target, extra, contrast, combine, forward, watch)
+                raise FloatingPointError(
+                    "Expected the map to be finite, but got NaN or infinite values, though those of all "
+                    "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
+                )
+            if watch is None:
+                _warn_of_nothing([r[0] for r in relevances])
             if held_against is None:
                 return [r[0] for r in relevances], 1.0
             pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
@@ -302,7 +345,9 @@ class AbsLRP(GradientAttribution):
                 return [r - o for r, o in pairs], 0.0
             return [r.where(r > o, 0) for r, o in pairs], 1.0
 
-    def _forward(self, leaves: Sequence[Tensor], extra: tuple[Any, ...]) -> Tensor:
+    def _forward(
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None = None
+    ) -> Tensor:
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
         interception = Interception(
             None if self.mapping is None else self.mapping.rule_of_call,
@@ -310,6 +355,7 @@ class AbsLRP(GradientAttribution):
             model=self.model,
             joint=self.normalization == "joint",
             total=TOTAL,
+            watch=watch,
         )
         output = self.run(leaves, extra, interception)
         for node in unseen_nodes(output):
@@ -352,6 +398,18 @@ class AbsLRP(GradientAttribution):
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
         return output
+
+
+def _warn_of_nothing(relevances: Sequence[Tensor]) -> None:
+    """Warn where all relevance of the target was lost on the way."""
+    found = torch.stack([r.any() for r in relevances]).any()
+    if on_host(found) is False:
+        warnings.warn(
+            "No relevance of the target has reached what is explained: it stayed with constants of the model "
+            "(biases), the inputs are zero, or values have left the range of their dtype. "
+            "`captum_abslrp.trace_relevance` tells at which call.",
+            stacklevel=7,
+        )
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -550,30 +608,63 @@ def _differs_in_training(module: nn.Module) -> bool:
     return isinstance(module, known) or type(module).__name__.startswith("Drop")
 
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a model changes of itself as it runs: statistics, counters, stored activations."""
-    modules = list(model.modules())
-    tables = [t for m in modules for t in (m.__dict__, m._buffers, m._parameters)]
-    entries = [dict(table) for table in tables]
-    saved = [
-        (buffer, buffer.clone(), buffer._version, module.training)
-        for module in modules
-        for buffer in module.buffers(recurse=False)
-        if not buffer.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        for table, before in zip(tables, entries, strict=True):
-            if len(table) != len(before) or any(table[k] is not v for k, v in before.items()):
+class _Snapshot:
+    """What a model holds, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.tables = [t for m in modules for t in (m.__dict__, m._buffers, m._parameters)]
+        self.entries = [dict(table) for table in self.tables]
+        self.buffers = [
+            (buffer, buffer.clone(), buffer._version, module.training)
+            for module in modules
+            for buffer in module.buffers(recurse=False)
+            if not buffer.is_inference()
+        ]
+        self.users = 0
+
+    def put_back(self) -> None:
+        for table, before in zip(self.tables, self.entries, strict=True):
+            # Entry by entry: another thread may be looking.
+            for key in [key for key in table if key not in before]:
+                del table[key]
+            for key, value in before.items():
+                if key not in table or table[key] is not value:
+                    table[key] = value
+            if list(table) != list(before):  # in the order that state dicts have
                 table.clear()
                 table.update(before)
         with torch.no_grad():
-            for buffer, value, version, training in saved:
+            for buffer, value, version, training in self.buffers:
                 # Batch norm updates its statistics without telling the version.
                 if training or buffer._version != version:
                     buffer.copy_(value)
+
+
+_SNAPSHOTS: weakref.WeakKeyDictionary[nn.Module, _Snapshot] = weakref.WeakKeyDictionary()
+_SNAPSHOTS_LOCK = threading.Lock()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back what a model changes of itself as it runs: statistics, counters, stored activations.
+
+    Threads that run one model at a time share what was there before the first of them; the last one puts
+    it back.
+    """
+    with _SNAPSHOTS_LOCK:
+        snapshot = _SNAPSHOTS.get(model)
+        if snapshot is None:
+            snapshot = _SNAPSHOTS[model] = _Snapshot(model)
+        snapshot.users += 1
+    try:
+        yield
+    finally:
+        with _SNAPSHOTS_LOCK:
+            snapshot.users -= 1
+            if snapshot.users == 0:
+                del _SNAPSHOTS[model]
+                snapshot.put_back()
 
 
 _MOVING_NODES = re.compile(

@@ -52,6 +52,7 @@ from captum_abslrp.steps import Answer, Kept, Node, Step, is_own, storage_of
 if TYPE_CHECKING:
     from captum.attr._utils.lrp_rules import PropagationRule
 
+    from captum_abslrp.diagnostics import Watch
     from captum_abslrp.mappings import Mapping
     from captum_abslrp.rules import Rule
 
@@ -157,6 +158,7 @@ class Interception(TorchFunctionMode):
         joint: scale the relevance of the inputs of one call together.
         total: sum of relevance of each sample after a call, where each input is scaled on its own.
         result: answer for the one call of a module whose output is known already.
+        watch: looks at every call that is answered.
 
     Attributes:
         fuses: whether calls that are made of others may be answered at once, if it makes no difference.
@@ -171,6 +173,7 @@ class Interception(TorchFunctionMode):
         joint: bool = False,
         total: float = 1.0,
         result: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.find_rule = find_rule
@@ -179,6 +182,7 @@ class Interception(TorchFunctionMode):
         self.fuses = not joint
         self.total = total
         self.result = result
+        self.watch = watch
         self._modules = _ModuleStack(self, model)
         self._kept: dict[int, list[tuple[_Layout, Kept]]] = {}
         self._overwritten: dict[int, int] = {}
@@ -284,7 +288,7 @@ class Interception(TorchFunctionMode):
                         f"a weight or bias that does, too. Use `TwinRule()` for this call, which "
                         f"hands relevance to all of them."
                     )
-        return self.attach(answer)
+        return self.attach(answer, call, rule)
 
     def _without_rule(self, call: Call) -> Any:
         """Refuse a call, unless its result does not depend on its arguments by a gradient."""
@@ -357,9 +361,6 @@ class Interception(TorchFunctionMode):
 
         layer, sources = frame.module, frame.sources
         assert layer is not None and sources is not None
-        if not isinstance(rule, Rule):
-            kept = self.keep(output)
-            return self.attach(answer_by_captum_rule(rule, layer, sources, output, kept))
         call = Call(
             type(layer).__name__,
             layer.forward,
@@ -372,11 +373,15 @@ class Interception(TorchFunctionMode):
             result=output,
             absolute_func=partial(_with_magnitudes, layer),
         )
+        if not isinstance(rule, Rule):
+            kept = self.keep(output)
+            answer = answer_by_captum_rule(rule, layer, sources, output, kept)
+            return self.attach(answer, call, rule)
         with torch.no_grad():
             answer = rule.answer(call)
-        return self.attach(answer)
+        return self.attach(answer, call, rule)
 
-    def attach(self, answer: Answer | Any) -> Any:
+    def attach(self, answer: Answer | Any, call: Call | None = None, rule: Any = None) -> Any:
         """Give the output of a call the history that its rule asks for."""
         if not isinstance(answer, Answer):
             return answer
@@ -414,6 +419,11 @@ class Interception(TorchFunctionMode):
             kept_output() if answer.vanishing else None,
             answer.together,
         )
+        if self.watch is not None and call is not None:
+            sources = answer.sources
+            if answer.kept_sources is not None:  # as they were before the call
+                sources = [kept.as_given() for kept in answer.kept_sources]
+            step.watched = self.watch.answered(call, rule, sources, output, self.batch_size)
         result: Tensor = Node.apply(step, position, [output], *answer.sources)
         if answer.nonnegative:
             self.mark_nonnegative(result)

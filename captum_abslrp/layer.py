@@ -21,6 +21,7 @@ from captum_abslrp.alignment import Misaligned, check_aligned
 from captum_abslrp.attribution import AbsLRP, unwrapped
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.contrast import Contrast, Target
+from captum_abslrp.diagnostics import Watch
 from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.mappings import Mapping
 
@@ -101,12 +102,13 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         attribute_to_layer_input: bool = False,
         call_index: int | None = None,
         internal_batch_size: int | str | None = None,
+        check_finite: bool = False,
     ) -> Any:
         r"""Attribute the target's output to the elements of the layer's output or input.
 
         Args:
-            inputs, target, additional_forward_args, contrast, combine, internal_batch_size: as for
-                :meth:`AbsLRP.attribute`.
+            inputs, target, additional_forward_args, contrast, combine, internal_batch_size, check_finite:
+                as for :meth:`AbsLRP.attribute`.
             attribute_to_layer_input: explain what the layer is given instead of what it returns.
                 That is what goes through the layer: what a shortcut takes past it is not counted.
             call_index: which call of the layer to explain, counted from 0 in the order of the forward
@@ -120,7 +122,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             not depend on the tensor.
 
         Raises:
-            TypeError, IndexError, UnsupportedCallError: as for :meth:`AbsLRP.attribute`.
+            TypeError, IndexError, FloatingPointError, UnsupportedCallError: as for :meth:`AbsLRP.attribute`.
             ValueError: as there; or if the layer is not called, is called more than once without
                 a ``call_index``, or its tensors do not depend on the inputs; or if samples that
                 are not run together are not in the leading dimension of its tensors.
@@ -136,10 +138,10 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         in_order: list[bool] = []
 
         def forward(
-            leaves: Sequence[Tensor], extra: tuple[Any, ...]
+            leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
         ) -> tuple[Tensor, Sequence[Tensor]]:
             with _captured(self.layer, of_input=attribute_to_layer_input) as calls:
-                output = self._forward(leaves, extra)
+                output = self._forward(leaves, extra, watch)
             captured = self._choose(calls, call_index, of_input=attribute_to_layer_input)
             in_order.append(all(_in_order(tensor, len(leaves[0])) for tensor in captured))
             return output, captured
@@ -152,6 +154,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             combine,
             internal_batch_size,
             forward=forward,
+            watch=Watch(finite=True) if check_finite else None,
         )
         parts = [relevances for relevances, _ in chunks]
         if len(parts) == 1:

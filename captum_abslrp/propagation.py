@@ -242,7 +242,8 @@ def _prepare(
             continue
         step: Step = node.step
         step.shared = False
-        if not step.scaled or step.output is not None:
+        traced = step.watched is not None and step.watched.output is not None
+        if not step.scaled or step.output is not None or traced:
             continue
         unscaled = set()
         for i, ((following, _), (_, dtype)) in enumerate(

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from captum_abslrp import functional
+
+if TYPE_CHECKING:
+    from captum_abslrp.diagnostics import Watched
 
 __all__ = ["Answer", "Given", "Kept", "Returned", "Step", "is_answered"]
 
@@ -122,6 +125,8 @@ class Step:
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
     """Sources whose scale does not matter, because what comes next is scaled itself."""
+    watched: Watched | None = None
+    """Who looks at what goes through, if anybody does."""
 
     @property
     def scaled(self) -> bool:
@@ -136,6 +141,8 @@ class Step:
         own = not self.shared
         seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
         totals = [self._total(s) for s in seeds]
+        if self.watched is not None:
+            self.watched.arrives(seeds, stabilised=self.stabilised)
         if self.vanishing is not None:
             functional.stabilise(seeds, self.vanishing())
             self.vanishing = None
@@ -152,6 +159,8 @@ class Step:
         del found
         del rule, seeds
         self._scale(of_seeds, totals)
+        if self.watched is not None:
+            self.watched.hands_on(of_seeds)
         return [
             [shares[i].to(dtype) for shares in of_seeds]
             for i, (_, dtype) in enumerate(self.layouts)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -167,35 +166,3 @@ def test_gradients_of_the_model_are_left_alone() -> None:
     for name, parameter in golden.model.named_parameters():
         assert torch.equal(parameter.grad, before[name]), name
     assert not golden.model.features[0].weight.requires_grad
-
-
-def in_threads(*functions: Callable[[], Tensor]) -> list[Tensor]:
-    results: dict[int, Tensor] = {}
-
-    def run(i: int) -> None:
-        results[i] = functions[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[i] for i in range(len(functions))]
-
-
-def test_threads_that_share_a_model_do_not_meet() -> None:
-    golden = load_golden("resnet_basic")
-    attributor = AbsLRP(golden.model)
-    alone = [attributor.attribute(golden.x, k) for k in range(3)]
-    with torch.no_grad():
-        logits = golden.model(golden.x)
-
-    def plain() -> Tensor:
-        with torch.no_grad():
-            for _ in range(20):
-                output: Tensor = golden.model(golden.x)
-        return output
-
-    together = in_threads(*(lambda k=k: attributor.attribute(golden.x, k) for k in range(3)), plain)
-    for expected, got in zip([*alone, logits], together, strict=True):
-        torch.testing.assert_close(got, expected)

@@ -30,17 +30,33 @@ class UserError(Exception):
 
 
 def read_image(path: Path, channels: int) -> Image:
+    """The picture in a file, upright; the first one of an animation."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             # Cameras turn pictures by a note in the file.
-            upright = ImageOps.exif_transpose(image)
+            upright = _of_eight_bits(ImageOps.exif_transpose(image), image.format)
             return upright.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow answers broken files with each of these.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path} could not be read as an image: {reason}") from error
+
+
+def _of_eight_bits(image: Image, kind: str | None) -> Image:
+    """A picture of 8 bits per channel: Pillow itself cuts off what is beyond 255."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        what = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(
+            f"it holds {what}, whose range is not known: save it with 8 or 16 bits per channel"
+        )
+    return image
 
 
 def image_files(place: Path, passed_over: Path | None = None) -> list[Path]:
@@ -130,7 +146,7 @@ def html_file(path: Path | None) -> None:
         reason = "Is a directory"
     elif there != path and not there.is_dir():
         reason = f"{there} is not a directory"
-    elif not os.access(there, os.W_OK):
+    elif not _is_writable(there):
         reason = "Permission denied"
     else:
         return
@@ -144,7 +160,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
     part = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not os.access(target, os.W_OK):
+        if target.exists() and not _is_writable(target):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         try:
             with part.open("wb") as file:
@@ -154,6 +170,10 @@ def written(path: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def save_figure(figure: Figure, path: Path, notes: dict[str, str] | None = None) -> None:

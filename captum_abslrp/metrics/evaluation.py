@@ -273,7 +273,13 @@ def _open(folder: Path, settings: dict[str, Any], resume: bool) -> list[dict[str
     if not paths:
         described.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         return []
-    stored = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+    try:
+        stored = dict(json.loads(described.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"Expected {described} to hold the settings of the scores beside it, but got "
+            f"{type(error).__name__}: choose another folder."
+        ) from error
     for name in {**settings, **stored}:
         if stored.get(name) != settings.get(name):
             raise ValueError(

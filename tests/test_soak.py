@@ -1,0 +1,79 @@
+"""Hundreds of attributions in a row (two thousand among the slow tests): memory stays flat, and nothing is
+left on."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+
+from captum_abslrp import AbsLRP, LayerAbsLRP
+from captum_abslrp.attribution import _SNAPSHOTS
+
+
+def resident() -> int:
+    """Memory of this process, in bytes."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def live_tensors() -> int:
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+def attributors() -> list[AbsLRP]:
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", dynamic_img_size=True).eval()
+    resnet = timm.create_model("test_resnet").eval()
+    drawn: list[AbsLRP] = []
+    for normalization in ("separate", "joint"):
+        drawn += [AbsLRP(model, normalization=normalization) for model in (vit, resnet)]
+    return [*drawn, LayerAbsLRP(vit, vit.blocks[0]), LayerAbsLRP(resnet, resnet.layer2)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory where Linux has it")
+# Small images with random weights: the classes are hardly told apart.
+@pytest.mark.filterwarnings("ignore:The maps of target and contrast")
+@pytest.mark.parametrize("n", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_attributions_leave_nothing(n: int) -> None:
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    chosen = attributors()
+    before = live_tensors()
+    sizes = []
+    for number in range(n):
+        attributor = draw.choice(chosen)
+        side = 16 * draw.randint(2, 4)
+        x = torch.randn(draw.randint(1, 3), 3, side, 16 * draw.randint(2, 4))
+        if number % 50 == 7:  # one that fails half way
+            with pytest.raises(IndexError):
+                attributor.attribute(x, 5000)
+        else:
+            attributor.attribute(
+                x,
+                draw.choice([None, 3]),
+                contrast=draw.choice([None, "others", "softmax", 7]),
+                check_finite=number % 100 == 0,
+            )
+        sizes.append(resident())
+    first, last = (statistics.median(part) for part in (sizes[100:200], sizes[-100:]))
+    print(f"resident memory: {first / 2**20:.1f} MiB, then {last / 2**20:.1f} MiB")
+    assert last - first < 0.02 * first
+    del x
+    gc.collect()
+    assert live_tensors() == before
+    assert not _get_current_function_mode_stack() and torch.is_grad_enabled()
+    assert not torch_module._global_forward_hooks and not torch_module._global_forward_pre_hooks
+    assert not _SNAPSHOTS
+    for module in (m for attributor in chosen for m in attributor.model.modules()):
+        assert isinstance(module, nn.Module)
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._backward_hooks and not module.training
