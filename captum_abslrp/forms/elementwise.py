@@ -21,7 +21,7 @@ from captum_abslrp.forms.base import (
     passed,
 )
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer
+from captum_abslrp.steps import Answer, Kept, Step
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -96,11 +96,18 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     """
     if call.target is input and call.interception.is_fresh(input):
         call.interception.release(input)
-        torch.relu_(input)  # its history stays what it is
+        torch.relu_(input)  # its history stays what it is, but that it hands on less
+        step: Step = input.grad_fn.step  # type: ignore[union-attr]
+        if step.output is not None:
+            step.output = Kept(remake=partial(_rectified, step.output))
         call.interception.mark_nonnegative(input)
         return input
     output = call.run(lambda: torch.relu(input))
     return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True)
+
+
+def _rectified(kept: Kept) -> Tensor:
+    return kept.as_given().clamp(min=0)
 
 
 MASKED = -100.0
@@ -125,7 +132,10 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
         output = call.run(lambda: summands[0] + summands[1])
         return passed(output, [argument for argument, _ in sources])
     kept = [call.keep(s) for _, s in sources]
-    alike = all(argument is summand for argument, summand in sources)
+    kept_sources = [
+        k if argument is summand else call.keep(argument)
+        for k, (argument, summand) in zip(kept, sources, strict=True)
+    ]
     overwritten = _add_in_place(call, *summands)
     output = call.run(lambda: summands[0] + summands[1]) if overwritten is None else overwritten
 
@@ -140,7 +150,7 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
         propagate,
         nonnegative=nonnegative,
         keeps_sign=True,
-        kept_sources=kept if alike else None,
+        kept_sources=kept_sources,
     )
 
 
@@ -233,8 +243,9 @@ def _is_scalar(value: Any, other: Any) -> bool:
     """Whether multiplying by a value is scaling by a constant, whatever the batch size."""
     if not isinstance(value, Tensor):
         return True
-    single = value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
-    return single and not is_source(value)
+    if is_source(value):  # the other one may be a number
+        return False
+    return value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
 
 
 def answer_dropout(
