@@ -10,8 +10,8 @@ literally,
 
 by autograd on detached inputs. Nothing of the package is used here. Two things are said of rounding:
 
-- What is left of two parts of ``R_in`` that cancel to the last digits is no relevance. In ``sum |R_in| + EPS``
-  the stabiliser stands for that; it is no part of the rule, and is left out where there is relevance.
+- What is left of two parts of ``R_in`` that cancel to the last digits is no relevance. In ``sum |R_in| +
+  EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there is relevance.
 - Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``. A test asks for
   both ``EPS`` and less of it, and knows by how much.
 """
@@ -344,14 +344,17 @@ def result_shapes(
     return [tuple(t.shape[1:]) for t in (result if isinstance(result, (tuple, list)) else [result])]
 
 
-def defined(program: Program, *, eps: float = EPS) -> tuple[Definition, Value, Value]:
+def defined(
+    program: Program, *, eps: float = EPS, dtype: torch.dtype = torch.float64
+) -> tuple[Definition, Value, Value]:
     """The definition's record of a program, with the values of its input and output."""
     definition = Definition(eps)
-    x = Value(program.inputs())
+    x = Value(program.inputs().to(dtype))
     registers = [x]
     for i, step in enumerate(program.steps):
         xs = [registers[r] for r in step.of]
         weights = weights_of(program, i, tuple(xs[0].data.shape[1:]))
+        weights = [w.to(dtype) for w in weights]
         registers += KINDS[step.kind].values(definition, weights, xs, step.options)
     return definition, x, registers[-1]
 
@@ -1265,7 +1268,7 @@ def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
             if step.kind == name
             and step.layer is None
             and "in place" not in step.way
-            and registers_shape(partial_program(), i) == of_shape
+            and registers.shapes[step.of[0]] == of_shape
         ]
         if again and draw(st.integers(0, 3)):
             before = steps[again[-1]]
@@ -1293,8 +1296,3 @@ def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
         options = {"dim": 1} if "softmax" in ending else {}
         append(Step(ending, (last,), KINDS[ending].all_ways()[0], options))
     return partial_program()
-
-
-def registers_shape(program: Program, i: int) -> Shape:
-    """The shape of what step ``i`` reads first."""
-    return shapes_of(program)[program.steps[i].of[0]]

@@ -116,21 +116,25 @@ MASKED = -100.0
 
 def answer_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
     summand = other if alpha == 1 else other * alpha
-    return _answer_summands(call, (input, other), (input, summand))
+    return _answer_summands(call, (input, other), (input, summand), alpha)
 
 
 def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
-    return _answer_summands(call, (input, other), (input, -alpha * other))
+    return _answer_summands(call, (input, other), (input, -alpha * other), alpha)
 
 
-def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
+def _answer_summands(
+    call: Call, arguments: Sequence[Any], summands: Sequence[Any], alpha: float
+) -> Answer:
+    """A sum of two; the second summand is the second argument times ``alpha`` or its negative."""
     sources = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
     constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
     nonnegative = call.is_nonnegative(*summands)
+    factor = abs(alpha) if is_source(arguments[1]) else 1.0
     is_mask = _is_mask(constants[0]) if constants else False
     if is_mask is True:
         output = call.run(lambda: summands[0] + summands[1])
-        return passed(output, [argument for argument, _ in sources])
+        return passed(output, [argument for argument, _ in sources], lambda: factor)
     kept = [call.keep(s) for _, s in sources]
     kept_sources = [
         k if argument is summand else call.keep(argument)
@@ -142,7 +146,10 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
             return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
-        return functional.rectified([s.sum_to_size(x().shape) for x in kept], [x() for x in kept])
+        seeds = [s.sum_to_size(x().shape) for x in kept]
+        if factor != 1:
+            seeds[-1] = seeds[-1] * factor
+        return functional.rectified(seeds, [x() for x in kept])
 
     return Answer(
         output,
