@@ -8,7 +8,8 @@ literally,
 
     s = R / (|z| + EPS),   R_in = x * d/dx <s, f(x; w, b) + f(|x|; |w|, |b|)>,   R_in /= sum |R_in|,
 
-by autograd on detached inputs. Nothing of the package is used here. Two things are said of rounding:
+by autograd on detached inputs. Nothing of the package is used here. A probability of softmax of at most EPS
+is that of a mask, here as there. Two things are said of rounding:
 
 - What is left of two parts of ``R_in`` that cancel to the last digits is no relevance. In ``sum |R_in| +
   EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there is relevance.
@@ -507,6 +508,12 @@ def _soft(x: Tensor, dim: int, seen: Tensor | None = None) -> Tensor:
     return e / e.sum(dim, keepdim=True).detach()
 
 
+def _soft_defined(d: Definition, x: Value, dim: int, seen: Tensor | None = None) -> Value:
+    """What has a probability of at most EPS counts as masked, and takes no part."""
+    likely = _soft(x.data, dim, seen) > EPS
+    return d.call(lambda w, v: _soft(v, dim, likely), x)
+
+
 def _pool_options(draw: Draw, shape: Shape) -> Options:
     k = draw(st.integers(1, min(3, *shape[1:])))
     return {"k": k, "stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, k // 2))}
@@ -680,8 +687,7 @@ def _seen(scores: Tensor, mask: str) -> Tensor | None:
 def _attended(d: Definition, q: Value, k: Value, v: Value, mask: str = "none") -> Value:
     scale = q.data.shape[-1] ** -0.5
     scores = _scores(d, d.passed(lambda t: t * scale, q), k)
-    seen = _seen(scores.data, mask)
-    weights = d.call(lambda w, s: _soft(s, -1, seen), scores)
+    weights = _soft_defined(d, scores, -1, _seen(scores.data, mask))
     return d.call(lambda w, a, b: a @ b, weights, v)
 
 
@@ -922,6 +928,8 @@ KINDS: dict[str, Kind] = {
     ),
     "softmax": Kind(
         lambda w, x, dim: _soft(x, dim),
+        "parts",
+        lambda d, w, x, dim: _soft_defined(d, x, dim),
         ways={
             "function": lambda w, x, dim: F.softmax(x, dim),
             "method": lambda w, x, dim: x.softmax(dim),
