@@ -165,7 +165,7 @@ class Step:
         if self.stabilised:
             magnitudes += functional.EPS
         else:  # as in what is passed to an output of zero
-            magnitudes.clamp_(min=functional.LEAST)
+            magnitudes.clamp_(min=functional.EPS)
         return functional.sums(magnitudes, s, self.batch_size)
 
     def _scale(

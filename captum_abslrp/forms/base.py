@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
 from captum_abslrp.calls import tensors_in
-from captum_abslrp.functional import LEAST
+from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.interception import Call, carries_relevance
 from captum_abslrp.steps import Answer, Kept
 
@@ -76,7 +76,7 @@ def answer_passed(call: Call) -> Any:
         # Zeros have relevance, too: that of a class whose log-probability is rounded to 0, say.
         relevance = functional.relevance(z().abs().clamp(min=LEAST), s)
         return [
-            (relevance / x().abs().clamp(min=LEAST)).clamp(-largest, largest)
+            (relevance / x().abs().clamp(min=EPS)).clamp(-largest, largest)
             for x, largest in zip(kept, limits, strict=True)
         ]
 
