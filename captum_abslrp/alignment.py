@@ -5,7 +5,9 @@ dimension: B rows, or B blocks of rows (windows, heads). A model may move that d
 first) or stack samples behind each other; as long as it moves it back before the next call with a rule,
 nothing is to be done. This module follows the calls that move elements with a small shadow, the number
 of its sample in place of every element, and says so where a rule would meet a tensor that is out of
-order. :class:`captum_abslrp.AbsLRP` then runs the samples one at a time.
+order. :class:`captum_abslrp.AbsLRP` then runs the samples one at a time. So it does where a call mixes
+samples, which is told from its arguments: a reduction, softmax or norm over the leading dimension, a
+product that adds up over it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Misaligned", "check_aligned", "follow"]
+__all__ = ["Misaligned", "check_aligned", "check_apart", "follow"]
 
 _SHADOW = "_abslrp_samples"
 _KEEP_ORDER = frozenset(
@@ -27,7 +29,13 @@ _KEEP_ELEMENT_ORDER = frozenset("view reshape flatten unflatten ravel".split())
 
 
 class Misaligned(Exception):
-    """A call with a rule met a tensor whose samples are not in the leading dimension."""
+    """A call with a rule met a tensor whose samples are not in the leading dimension, or mixes them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Expected the samples of a batch to stay apart in the leading dimension of every call with a "
+            "rule, but got one where they are moved or mixed. Explain one sample at a time."
+        )
 
 
 def check_aligned(tensor: Tensor, batch_size: int) -> None:
@@ -36,6 +44,93 @@ def check_aligned(tensor: Tensor, batch_size: int) -> None:
         return
     if hasattr(tensor, _SHADOW) or tensor.dim() == 0 or tensor.shape[0] % batch_size:
         raise Misaligned
+
+
+_DIMS = (
+    dict.fromkeys(
+        "amax amin cumprod cumsum log_softmax logcumsumexp logsumexp mean median nanmean nansum prod "
+        "softmax std sum var".split(),
+        (1, None),
+    )
+    | dict.fromkeys(["linalg_norm", "linalg_vector_norm", "norm"], (2, None))
+    | dict.fromkeys(["kthvalue", "topk"], (2, -1))
+    | {"mode": (1, -1), "msort": (1, 0), "normalize": (2, 1), "sort": (1, -1)}
+)
+"""Calls on one tensor that mix its elements along some dimensions: where these are among the arguments,
+and which they are where they are not given (None: all)."""
+_LAYERS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+_PRODUCTS = frozenset("matmul mm linalg_matmul".split())
+_BY_ELEMENT = frozenset("add sub mul div maximum minimum".split())
+
+
+def check_apart(
+    name: str,
+    operands: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int,
+    is_source: Callable[[Any], bool],
+) -> None:
+    """Raise :class:`Misaligned` where it is plain from its arguments that a call mixes samples.
+
+    Args:
+        name: canonical name of the call.
+        operands, kwargs: its arguments, in the order of the operation.
+        batch_size: B.
+        is_source: whether an argument depends on the explained inputs.
+    """
+    if batch_size == 1:
+        return
+    given = (*operands, *kwargs.values())
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    # Where all have samples first, one with fewer dimensions is laid along others than the first.
+    least = max((t.dim() for t in tensors), default=0)
+    mixes = False
+    if name in _DIMS:
+        mixes = _is_over_samples(name, operands, kwargs)
+    elif name in ("layer_norm", "rms_norm"):
+        shape = kwargs.get("normalized_shape", operands[1:2] and operands[1])
+        mixes = len(shape) >= tensors[0].dim()
+    elif name in _LAYERS:
+        mixes = any(map(is_source, tensors[1:]))
+    elif name == "einsum":
+        mixes = _adds_up_samples(operands, is_source)
+    elif name in _PRODUCTS:  # the second one of two matrices is added up over its rows
+        mixes = any(t.dim() < least and is_source(t) for t in tensors)
+        mixes = mixes or (tensors[-1].dim() <= 2 and is_source(tensors[-1]))
+    elif name in _BY_ELEMENT:
+        mixes = any(t.dim() < least and is_source(t) for t in tensors)
+    if mixes:
+        raise Misaligned
+
+
+def _is_over_samples(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the leading dimension is among those that a call is over."""
+    position, dims = _DIMS[name]
+    x = args[0] if args else kwargs["input"]
+    if len(args) > position and not isinstance(args[position], (bool, torch.dtype)):
+        dims = args[position]
+    dims = kwargs.get("dim", kwargs.get("axis", dims))
+    chosen = list(dims) if isinstance(dims, (tuple, list)) else [] if dims is None else [dims]
+    return not chosen or any(isinstance(d, int) and d % max(x.dim(), 1) == 0 for d in chosen)
+
+
+def _adds_up_samples(operands: tuple[Any, ...], is_source: Callable[[Any], bool]) -> bool:
+    """Whether an einsum has samples elsewhere than in the first dimension of what it reads and makes."""
+    equation, *given = operands
+    if not isinstance(equation, str):
+        return False
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        given = list(given[0])
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        once = [c for c in sorted(set(terms)) if c.isalpha() and terms.count(c) == 1]
+        result = ("..." if "..." in terms else "") + "".join(once)
+    return any(
+        is_source(operand) and term[:1] != result[:1]
+        for term, operand in zip(terms.split(","), given)
+    )
 
 
 def follow(
@@ -58,6 +153,8 @@ def follow(
     """
     if batch_size == 1:
         return
+    if name in _DIMS and _is_over_samples(name, args, kwargs):
+        raise Misaligned  # values decide where its elements go
     moved = any(hasattr(tensor, _SHADOW) for tensor in tensors)
     if not moved and (name in _KEEP_ORDER or _keeps_samples_first(name, args, result, batch_size)):
         return

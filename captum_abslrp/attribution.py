@@ -20,7 +20,7 @@ from captum.attr._utils.lrp_rules import PropagationRule
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_abslrp.alignment import Misaligned
+from captum_abslrp.alignment import Misaligned, check_aligned
 from captum_abslrp.calls import on_host
 from captum_abslrp.contrast import (
     Contrast,
@@ -397,6 +397,7 @@ class AbsLRP(GradientAttribution):
                 "Expected the output of the model to depend on `inputs`, but got one that does not: "
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
+        check_aligned(output, batch_size)
         return output
 
 

@@ -37,7 +37,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.alignment import check_aligned, follow
+from captum_abslrp.alignment import check_aligned, check_apart, follow
 from captum_abslrp.calls import (
     CONSTANT,
     IN_PLACE_PASS_THROUGH,
@@ -277,6 +277,7 @@ class Interception(TorchFunctionMode):
         rule = self.rule_of(call)
         if rule is None:
             return self._without_rule(call)
+        check_apart(name, call.operands, kwargs, self.batch_size, is_source=_is_source)
         with torch.no_grad():
             answer = rule.answer(call)
         if isinstance(answer, Answer):
@@ -666,6 +667,10 @@ def carries_relevance(tensor: Tensor) -> bool:
     and is no leaf (a parameter) comes from the inputs.
     """
     return tensor.requires_grad and not tensor.is_leaf
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, Tensor) and carries_relevance(value)
 
 
 def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -170,7 +170,11 @@ class Step:
         """What the relevance of the sources adds up to: for ``"joint"``, what arrives."""
         if self.output is None:
             return self.total
-        magnitudes = self.output().abs() + (functional.EPS if self.stabilised else 0)
+        magnitudes = self.output().abs()
+        if self.stabilised:
+            magnitudes += functional.EPS
+        else:  # as in what is passed to an output of zero
+            magnitudes.clamp_(min=functional.EPS)
         return functional.sums(magnitudes, s, self.batch_size)
 
     def _scale(

@@ -281,6 +281,103 @@ def test_samples_are_kept_apart_wherever_the_model_moves_them(
     assert bool(relevance.any())
 
 
+class Between(nn.Module):
+    """A function between two layers, or behind both. As many samples as features: shapes tell nothing."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, at_the_end: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+        self.function, self.at_the_end = function, at_the_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs.append(len(x))
+        x = self.first(x).relu() + 0.1
+        return self.function(self.second(x)) if self.at_the_end else self.second(self.function(x))
+
+
+runs: list[int] = []
+"""The batch sizes that a model was run with."""
+
+
+def backwards(x: Tensor) -> list[int]:
+    return list(range(len(x)))[::-1]
+
+
+MIXED = {
+    "flip": lambda x: x.flip(0),
+    "index": lambda x: x[backwards(x)],
+    "index_select": lambda x: x.index_select(0, torch.tensor(backwards(x))),
+    "gather": lambda x: x.gather(0, torch.tensor(backwards(x))[:, None].expand_as(x)),
+    "roll": lambda x: torch.roll(x, 1, 0),
+    "roll of all elements": lambda x: torch.roll(x, 1),
+    "sort": lambda x: x.sort(0)[0],
+    "topk": lambda x: x.topk(len(x), 0)[0],
+    "median": lambda x: x - x.median(0)[0],
+    "mean": lambda x: x + x.mean(0),
+    "mean, kept": lambda x: x + x.mean(dim=0, keepdim=True),
+    "mean of all": lambda x: x * torch.mean(x),
+    "last but one": lambda x: x + x.sum(axis=-2),
+    "amax": lambda x: x - x.amax((0,)),
+    "max": lambda x: x - x.max(0)[0],
+    "max of all": lambda x: x / x.max(),
+    "softmax": lambda x: F.softmax(x, 0),
+    "cumsum": lambda x: x.cumsum(0),
+    "norm": lambda x: x / x.norm(2, 0).clamp(min=0.1),
+    "normalize": lambda x: F.normalize(x, dim=0),
+    "std": lambda x: x + x.std(0, correction=0),
+    "layer_norm": lambda x: F.layer_norm(x, tuple(x.shape)),
+    "logsumexp": lambda x: x.logsumexp(0) + x,
+    "cosine_similarity": lambda x: x * F.cosine_similarity(x, x, dim=0),
+    "attention": lambda x: (x @ x.T).softmax(-1) @ x,
+    "attention in one call": lambda x: F.scaled_dot_product_attention(*[x[None]] * 3)[0],
+    "product": lambda x: torch.matmul(x[:, : len(x)], x),
+    "weight": lambda x: F.linear(x, torch.ones(4, len(x)).double() @ x),
+    "einsum": lambda x: torch.einsum("bi,ci,cj->bj", x, x, x),
+    "einsum without a result": lambda x: torch.einsum("ij,kj", x, x).softmax(-1) @ x,
+    "laid along features": lambda x: x + x[:, 0] if len(x) > 1 else x + x[:, 0, None],
+    "shifted": lambda x: torch.cat([x[:1], x[1:] - x[:-1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize("name", MIXED)
+def test_samples_that_a_model_mixes_are_explained_on_their_own(name: str, at_the_end: bool) -> None:
+    attributor = AbsLRP(Between(MIXED[name], at_the_end=at_the_end))
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    runs.clear()
+    relevance = attributor.attribute(x, [0, 1, 2, 3], contrast=None)
+    assert runs == [4, 1, 1, 1, 1]
+    one_by_one = [attributor.attribute(x[i : i + 1], i, contrast=None) for i in range(4)]
+    torch.testing.assert_close(relevance, torch.cat(one_by_one), rtol=0, atol=0)
+
+
+KEPT_APART = {
+    "mean": lambda x: x - x.mean(-1, keepdim=True),
+    "softmax": lambda x: x.softmax(1),
+    "norms": lambda x: F.normalize(F.layer_norm(x, (4,))),
+    "sort": lambda x: x.sort()[0].topk(4)[0],
+    "reductions": lambda x: x * (x.std(1, keepdim=True) + x.amax(1, True) + x.norm(dim=1, keepdim=True)),
+    "heads": lambda x: torch.einsum("bhi,bhj->bij", *[x.view(-1, 2, 2)] * 2).softmax(-1).flatten(1),
+    "positions": lambda x: torch.einsum("...i,ij->...j", x, torch.ones(4, 4).double()) + torch.ones(4),
+    "attention": lambda x: F.scaled_dot_product_attention(*[x.view(-1, 2, 2)] * 3).flatten(1),
+    "product": lambda x: x @ torch.ones(4, 4).double() * torch.ones(4).double(),
+    "product of tokens": lambda x: (torch.ones(2, 2).double() @ x.view(-1, 2, 2)).flatten(1),
+    "gate": lambda x: F.glu(torch.cat([x, x], 1)) * x.max(1, keepdim=True)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT_APART)
+def test_samples_that_a_model_keeps_apart_are_explained_together(name: str) -> None:
+    attributor = AbsLRP(Between(KEPT_APART[name], at_the_end=False))
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    runs.clear()
+    relevance = attributor.attribute(x, [0, 1, 2, 3], contrast=None)
+    assert runs == [4]
+    one_by_one = [attributor.attribute(x[i : i + 1], i, contrast=None) for i in range(4)]
+    assert relative_error(relevance, torch.cat(one_by_one)) < 1e-9
+
+
 def test_an_encoder_that_is_sequence_first() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:

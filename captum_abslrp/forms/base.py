@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
 from captum_abslrp.calls import tensors_in
-from captum_abslrp.functional import EPS
+from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.interception import Call, carries_relevance
 from captum_abslrp.steps import Answer, Kept
 
@@ -69,11 +70,15 @@ def answer_passed(call: Call) -> Any:
     if len(sources) == 1 and is_alias(output, sources[0]):  # dropout that does nothing
         return sources[0]
     z, kept = call.keep(output), [call.keep(source) for source in sources]
+    limits = [torch.finfo(source.dtype).max for source in sources]
 
     def propagate(s: Tensor) -> list[Tensor]:
-        relevance = functional.relevance(z(), s)
-        # At 0, where a rule of Captum's may leave some, it is finite.
-        return [relevance / x().abs().clamp(min=EPS) for x in kept]
+        # Zeros have relevance, too: that of a class whose log-probability is rounded to 0, say.
+        relevance = functional.relevance(z().abs().clamp(min=LEAST), s)
+        return [
+            (relevance / x().abs().clamp(min=EPS)).clamp(-largest, largest)
+            for x, largest in zip(kept, limits, strict=True)
+        ]
 
     return Answer(output, sources, propagate, scaled=False)
 

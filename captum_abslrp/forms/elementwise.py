@@ -21,7 +21,7 @@ from captum_abslrp.forms.base import (
     passed,
 )
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer
+from captum_abslrp.steps import Answer, Kept, Step
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -96,11 +96,18 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     """
     if call.target is input and call.interception.is_fresh(input):
         call.interception.release(input)
-        torch.relu_(input)  # its history stays what it is
+        torch.relu_(input)  # its history stays what it is, but that it hands on less
+        step: Step = input.grad_fn.step  # type: ignore[union-attr]
+        if step.output is not None:
+            step.output = Kept(remake=partial(_rectified, step.output))
         call.interception.mark_nonnegative(input)
         return input
     output = call.run(lambda: torch.relu(input))
     return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True)
+
+
+def _rectified(kept: Kept) -> Tensor:
+    return kept.as_given().clamp(min=0)
 
 
 MASKED = -100.0
@@ -109,30 +116,40 @@ MASKED = -100.0
 
 def answer_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
     summand = other if alpha == 1 else other * alpha
-    return _answer_summands(call, (input, other), (input, summand))
+    return _answer_summands(call, (input, other), (input, summand), alpha)
 
 
 def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
-    return _answer_summands(call, (input, other), (input, -alpha * other))
+    return _answer_summands(call, (input, other), (input, -alpha * other), alpha)
 
 
-def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[Any]) -> Answer:
+def _answer_summands(
+    call: Call, arguments: Sequence[Any], summands: Sequence[Any], alpha: float
+) -> Answer:
+    """A sum of two; the second summand is the second argument times ``alpha`` or its negative."""
     sources = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
     constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
     nonnegative = call.is_nonnegative(*summands)
+    factor = abs(alpha) if is_source(arguments[1]) else 1.0
     is_mask = _is_mask(constants[0]) if constants else False
     if is_mask is True:
         output = call.run(lambda: summands[0] + summands[1])
-        return passed(output, [argument for argument, _ in sources])
+        return passed(output, [argument for argument, _ in sources], lambda: factor)
     kept = [call.keep(s) for _, s in sources]
-    alike = all(argument is summand for argument, summand in sources)
+    kept_sources = [
+        k if argument is summand else call.keep(argument)
+        for k, (argument, summand) in zip(kept, sources, strict=True)
+    ]
     overwritten = _add_in_place(call, *summands)
     output = call.run(lambda: summands[0] + summands[1]) if overwritten is None else overwritten
 
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
             return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
-        return functional.rectified([s.sum_to_size(x().shape) for x in kept], [x() for x in kept])
+        seeds = [s.sum_to_size(x().shape) for x in kept]
+        if factor != 1:
+            seeds[-1] = seeds[-1] * factor
+        return functional.rectified(seeds, [x() for x in kept])
 
     return Answer(
         output,
@@ -140,7 +157,7 @@ def _answer_summands(call: Call, arguments: Sequence[Any], summands: Sequence[An
         propagate,
         nonnegative=nonnegative,
         keeps_sign=True,
-        kept_sources=kept if alike else None,
+        kept_sources=kept_sources,
     )
 
 
@@ -233,8 +250,9 @@ def _is_scalar(value: Any, other: Any) -> bool:
     """Whether multiplying by a value is scaling by a constant, whatever the batch size."""
     if not isinstance(value, Tensor):
         return True
-    single = value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
-    return single and not is_source(value)
+    if is_source(value):  # the other one may be a number
+        return False
+    return value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
 
 
 def answer_dropout(

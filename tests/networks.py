@@ -1,0 +1,1306 @@
+"""Small networks as programs, and what the definition of absLRP makes of them, call by call.
+
+A :class:`Program` is a list of steps on registers: register 0 is the input, each step appends its results,
+and the last register is the output. :data:`KINDS` lists what a step can be. Each kind says twice what it
+does: in the ways in which a model may write it (a module, a function, a method, an in-place call ...), which
+:class:`Network` runs, and as calls of :class:`Definition`, out of place, which the rule is evaluated on
+literally,
+
+    s = R / (|z| + EPS),   R_in = x * d/dx <s, f(x; w, b) + f(|x|; |w|, |b|)>,   R_in /= sum |R_in|,
+
+by autograd on detached inputs. Nothing of the package is used here. A probability of softmax of at most EPS
+is that of a mask, here as there. Two things are said of rounding:
+
+- What is left of two parts of ``R_in`` that cancel to the last digits is no relevance. In ``sum |R_in| +
+  EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there is relevance.
+- Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``. A test asks for
+  both ``EPS`` and less of it, and knows by how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+EPS = 1e-9
+ROUNDING = 1e-12
+"""Share of a sum's parts that is rounding where they cancel."""
+LARGEST = 200
+"""Elements of a tensor, for one sample."""
+
+Shape = tuple[int, ...]
+Options = dict[str, Any]
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+# ------------------------------------------------------------------------------------- the definition
+
+
+class Value:
+    """A tensor of the network, as the definition sees it: by its values alone."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data.detach()
+
+
+@dataclass
+class _Entry:
+    function: Callable[..., Tensor]
+    """From weights and inputs to the output."""
+    inputs: Sequence[Value]
+    weights: Sequence[Tensor]
+    output: Value
+    rule: str
+
+
+class Definition:
+    """Records the calls of a network, and takes relevance back through them.
+
+    Args:
+        eps: the stabiliser.
+    """
+
+    def __init__(self, eps: float = EPS) -> None:
+        self.eps = eps
+        self.entries: list[_Entry] = []
+        self.lossless = True
+        """Whether no relevance was lost, or negative, on the way back."""
+
+    def call(
+        self, function: Callable[..., Tensor], *inputs: Value, weights: Sequence[Tensor] = ()
+    ) -> Value:
+        """A call that meets the rule; each input gets relevance with the others held fixed."""
+        return self._record("call", function, inputs, weights)
+
+    def moved(self, function: Callable[..., Tensor], *inputs: Value) -> Value:
+        """A call that moves elements, and relevance with them."""
+        return self._record("moved", lambda weights, *xs: function(*xs), inputs, ())
+
+    def passed(self, function: Callable[..., Tensor], x: Value) -> Value:
+        """A call that hands on the relevance of each element as it is."""
+        return self._record("passed", lambda weights, x: function(x), [x], ())
+
+    def _record(
+        self,
+        rule: str,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Value],
+        weights: Sequence[Tensor],
+    ) -> Value:
+        weights = [w.detach() for w in weights]
+        output = Value(function(weights, *(x.data for x in inputs)))
+        self.entries.append(_Entry(function, inputs, weights, output, rule))
+        return output
+
+    def relevance(
+        self, output: Value, of: Value, seeds: Sequence[Tensor], *, joint: bool
+    ) -> list[Tensor]:
+        """Relevance of a value for each seed, relevance of the output."""
+        found: dict[Value, list[Tensor]] = {output: list(seeds)}
+        for entry in reversed(self.entries):
+            arrived = found.pop(entry.output, None)
+            if arrived is None:
+                continue
+            if entry.rule == "passed":
+                shares = [arrived]
+            elif entry.rule == "moved":
+                shares = self._back_through_move(entry, arrived)
+            else:
+                shares = self._back_through_call(entry, arrived, joint=joint)
+            after = [sum(_totals(share[i]) for share in shares) for i in range(len(seeds))]
+            for before, left in zip(arrived, after, strict=True):
+                if not entry.rule == "call" or joint:
+                    self.lossless &= torch.allclose(_totals(before), left, rtol=1e-9, atol=0)
+                self.lossless &= bool((before >= 0).all())
+            for x, share in zip(entry.inputs, shares, strict=True):
+                known = found.get(x)
+                found[x] = share if known is None else [a + b for a, b in zip(known, share)]
+        result = found.get(of) or [torch.zeros_like(of.data) for _ in seeds]
+        self.lossless &= all(bool((r >= 0).all()) for r in result)
+        return result
+
+    def _back_through_move(self, entry: _Entry, arrived: Sequence[Tensor]) -> list[list[Tensor]]:
+        leaves = [x.data.clone().requires_grad_() for x in entry.inputs]
+        z = entry.function(entry.weights, *leaves)
+        of_seeds = [_gradients(z, leaves, r) for r in arrived]
+        return [[of_seed[i] for of_seed in of_seeds] for i in range(len(leaves))]
+
+    def _back_through_call(
+        self, entry: _Entry, arrived: Sequence[Tensor], *, joint: bool
+    ) -> list[list[Tensor]]:
+        z = entry.output.data
+        shares = []
+        for i, value in enumerate(entry.inputs):
+            x = value.data.clone().requires_grad_()
+            fixed = [x if j == i else other.data for j, other in enumerate(entry.inputs)]
+            plain = entry.function(entry.weights, *fixed)
+            twin = entry.function([w.abs() for w in entry.weights], *(v.abs() for v in fixed))
+            of_seeds = []
+            for r in arrived:
+                s = r / (z.abs() + self.eps)
+                (g,), (g_twin,) = _gradients(plain, [x], s), _gradients(twin, [x], s)
+                both = g + g_twin
+                both[both.abs() <= ROUNDING * (g.abs() + g_twin.abs())] = 0
+                of_seeds.append(torch.where(value.data == 0, 0, value.data * both))
+            shares.append(of_seeds)
+        for k, r in enumerate(arrived):
+            sums = [_totals(of_seeds[k]) for of_seeds in shares]
+            if joint:
+                factors = [_divided(_totals(r), sum(sums))] * len(sums)
+            else:
+                factors = [_divided(torch.ones_like(total), total) for total in sums]
+            for of_seeds, factor in zip(shares, factors, strict=True):
+                of_seeds[k] = of_seeds[k] * factor.view(-1, *[1] * (of_seeds[k].dim() - 1))
+        return shares
+
+
+def _gradients(z: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
+    if not z.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(z, leaves, s, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
+
+
+def _totals(relevance: Tensor) -> Tensor:
+    """The sum of magnitudes of each sample."""
+    return relevance.abs().flatten(1).sum(1)
+
+
+def _divided(total: Any, by: Any) -> Tensor:
+    return torch.where(by > 0, total / by, 0)
+
+
+# --------------------------------------------------------------------------------------- the programs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a kind, the registers it reads, how it is written, and its options."""
+
+    kind: str
+    of: tuple[int, ...]
+    way: str = "function"
+    options: Options = field(default_factory=dict)
+    layer: int | None = None
+    """The step whose layer, with its weights, is used again."""
+
+    def __repr__(self) -> str:
+        again = "" if self.layer is None else f", layer={self.layer}"
+        return f"Step({self.kind!r}, {self.of}, {self.way!r}, {self.options}{again})"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network: what is drawn, and printed where it fails. ``repr`` can be read back."""
+
+    shape: Shape
+    """Of one sample."""
+    batch: int
+    joint: bool
+    seed: int
+    steps: tuple[Step, ...]
+
+    def __repr__(self) -> str:
+        head = f"shape={self.shape}, batch={self.batch}, joint={self.joint}, seed={self.seed}"
+        steps = "".join(f"\n        {step}," for step in self.steps)
+        return f"Program({head}, steps=({steps}\n    ))"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
+    def inputs(self) -> Tensor:
+        return random(self.seed, (self.batch, *self.shape))
+
+
+def random(seed: int, shape: Sequence[int], kind: str = "normal") -> Tensor:
+    """Drawn numbers; weights of several dimensions keep the size of what they are multiplied with."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if kind == "weight":
+        return x / math.sqrt(max(1, math.prod(shape[1:])))
+    return x.abs() + 0.1 if kind == "positive" else x
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step can be."""
+
+    run: Callable[..., Any]
+    """From weights and inputs to the output: a call whose gradient is that of the rule, in which
+    statistics and divisors are constants."""
+    rule: str = "call"
+    """``"call"``, ``"moved"``, ``"passed"``; or ``"parts"``, where ``define`` makes several calls."""
+    define: Callable[..., Any] | None = None
+    """From a :class:`Definition`, weights and values to the resulting values."""
+    ways: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """How a model may write it; the first one if it does not matter. Without any, as in ``run``."""
+    modules: dict[str, Callable[..., nn.Module]] = field(default_factory=dict)
+    """Ways that are modules of PyTorch's, from weights and options."""
+    fits: Callable[[Shape], bool] = lambda shape: True
+    options: Callable[[Draw, Shape], Options] = lambda draw, shape: {}
+    weights: Callable[..., Sequence[tuple[Sequence[int], str]]] = lambda shape, **options: ()
+    """Shape and kind of each weight, from the shape of a sample."""
+    operands: int = 1
+    """How many registers of one shape it reads."""
+
+    @property
+    def owns(self) -> bool:
+        """Whether the result has memory of its own."""
+        return self.rule != "moved"
+
+    def all_ways(self) -> list[str]:
+        return [*(self.ways or {"function": self.run}), *self.modules]
+
+    def layer(self, way: str, weights: Sequence[Tensor], options: Options) -> nn.Module:
+        if way in self.modules:
+            return self.modules[way](weights, options)
+        return Layer(self.ways.get(way, self.run), weights, options)
+
+    def values(
+        self, definition: Definition, weights: Sequence[Tensor], xs: Sequence[Value], o: Options
+    ) -> list[Value]:
+        if self.define is not None:
+            result = self.define(definition, weights, *xs, **o)
+        elif self.rule == "call":
+            result = definition.call(lambda w, *v: self.run(w, *v, **o), *xs, weights=weights)
+        else:
+            record = definition.moved if self.rule == "moved" else definition.passed
+            result = record(lambda *v: self.run([], *v, **o), *xs)
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+class Layer(nn.Module):
+    """A step whose calls are written out."""
+
+    def __init__(
+        self, way: Callable[..., Any], weights: Sequence[Tensor], options: Options
+    ) -> None:
+        super().__init__()
+        self.way, self.options = way, options
+        self.weights = nn.ParameterList(nn.Parameter(w.clone()) for w in weights)
+
+    def forward(self, *xs: Tensor) -> Any:
+        return self.way(list(self.weights), *xs, **self.options)
+
+
+class Network(nn.Module):
+    """The model that a program describes."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.steps = program.steps
+        shapes = shapes_of(program)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): KINDS[step.kind].layer(
+                    step.way, weights_of(program, i, shapes[step.of[0]]), step.options
+                )
+                for i, step in enumerate(self.steps)
+                if step.layer is None
+            }
+        )
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        registers = [x]
+        for i, step in enumerate(self.steps):
+            layer = self.layers[str(i if step.layer is None else step.layer)]
+            result = layer(*(registers[r] for r in step.of))
+            registers.extend(result if isinstance(result, (tuple, list)) else [result])
+        return registers[-1]
+
+
+def weights_of(program: Program, i: int, shape: Shape) -> list[Tensor]:
+    """The weights of a step that reads a register of this shape."""
+    step = program.steps[i]
+    first = step.layer if step.layer is not None else i
+    kinds = KINDS[step.kind].weights(shape, **step.options)
+    return [
+        random(program.seed + 1000 * (first + 1) + j, size, kind)
+        for j, (size, kind) in enumerate(kinds)
+    ]
+
+
+def shapes_of(program: Program) -> list[Shape]:
+    """The shape of a sample in each register."""
+    shapes = [program.shape]
+    for i, step in enumerate(program.steps):
+        shapes += result_shapes(
+            step, shapes, weights_of(program, i, shapes[step.of[0]]), program.batch
+        )
+    return shapes
+
+
+def result_shapes(
+    step: Step, shapes: Sequence[Shape], weights: Sequence[Tensor], batch: int
+) -> list[Shape]:
+    xs = [torch.ones(batch, *shapes[r], dtype=torch.float64) for r in step.of]
+    result = KINDS[step.kind].run(weights, *xs, **step.options)
+    return [tuple(t.shape[1:]) for t in (result if isinstance(result, (tuple, list)) else [result])]
+
+
+def defined(
+    program: Program, *, eps: float = EPS, dtype: torch.dtype = torch.float64
+) -> tuple[Definition, Value, Value]:
+    """The definition's record of a program, with the values of its input and output."""
+    definition = Definition(eps)
+    x = Value(program.inputs().to(dtype))
+    registers = [x]
+    for i, step in enumerate(program.steps):
+        xs = [registers[r] for r in step.of]
+        weights = weights_of(program, i, tuple(xs[0].data.shape[1:]))
+        weights = [w.to(dtype) for w in weights]
+        registers += KINDS[step.kind].values(definition, weights, xs, step.options)
+    return definition, x, registers[-1]
+
+
+# ------------------------------------------------------------------------------------------ the kinds
+
+
+def _with(module: nn.Module, **weights: Tensor | None) -> nn.Module:
+    """A module of PyTorch's with these weights and statistics."""
+    for name, value in weights.items():
+        if name in module._parameters and value is not None:
+            setattr(module, name, nn.Parameter(value.clone()))
+        elif value is not None:
+            module._buffers[name] = value.clone()
+    return module
+
+
+def _elementwise(
+    run: Callable[..., Tensor],
+    module: Callable[[], nn.Module] | None = None,
+    *,
+    in_place: Callable[[Tensor], Any] | None = None,
+    method: Callable[[Tensor], Tensor] | None = None,
+) -> Kind:
+    ways: dict[str, Callable[..., Any]] = {"function": lambda w, x: run(x)}
+    if method is not None:
+        ways["method"] = lambda w, x: method(x)
+    if in_place is not None:
+        ways["in place"] = lambda w, x: in_place(x)
+    modules = {} if module is None else {"module": lambda w, o: module()}
+    return Kind(lambda w, x: run(x), ways=ways, modules=modules)
+
+
+def _number(draw: Draw, shape: Shape) -> Options:
+    return {"c": draw(st.sampled_from([0.5, -0.5, 2.0, -1.5, 3]))}
+
+
+def _dims(lowest: int) -> Callable[[Draw, Shape], Options]:
+    """One of the dimensions behind the batch, by its number from the front or from the end."""
+
+    def options(draw: Draw, shape: Shape) -> Options:
+        dim = draw(st.integers(lowest, len(shape)))
+        return {"dim": draw(st.sampled_from([dim, dim - len(shape) - 1]))}
+
+    return options
+
+
+def _size(extent: int, k: int, stride: int, padding: int, dilation: int = 1) -> int:
+    return (extent + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+
+
+def _convolution_options(draw: Draw, shape: Shape) -> Options:
+    channels, *extents = shape
+    padding, dilation = draw(st.integers(0, 1)), draw(st.integers(1, 2))
+    kernels = [
+        draw(st.integers(1, min(3, (extent + 2 * padding - 1) // dilation + 1)))
+        for extent in extents
+    ]
+    groups = draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0]))
+    return {
+        "out": groups * draw(st.integers(1, max(1, 4 // groups))), "kernel": tuple(kernels),
+        "stride": draw(st.integers(1, 2)), "padding": padding, "dilation": dilation,
+        "groups": groups, "bias": draw(st.booleans()),
+    }  # fmt: skip
+
+
+def _convolution_weights(shape: Shape, *, out: int, kernel: Shape, groups: int, bias: bool,
+                         **_: Any) -> list[tuple[Sequence[int], str]]:  # fmt: skip
+    weight = ((out, shape[0] // groups, *kernel), "weight")
+    return [weight, ((out,), "normal")] if bias else [weight]
+
+
+def _convolution(dims: int) -> Kind:
+    function = getattr(F, f"conv{dims}d")
+
+    def run(w: Sequence[Tensor], x: Tensor, **o: Any) -> Tensor:
+        bias = w[1] if o["bias"] else None
+        return function(x, w[0], bias, o["stride"], o["padding"], o["dilation"], o["groups"])
+
+    def module(w: Sequence[Tensor], o: Options) -> nn.Module:
+        layer = getattr(nn, f"Conv{dims}d")(
+            w[0].shape[1] * o["groups"], o["out"], o["kernel"], o["stride"], o["padding"],
+            o["dilation"], o["groups"], o["bias"],
+        )  # fmt: skip
+        return _with(layer, weight=w[0], bias=w[1] if o["bias"] else None)
+
+    return Kind(run, ways={"function": run}, modules={"module": module}, options=_convolution_options,
+                weights=_convolution_weights, fits=lambda shape: len(shape) == dims + 1)  # fmt: skip
+
+
+def _transposed_options(draw: Draw, shape: Shape) -> Options:
+    groups = draw(st.sampled_from([g for g in (1, 2) if shape[0] % g == 0]))
+    return {"out": draw(st.integers(1, 2)), "kernel": draw(st.integers(1, 3)),
+            "stride": draw(st.integers(1, 2)), "groups": groups}  # fmt: skip
+
+
+def _transposed(w: Sequence[Tensor], x: Tensor, *, stride: int, groups: int, **_: Any) -> Tensor:
+    return F.conv_transpose2d(x, w[0], None, stride, 0, 0, groups)
+
+
+def _linear(w: Sequence[Tensor], x: Tensor, *, out: int, bias: bool) -> Tensor:
+    return F.linear(x, w[0], w[1] if bias else None)
+
+
+def _linear_module(w: Sequence[Tensor], o: Options) -> nn.Module:
+    layer = nn.Linear(w[0].shape[1], o["out"], o["bias"])
+    return _with(layer, weight=w[0], bias=w[1] if o["bias"] else None)
+
+
+def _affine(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    view = (-1, *[1] * (len(shape) - 1))
+    return x * weight.view(view) + bias.view(view)
+
+
+def _batch_norm(w: Sequence[Tensor], x: Tensor) -> Tensor:
+    weight, bias, mean, var = w
+    scale = weight / torch.sqrt(var + 1e-5)
+    return _affine(x.shape[1:], x, scale, bias - mean * scale)
+
+
+def _batch_norm_module(w: Sequence[Tensor], o: Options, dims: int) -> nn.Module:
+    norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[dims](len(w[0]))
+    return _with(norm, weight=w[0], bias=w[1], running_mean=w[2], running_var=w[3])
+
+
+def _standardised(x: Tensor, dims: Sequence[int]) -> Tensor:
+    mean = x.mean(dims, keepdim=True).detach()
+    sigma = torch.sqrt(x.var(dims, correction=0, keepdim=True) + 1e-5).detach()
+    return (x - mean) / sigma
+
+
+def _layer_norm(w: Sequence[Tensor], x: Tensor) -> Tensor:
+    return _standardised(x, [-1]) * w[0] + w[1]
+
+
+def _group_norm(w: Sequence[Tensor], x: Tensor, *, groups: int) -> Tensor:
+    grouped = _standardised(x.unflatten(1, (groups, -1)).flatten(2), [2])
+    return _affine(x.shape[1:], grouped.reshape(x.shape), w[0], w[1])
+
+
+def _rms_norm(w: Sequence[Tensor], x: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5).detach() * w[0]
+
+
+def _soft(x: Tensor, dim: int, seen: Tensor | None = None) -> Tensor:
+    """Softmax with a constant maximum and denominator; what is not seen takes no part."""
+    if seen is not None:
+        x = torch.where(seen, x, -torch.inf)
+    e = torch.exp(x - x.amax(dim, keepdim=True).detach())
+    return e / e.sum(dim, keepdim=True).detach()
+
+
+def _soft_defined(d: Definition, x: Value, dim: int, seen: Tensor | None = None) -> Value:
+    """What has a probability of at most EPS counts as masked, and takes no part."""
+    likely = _soft(x.data, dim, seen) > EPS
+    return d.call(lambda w, v: _soft(v, dim, likely), x)
+
+
+def _pool_options(draw: Draw, shape: Shape) -> Options:
+    k = draw(st.integers(1, min(3, *shape[1:])))
+    return {"k": k, "stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, k // 2))}
+
+
+def _pool(name: str, dims: int) -> Kind:
+    function = getattr(F, f"{name}_pool{dims}d")
+    module = getattr(nn, f"{name.title()}Pool{dims}d")
+    return Kind(
+        lambda w, x, k, stride, padding: function(x, k, stride, padding),
+        modules={"module": lambda w, o: module(o["k"], o["stride"], o["padding"])},
+        options=_pool_options,
+        fits=lambda shape: len(shape) == dims + 1,
+    )
+
+
+def _adaptive(name: str, dims: int) -> Kind:
+    function = getattr(F, f"adaptive_{name}_pool{dims}d")
+    module = getattr(nn, f"Adaptive{name.title()}Pool{dims}d")
+    return Kind(
+        lambda w, x, size: function(x, size),
+        modules={"module": lambda w, o: module(o["size"])},
+        options=lambda draw, shape: {"size": draw(st.integers(1, 3))},
+        fits=lambda shape: len(shape) == dims + 1,
+    )
+
+
+def _over(function: Callable[..., Tensor]) -> Kind:
+    """A reduction of one dimension."""
+    return Kind(
+        lambda w, x, dim, keepdim: function(x, dim, keepdim=keepdim),
+        options=lambda draw, shape: _dims(1)(draw, shape) | {"keepdim": draw(st.booleans())},
+        fits=lambda shape: len(shape) > 1,
+    )
+
+
+def _move(
+    run: Callable[..., Any],
+    options: Callable[[Draw, Shape], Options] = lambda draw, shape: {},
+    *,
+    least: int = 1,
+    most: int = 9,
+    operands: int = 1,
+    ways: dict[str, Callable[..., Any]] | None = None,
+    fits: Callable[[Shape], bool] = lambda shape: True,
+) -> Kind:
+    return Kind(
+        lambda w, *xs, **o: run(*xs, **o),
+        "moved",
+        ways={name: lambda w, *xs, _way=way, **o: _way(*xs, **o) for name, way in (ways or {}).items()},
+        options=options,
+        fits=lambda shape: least <= len(shape) <= most and fits(shape),
+        operands=operands,
+    )  # fmt: skip
+
+
+def _several(run: Callable[..., Sequence[Tensor]], options: Callable[[Draw, Shape], Options],
+             **kwargs: Any) -> Kind:  # fmt: skip
+    """A call that moves elements into several results."""
+
+    def define(d: Definition, w: Sequence[Tensor], x: Value, **o: Any) -> list[Value]:
+        count = len(run(x.data, **o))
+        return [d.moved(lambda v, i=i: run(v, **o)[i], x) for i in range(count)]
+
+    kind = _move(run, options, **kwargs)
+    return Kind(kind.run, "moved", define, options=options, fits=kind.fits)
+
+
+def _slice_options(draw: Draw, shape: Shape) -> Options:
+    dim = draw(st.integers(1, len(shape)))
+    extent = shape[dim - 1]
+    start = draw(st.integers(0, extent - 1))
+    return {"dim": dim, "start": start, "stop": draw(st.integers(start + 1, extent)),
+            "step": draw(st.integers(1, 2))}  # fmt: skip
+
+
+def _at(dim: int, index: Any) -> tuple[Any, ...]:
+    return (*[slice(None)] * dim, index)
+
+
+def _sliced(x: Tensor, dim: int, start: int, stop: int, step: int) -> Tensor:
+    return x[_at(dim, slice(start, stop, step))]
+
+
+def _index_options(draw: Draw, shape: Shape) -> Options:
+    dim = draw(st.integers(1, len(shape)))
+    places = st.lists(st.integers(0, shape[dim - 1] - 1), min_size=1, max_size=3)
+    return {"dim": dim, "places": draw(places)}
+
+
+def _mask(shape: Sequence[int], every: int) -> Tensor:
+    """A constant mask in which every so many-th element is true."""
+    return (torch.arange(math.prod(shape)) % every == 0).view(tuple(shape))
+
+
+def _scaling(
+    run: Callable[[Tensor, float], Tensor], ways: dict[str, Callable[[Tensor, float], Any]]
+) -> Kind:
+    return Kind(
+        lambda w, x, c: run(x, c),
+        "passed",
+        ways={name: lambda w, x, c, _way=way: _way(x, c) for name, way in ways.items()},
+        options=_number,
+    )
+
+
+def _sum(run: Callable[..., Tensor], ways: dict[str, Callable[..., Any]], sign: float = 1) -> Kind:
+    """A sum, in which the second summand has a weight."""
+    return Kind(
+        lambda w, x, y: run(x, y),
+        define=lambda d, w, x, y: d.call(
+            lambda v, x, y: x + v[0] * y, x, y, weights=[torch.tensor(sign, dtype=torch.float64)]
+        ),
+        ways={name: lambda w, x, y, _way=way: _way(x, y) for name, way in ways.items()},
+        operands=2,
+    )
+
+
+def _added_number(
+    ways: dict[str, Callable[[Tensor, float], Any]], sign: float = 1, of_x: float = 1
+) -> Kind:
+    def define(d: Definition, w: Sequence[Tensor], x: Value, c: float) -> Value:
+        factor = torch.tensor([of_x, sign * c], dtype=torch.float64)
+        return d.call(lambda v, x: v[0][0] * x + v[0][1], x, weights=[factor])
+
+    return Kind(
+        lambda w, x, c: of_x * x + sign * c,
+        define=define,
+        ways={name: lambda w, x, c, _way=way: _way(x, c) for name, way in ways.items()},
+        options=_number,
+    )
+
+
+def _of_each(shape: Shape, **_: Any) -> list[tuple[Sequence[int], str]]:
+    return [(shape, "normal")]
+
+
+def _gated(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
+    return d.call(lambda v, a, b: a * b, x, d.call(lambda v, b: b.sigmoid(), y))
+
+
+def _glu(d: Definition, w: Sequence[Tensor], x: Value, dim: int) -> Value:
+    halves = [d.moved(lambda v, i=i: v.chunk(2, dim)[i], x) for i in range(2)]
+    return _gated(d, w, *halves)
+
+
+def _divided_by_size(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
+    divisor = 1 + y.data.abs()
+    return d.call(lambda v, a: a / v[0], x, weights=[divisor])
+
+
+def _weighted(d: Definition, w: Sequence[Tensor], x: Value, *, out: int) -> Value:
+    product = d.call(lambda v, a: a @ v[0], x, weights=[w[0]])
+    return d.call(lambda v, a: a + v[0], product, weights=[w[1]])
+
+
+def _scores(d: Definition, query: Value, key: Value) -> Value:
+    transposed = d.moved(lambda t: t.mT, key)
+    return d.call(lambda v, a, b: a @ b, query, transposed)
+
+
+def _seen(scores: Tensor, mask: str) -> Tensor | None:
+    if mask == "none":
+        return None
+    if mask == "causal":
+        return torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    seen = _mask(scores.shape[-2:], 2)
+    return seen | torch.eye(*seen.shape, dtype=torch.bool)  # each sees itself
+
+
+def _attended(d: Definition, q: Value, k: Value, v: Value, mask: str = "none") -> Value:
+    scale = q.data.shape[-1] ** -0.5
+    scores = _scores(d, d.passed(lambda t: t * scale, q), k)
+    weights = _soft_defined(d, scores, -1, _seen(scores.data, mask))
+    return d.call(lambda w, a, b: a @ b, weights, v)
+
+
+def _sdpa(w: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    causal = mask == "causal"
+    seen = None if causal else _seen(torch.empty(q.shape[-2], k.shape[-2]), mask)
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+
+
+def _by_hand(w: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    seen = _seen(scores, mask)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return F.dropout(scores.softmax(-1), 0.1, False) @ v
+
+
+def _heads_weights(shape: Shape, *, heads: int) -> list[tuple[Sequence[int], str]]:
+    d = shape[1]
+    return [((3 * d, d), "weight"), ((3 * d,), "normal"), ((d, d), "weight"), ((d,), "normal")]
+
+
+def _multi_head(w: Sequence[Tensor], x: Tensor, *, heads: int) -> Tensor:
+    """Self-attention of several heads, written out as in a ViT."""
+    qkv = F.linear(x, w[0], w[1]).reshape(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return F.linear(attended.transpose(1, 2).reshape(x.shape), w[2], w[3])
+
+
+def _multi_head_defined(d: Definition, w: Sequence[Tensor], x: Value, *, heads: int) -> Value:
+    qkv = d.call(lambda v, t: F.linear(t, *v), x, weights=w[:2])
+    of_heads = [
+        d.moved(lambda t, i=i: t.chunk(3, -1)[i].unflatten(-1, (heads, -1)).transpose(1, 2), qkv)
+        for i in range(3)
+    ]
+    merged = d.moved(lambda t: t.transpose(1, 2).flatten(2), _attended(d, *of_heads))
+    return d.call(lambda v, t: F.linear(t, *v), merged, weights=w[2:])
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, w: Sequence[Tensor], o: Options) -> None:
+        super().__init__()
+        attention = nn.MultiheadAttention(len(w[3]), o["heads"], batch_first=True)
+        _with(attention, in_proj_weight=w[0], in_proj_bias=w[1])
+        _with(attention.out_proj, weight=w[2], bias=w[3])
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def _in_slice(change: str) -> Callable[..., Tensor]:
+    """An in-place call on a slice of a clone."""
+
+    def way(w: Sequence[Tensor], x: Tensor, y: Tensor, **o: Any) -> Tensor:
+        result = x.clone()
+        part, other = _sliced(result, **o), _sliced(y, **o)
+        if change == "relu_":
+            part.relu_()
+        elif change == "mul_":
+            part.mul_(-2)
+        elif change == "add_":
+            part += other
+        elif change == "mul_ by another":
+            part *= other
+        elif change == "set":
+            result[_at(o["dim"], slice(o["start"], o["stop"], o["step"]))] = other
+        else:
+            part.copy_(other)
+        return result
+
+    return way
+
+
+def _in_slice_defined(change: str) -> Callable[..., Value]:
+    def define(d: Definition, w: Sequence[Tensor], x: Value, y: Value, **o: Any) -> Value:
+        part, other = (d.moved(lambda t: _sliced(t, **o), value) for value in (x, y))
+        if change == "relu_":
+            changed = d.call(lambda v, t: t.relu(), part)
+        elif change == "mul_":
+            changed = d.passed(lambda t: t * -2, part)
+        elif change == "add_":
+            changed = d.call(lambda v, a, b: a + b, part, other)
+        elif change == "mul_ by another":
+            changed = d.call(lambda v, a, b: a * b, part, other)
+        else:
+            changed = other
+
+        def put(whole: Tensor, into: Tensor) -> Tensor:
+            result = whole.clone()
+            _sliced(result, **o).copy_(into)
+            return result
+
+        return d.moved(put, x, changed)
+
+    return define
+
+
+def _changed_slice(change: str) -> Kind:
+    way = _in_slice(change)
+    return Kind(way, "parts", _in_slice_defined(change), options=_slice_options, operands=2)
+
+
+def _seen_in_view(w: Sequence[Tensor], x: Tensor) -> Tensor:
+    """A view that shows what an in-place call does to its base."""
+    base = (x * 0.5).contiguous()
+    view = base.flatten(1)[:, ::2]
+    base.relu_()
+    return view.add_(1)
+
+
+def _seen_in_view_defined(d: Definition, w: Sequence[Tensor], x: Value) -> Value:
+    base = d.call(lambda v, t: t.relu(), d.passed(lambda t: t * 0.5, x))
+    return d.call(lambda v, t: t + 1, d.moved(lambda t: t.flatten(1)[:, ::2], base))
+
+
+def _twice_changed(w: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """A tensor that is used, changed, used again, changed, and used with what was made before."""
+    t = x + y
+    first = t.sigmoid()
+    t.mul_(first)
+    second = torch.tanh(t)
+    t += second
+    return t.mul_(2) + first
+
+
+def _twice_changed_defined(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
+    t = d.call(lambda v, a, b: a + b, x, y)
+    first = d.call(lambda v, a: a.sigmoid(), t)
+    t = d.call(lambda v, a, b: a * b, t, first)
+    second = d.call(lambda v, a: a.tanh(), t)
+    t = d.call(lambda v, a, b: a + b, t, second)
+    return d.call(lambda v, a, b: a + b, d.passed(lambda a: a * 2, t), first)
+
+
+def _window(draw: Draw, shape: Shape) -> Options:
+    return {"k": draw(st.integers(1, min(2, *shape[1:])))}
+
+
+def _add_scaled(x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(x, y, alpha=2)
+
+
+KINDS: dict[str, Kind] = {
+    # affine
+    "linear": Kind(
+        _linear,
+        modules={"module": _linear_module},
+        options=lambda draw, shape: {"out": draw(st.integers(1, 5)), "bias": draw(st.booleans())},
+        weights=lambda shape, out, bias: [((out, shape[-1]), "weight"), ((out,), "normal")][
+            : 1 + bias
+        ],
+    ),
+    "product and sum": Kind(
+        lambda w, x, out: x @ w[0] + w[1],
+        "parts",
+        _weighted,
+        options=lambda draw, shape: {"out": draw(st.integers(2, 4))},
+        weights=lambda shape, out: [((shape[-1], out), "weight"), ((out,), "normal")],
+        fits=lambda shape: shape[-1] > 1,
+    ),
+    "conv1d": _convolution(1),
+    "conv2d": _convolution(2),
+    "conv_transpose2d": Kind(
+        _transposed,
+        options=_transposed_options,
+        weights=lambda shape, out, kernel, groups, **_: [
+            ((shape[0], out, kernel, kernel), "weight")
+        ],
+        fits=lambda shape: len(shape) == 3,
+    ),
+    "avg_pool1d": _pool("avg", 1),
+    "avg_pool2d": _pool("avg", 2),
+    "adaptive_avg_pool1d": _adaptive("avg", 1),
+    "adaptive_avg_pool2d": _adaptive("avg", 2),
+    "max_pool1d": _pool("max", 1),
+    "max_pool2d": _pool("max", 2),
+    "adaptive_max_pool2d": _adaptive("max", 2),
+    "mean": _over(torch.mean),
+    "sum": _over(torch.sum),
+    "amax": _over(torch.amax),
+    "logsumexp": _over(torch.logsumexp),
+    "cumsum": Kind(lambda w, x, dim: x.cumsum(dim), options=_dims(1)),
+    "interpolate": Kind(
+        lambda w, x, mode: F.interpolate(x, scale_factor=2, mode=mode),
+        options=lambda draw, shape: {"mode": draw(st.sampled_from(["nearest", "bilinear"]))},
+        fits=lambda shape: len(shape) == 3,
+    ),
+    # normalisation
+    "batch_norm": Kind(
+        _batch_norm,
+        ways={
+            "function": lambda w, x: F.batch_norm(x, w[2].detach(), w[3].detach(), w[0], w[1]),
+        },
+        weights=lambda shape: [
+            ((shape[0],), kind) for kind in ("normal", "normal", "normal", "positive")
+        ],
+    ),
+    "batch_norm2d": Kind(
+        _batch_norm,
+        ways={"function": lambda w, x: F.batch_norm(x, w[2].detach(), w[3].detach(), w[0], w[1])},
+        modules={"module": lambda w, o: _batch_norm_module(w, o, 3)},
+        weights=lambda shape: [
+            ((shape[0],), kind) for kind in ("normal", "normal", "normal", "positive")
+        ],
+        fits=lambda shape: len(shape) == 3,
+    ),
+    "layer_norm": Kind(
+        _layer_norm,
+        ways={"function": lambda w, x: F.layer_norm(x, x.shape[-1:], w[0], w[1])},
+        modules={"module": lambda w, o: _with(nn.LayerNorm(len(w[0])), weight=w[0], bias=w[1])},
+        weights=lambda shape: [(shape[-1:], "normal"), (shape[-1:], "normal")],
+        fits=lambda shape: shape[-1] > 1,
+    ),
+    "group_norm": Kind(
+        _group_norm,
+        ways={"function": lambda w, x, groups: F.group_norm(x, groups, w[0], w[1])},
+        modules={
+            "module": lambda w, o: _with(
+                nn.GroupNorm(o["groups"], len(w[0])), weight=w[0], bias=w[1]
+            )
+        },
+        options=lambda draw, shape: {
+            "groups": draw(st.sampled_from([g for g in (1, 2) if shape[0] % g == 0]))
+        },
+        weights=lambda shape, groups: [((shape[0],), "normal"), ((shape[0],), "normal")],
+        fits=lambda shape: len(shape) > 1 and math.prod(shape[1:]) > 1,
+    ),
+    "rms_norm": Kind(
+        _rms_norm,
+        ways={"function": lambda w, x: F.rms_norm(x, x.shape[-1:], w[0], 1e-5)},
+        weights=lambda shape: [(shape[-1:], "normal")],
+    ),
+    "normalize": Kind(
+        lambda w, x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12).detach(),
+        ways={"function": lambda w, x: F.normalize(x, dim=-1)},
+    ),
+    "softmax": Kind(
+        lambda w, x, dim: _soft(x, dim),
+        "parts",
+        lambda d, w, x, dim: _soft_defined(d, x, dim),
+        ways={
+            "function": lambda w, x, dim: F.softmax(x, dim),
+            "method": lambda w, x, dim: x.softmax(dim),
+        },
+        modules={"module": lambda w, o: nn.Softmax(o["dim"])},
+        options=_dims(1),
+    ),
+    # element by element
+    "relu": _elementwise(
+        torch.relu, nn.ReLU, in_place=lambda x: x.relu_(), method=lambda x: x.relu()
+    ),
+    "relu in place": Kind(
+        lambda w, x: x.relu(),
+        ways={"in place": lambda w, x: F.relu(x, inplace=True)},
+        modules={"module in place": lambda w, o: nn.ReLU(inplace=True)},
+    ),
+    "clamp at 0": _elementwise(lambda x: x.clamp(min=0), in_place=lambda x: x.clamp_(min=0)),
+    "clamp": _elementwise(lambda x: x.clamp(-0.5, 0.7), in_place=lambda x: x.clamp_(-0.5, 0.7)),
+    "relu6": _elementwise(F.relu6, nn.ReLU6),
+    "leaky_relu": _elementwise(F.leaky_relu, nn.LeakyReLU, in_place=F.leaky_relu_),
+    "elu": _elementwise(F.elu, nn.ELU, in_place=F.elu_),
+    "selu": _elementwise(F.selu, nn.SELU),
+    "gelu": _elementwise(F.gelu, nn.GELU),
+    "gelu by tanh": _elementwise(
+        lambda x: F.gelu(x, approximate="tanh"), lambda: nn.GELU(approximate="tanh")
+    ),
+    "silu": _elementwise(F.silu, nn.SiLU, in_place=lambda x: F.silu(x, inplace=True)),
+    "mish": _elementwise(F.mish, nn.Mish),
+    "hardswish": _elementwise(
+        F.hardswish, nn.Hardswish, in_place=lambda x: F.hardswish(x, inplace=True)
+    ),
+    "softplus": _elementwise(F.softplus, nn.Softplus),
+    "sigmoid": _elementwise(torch.sigmoid, nn.Sigmoid, in_place=lambda x: x.sigmoid_()),
+    "hardsigmoid": _elementwise(F.hardsigmoid, nn.Hardsigmoid),
+    "tanh": _elementwise(torch.tanh, nn.Tanh, in_place=lambda x: x.tanh_()),
+    "hardtanh": _elementwise(F.hardtanh, nn.Hardtanh),
+    "softsign": _elementwise(F.softsign, nn.Softsign),
+    "abs": _elementwise(torch.abs, in_place=lambda x: x.abs_()),
+    "square": _elementwise(torch.square, method=lambda x: x**2),
+    "cube": _elementwise(lambda x: x**3),
+    "exp": _elementwise(torch.exp),
+    "cos": _elementwise(torch.cos),
+    "erf": _elementwise(torch.erf),
+    "log1p of square": Kind(
+        lambda w, x: torch.log1p(x.square()),
+        "parts",
+        lambda d, w, x: d.call(lambda v, t: torch.log1p(t), d.call(lambda v, t: t.square(), x)),
+    ),
+    # sums, products, quotients
+    "add": _sum(
+        torch.add,
+        {
+            "function": torch.add,
+            "operator": lambda x, y: x + y,
+            "method": lambda x, y: x.add(y),
+            "in place": lambda x, y: x.add_(y),
+            "in place operator": lambda x, y: x.__iadd__(y),
+        },
+    ),
+    "add alpha": _sum(_add_scaled, {"function": _add_scaled}, 2),
+    "sub": _sum(
+        torch.sub, {"operator": lambda x, y: x - y, "in place": lambda x, y: x.sub_(y)}, -1
+    ),
+    "add number": _added_number(
+        {
+            "operator": lambda x, c: x + c,
+            "reflected": lambda x, c: c + x,
+            "in place": lambda x, c: x.add_(c),
+            "in place operator": lambda x, c: x.__iadd__(c),
+        }
+    ),
+    "sub number": _added_number({"operator": lambda x, c: x - c}, -1),
+    "number less": _added_number({"operator": lambda x, c: c - x}, of_x=-1),
+    "add parameter": Kind(
+        lambda w, x: x + w[0],
+        ways={"operator": lambda w, x: x + w[0], "in place": lambda w, x: x.add_(w[0])},
+        weights=_of_each,
+    ),
+    "mul": Kind(
+        lambda w, x, y: x * y,
+        ways={"operator": lambda w, x, y: x * y, "in place": lambda w, x, y: x.mul_(y)},
+        operands=2,
+    ),
+    "gate": Kind(
+        lambda w, x, y: x * y.sigmoid(),
+        "parts",
+        _gated,
+        ways={
+            "operator": lambda w, x, y: x * y.sigmoid(),
+            "in place": lambda w, x, y: x.mul_(torch.sigmoid(y)),
+        },
+        operands=2,
+    ),
+    "glu": Kind(
+        lambda w, x, dim: F.glu(x, dim),
+        "parts",
+        _glu,
+        modules={"module": lambda w, o: nn.GLU(o["dim"])},
+        options=lambda draw, shape: {
+            "dim": draw(st.sampled_from([i + 1 for i, n in enumerate(shape) if n % 2 == 0]))
+        },
+        fits=lambda shape: any(n % 2 == 0 for n in shape),
+    ),
+    "mul parameter": Kind(
+        lambda w, x: x * w[0],
+        ways={"operator": lambda w, x: w[0] * x, "in place": lambda w, x: x.mul_(w[0])},
+        weights=_of_each,
+        fits=lambda shape: math.prod(shape) > 1,
+    ),
+    "mul number": _scaling(
+        torch.mul,
+        {
+            "operator": lambda x, c: x * c,
+            "reflected": lambda x, c: c * x,
+            "tensor": lambda x, c: x * torch.tensor(c, dtype=x.dtype),
+            "in place": lambda x, c: x.mul_(c),
+            "in place operator": lambda x, c: x.__imul__(c),
+        },
+    ),
+    "div number": _scaling(
+        torch.div, {"operator": lambda x, c: x / c, "in place": lambda x, c: x.div_(c)}
+    ),
+    "neg": Kind(
+        lambda w, x: -x,
+        "passed",
+        ways={"operator": lambda w, x: -x, "in place": lambda w, x: x.neg_()},
+    ),
+    "log_softmax": Kind(lambda w, x, dim: F.log_softmax(x, dim), "passed", options=_dims(1)),
+    "divided": Kind(
+        lambda w, x, y: x / (1 + y.abs()),
+        "parts",
+        _divided_by_size,
+        ways={
+            "operator": lambda w, x, y: x / (1 + y.abs()),
+            "in place": lambda w, x, y: x.div_(1 + y.abs()),
+        },
+        operands=2,
+    ),
+    "maximum": Kind(lambda w, x, y: torch.maximum(x, y), operands=2),
+    "minimum": Kind(lambda w, x, y: torch.minimum(x, y), operands=2),
+    # products of tensors
+    "matmul": Kind(
+        lambda w, x, y: x @ y.mT,
+        "parts",
+        lambda d, w, x, y: _scores(d, x, y),
+        ways={
+            "operator": lambda w, x, y: x @ y.mT,
+            "function": lambda w, x, y: torch.matmul(x, y.transpose(-2, -1)),
+        },
+        fits=lambda shape: len(shape) > 1,
+        operands=2,
+    ),
+    "bmm": Kind(
+        lambda w, x, y: torch.bmm(x, y.transpose(1, 2)),
+        "parts",
+        lambda d, w, x, y: _scores(d, x, y),
+        fits=lambda shape: len(shape) == 2,
+        operands=2,
+    ),
+    "einsum": Kind(
+        lambda w, x, y: torch.einsum("bn...,bm...->bnm", x, y),
+        fits=lambda shape: len(shape) > 1,
+        operands=2,
+    ),
+    "attention": Kind(
+        _sdpa,
+        "parts",
+        lambda d, w, q, k, v, mask: _attended(d, q, k, v, mask),
+        ways={"function": _sdpa, "by hand": _by_hand},
+        options=lambda draw, shape: {"mask": draw(st.sampled_from(["none", "causal", "some"]))},
+        fits=lambda shape: len(shape) > 1,
+        operands=3,
+    ),
+    "heads": Kind(
+        _multi_head,
+        "parts",
+        _multi_head_defined,
+        modules={"module": _SelfAttention},
+        options=lambda draw, shape: {"heads": draw(st.sampled_from([1, 2]))},
+        weights=_heads_weights,
+        fits=lambda shape: len(shape) == 2 and shape[1] % 2 == 0,
+    ),
+    # what moves elements
+    "flatten": _move(
+        lambda x: x.flatten(1),
+        ways={
+            "flatten": lambda x: x.flatten(1),
+            "reshape": lambda x: x.reshape(len(x), -1),
+            "function": lambda x: torch.flatten(x, 1),
+        },
+    ),
+    "reshape": _move(
+        lambda x, size: x.reshape(len(x), *size),
+        lambda draw, shape: {"size": draw(st.sampled_from([shape[::-1], (-1, shape[0]), (1, -1)]))},
+    ),
+    "transpose": _move(
+        lambda x: x.transpose(1, 2),
+        least=2,
+        ways={"transpose": lambda x: x.transpose(1, 2), "swapaxes": lambda x: x.swapaxes(2, 1)},
+    ),
+    "permute": _move(lambda x: x.permute(0, 3, 1, 2), least=3, most=3),
+    "slice": _move(_sliced, _slice_options),
+    "select": _move(
+        lambda x, dim, at: x.select(dim, at),
+        lambda draw, shape: _dims(1)(draw, shape) | {"at": draw(st.sampled_from([0, -1]))},
+        least=2,
+    ),
+    "index": _move(lambda x, dim, places: x[_at(dim, places)], _index_options),
+    "index_select": _move(
+        lambda x, dim, places: x.index_select(dim, torch.tensor(places)), _index_options
+    ),
+    "flip": _move(lambda x, dim: x.flip(dim), _dims(1)),
+    "roll": _move(lambda x, dim: x.roll(1, dim), _dims(1)),
+    "pad": _move(lambda x: F.pad(x, (1, 1)), fits=lambda shape: math.prod(shape) < 100),
+    "repeat": _move(
+        lambda x, dim: x.repeat_interleave(2, dim),
+        _dims(1),
+        fits=lambda shape: math.prod(shape) < 100,
+    ),
+    "expand": _move(
+        lambda x: x.unsqueeze(1).expand(-1, 2, *x.shape[1:]),
+        most=2,
+        fits=lambda shape: math.prod(shape) < 100,
+    ),
+    "sort": _move(lambda x: x.sort(-1)[0]),
+    "topk": _move(lambda x: x.topk(1, 1)[0]),
+    "where": _move(
+        lambda x, y: torch.where(_mask(x.shape[1:], 3), x, y),
+        operands=2,
+    ),
+    "masked_fill": _move(lambda x: x.masked_fill(_mask(x.shape[1:], 3), 0)),
+    "cat": _move(
+        lambda x, y, dim: torch.cat([x, y], dim),
+        _dims(1),
+        operands=2,
+        fits=lambda shape: math.prod(shape) < 100,
+    ),
+    "stack": _move(
+        lambda x, y: torch.stack([x, y], 1),
+        most=2,
+        operands=2,
+        fits=lambda shape: math.prod(shape) < 100,
+    ),
+    "clone": _move(lambda x: x.clone()),
+    "contiguous": _move(lambda x: x.contiguous()),
+    "dropout": Kind(
+        lambda w, x: x,
+        "moved",
+        ways={"function": lambda w, x: F.dropout(x, 0.5, False)},
+        modules={"module": lambda w, o: nn.Dropout(0.5), "identity": lambda w, o: nn.Identity()},
+    ),
+    "chunk": _several(lambda x, dim: x.chunk(2, dim), _dims(1), fits=lambda shape: min(shape) > 1),
+    "unbind": _several(
+        lambda x, dim: x.unbind(dim), _dims(1), least=2, fits=lambda shape: max(shape) < 5
+    ),
+    "split": _several(
+        lambda x, sizes: x.split(sizes, 1),
+        lambda draw, shape: {"sizes": [1, shape[0] - 1]},
+        fits=lambda shape: shape[0] > 1,
+    ),
+    # in-place calls on what is seen by other names
+    **{
+        f"{change} in a slice": _changed_slice(change)
+        for change in ("relu_", "mul_", "add_", "mul_ by another", "set", "copy_")
+    },
+    "seen in a view": Kind(_seen_in_view, "parts", _seen_in_view_defined),
+    "changed twice": Kind(_twice_changed, "parts", _twice_changed_defined, operands=2),
+}
+
+
+# ---------------------------------------------------------------------------------------- drawing them
+
+
+class _Registers:
+    """What is known of the registers of a program that is being drawn."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shapes = [shape]
+        self.group = [0]
+        """Registers of one number may share memory."""
+        self.owns = [True]
+        self.dead: set[int] = set()
+
+    def alive(self) -> list[int]:
+        return [r for r in range(len(self.shapes)) if r not in self.dead]
+
+    def add(self, step: Step, shapes: Sequence[Shape]) -> None:
+        first, kind = step.of[0], KINDS[step.kind]
+        is_view = not kind.owns
+        group = self.group[first] if is_view or "in place" in step.way else len(self.shapes)
+        if "in place" in step.way:
+            self.dead |= {r for r, g in enumerate(self.group) if g == group}
+        elif is_view and len(step.of) > 1:  # a copy: `cat`
+            group, is_view = len(self.shapes), False
+        for shape in shapes:
+            self.shapes.append(shape)
+            self.group.append(group)
+            self.owns.append(not is_view)
+
+
+def _may_be_in_place(registers: _Registers, of: Sequence[int]) -> bool:
+    target, *others = of
+    apart = all(
+        registers.group[other] != registers.group[target] or other == target for other in others
+    )
+    return registers.owns[target] and apart
+
+
+@st.composite
+def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
+    """Programs that end with a row of numbers for each sample."""
+    shapes = st.sampled_from([(5,), (3, 4), (4, 6), (2, 5, 5), (3, 4, 6), (1, 6, 6), (2,)])
+    shape, seed, batch = draw(shapes), draw(st.integers(0, 2**16)), draw(st.integers(1, 3))
+    joint = draw(st.booleans())
+    registers = _Registers(shape)
+    steps: list[Step] = []
+
+    def partial_program() -> Program:
+        return Program(shape, batch, joint, seed, tuple(steps))
+
+    def append(step: Step) -> bool:
+        steps.append(step)
+        of = registers.shapes[step.of[0]]
+        made = result_shapes(
+            step, registers.shapes, weights_of(partial_program(), len(steps) - 1, of), batch
+        )
+        if any(math.prod(s) > LARGEST or len(s) > 3 or not s or 0 in s for s in made):
+            steps.pop()
+            return False
+        registers.add(step, made)
+        return True
+
+    for _ in range(draw(st.integers(0, longest))):
+        alive = registers.alive()[::-1]
+        target = draw(st.sampled_from(alive[:4]))
+        of_shape = registers.shapes[target]
+        name = draw(st.sampled_from([name for name in KINDS if KINDS[name].fits(of_shape)]))
+        kind = KINDS[name]
+        alike = [r for r in alive if registers.shapes[r] == of_shape]
+        of = (target, *(draw(st.sampled_from(alike)) for _ in range(kind.operands - 1)))
+        again = [
+            i
+            for i, step in enumerate(steps)
+            if step.kind == name
+            and step.layer is None
+            and "in place" not in step.way
+            and registers.shapes[step.of[0]] == of_shape
+        ]
+        if again and draw(st.integers(0, 3)):
+            before = steps[again[-1]]
+            append(Step(name, of, before.way, before.options, again[-1]))
+            continue
+        ways = [
+            way
+            for way in kind.all_ways()
+            if "in place" not in way or _may_be_in_place(registers, of)
+        ]
+        if ways:
+            options = kind.options(draw, of_shape)
+            append(Step(name, of, draw(st.sampled_from(ways)), options))
+    last = registers.alive()[-1]
+    if len(registers.shapes[last]) > 1:
+        append(Step("flatten", (last,), "flatten"))
+        last = len(registers.shapes) - 1
+    width = draw(st.integers(2, classes))
+    append(Step("linear", (last,), "module", {"out": width, "bias": draw(st.booleans())}))
+    last = len(registers.shapes) - 1
+    ending = draw(
+        st.sampled_from(["none", "none", "none", "log_softmax", "softmax", "relu in place"])
+    )
+    if ending != "none":
+        options = {"dim": 1} if "softmax" in ending else {}
+        append(Step(ending, (last,), KINDS[ending].all_ways()[0], options))
+    return partial_program()

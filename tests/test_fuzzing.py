@@ -1,0 +1,282 @@
+"""Random networks against the definition of absLRP, evaluated call by call.
+
+Each network is a program of a few calls (:mod:`tests.networks`), drawn by hypothesis; where one fails, the
+shortest program that still fails is printed, and can be pasted back into :func:`check`. Of each network, with
+weights and inputs in float64, these properties are checked:
+
+- the map of the target and that of the contrast are what the definition gives, and their difference is the
+  attribution,
+- ``"joint"`` conserves relevance wherever the definition does,
+- a batch has the maps of its samples one by one,
+- a second call gives the same map to the last bit,
+- the model (state, hooks, flags), its plain output and the input are what they were before,
+- float32 gives nearly the same maps.
+
+The tests run a few networks that are the same each time. Any number of them, from any seed:
+
+    python -m tests.test_fuzzing --networks 10000 --seed 0
+
+A network may be ill-conditioned: the definition itself then gives another map for another stabiliser. It is
+counted, and its maps are not compared with the definition; all else is checked. Likewise a map that changes
+with the last digits of weights and input is not compared with that of float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from torch import Tensor
+
+from captum_abslrp import AbsLRP
+from tests.networks import KINDS, Definition, Network, Program, Step, Value, defined, programs
+from tests.test_no_trace import no_trace
+
+ACCURACY = 1e-6
+"""Relative L2 error of a map, in float64."""
+ACCURACY_OF_BATCHES = 1e-9
+ACCURACY_OF_FLOAT32 = 1e-3
+
+
+class Found:
+    """What has been met, over all networks."""
+
+    def __init__(self) -> None:
+        self.networks = 0
+        self.calls: Counter[str] = Counter()
+        self.ways: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.worst = self.worst_in_float32 = 0.0
+
+
+def error(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """Relative L2 error of the worst sample; of nothing it is the error itself."""
+    difference = (actual.double() - expected.double()).flatten(1).norm(dim=1)
+    size = (expected if scale is None else scale).double().flatten(1).norm(dim=1)
+    return (difference / torch.where(size > 0, size, 1)).max().item()
+
+
+def by_definition(
+    program: Program, definition: Definition, x: Value, output: Value
+) -> tuple[Tensor, Tensor]:
+    """The maps of target and contrast."""
+    z = output.data
+    target = torch.zeros_like(z)
+    target[range(len(z)), targets_of(program, z)] = 1
+    contrast = (1 - target) / (z.shape[1] - 1)
+    of_target, of_contrast = definition.relevance(
+        output, x, [target, contrast], joint=program.joint
+    )
+    return of_target, of_contrast
+
+
+def targets_of(program: Program, output: Tensor) -> list[int]:
+    return [(program.seed + i) % output.shape[1] for i in range(len(output))]
+
+
+def attributor_of(program: Program, network: Network) -> AbsLRP:
+    return AbsLRP(network, normalization="joint" if program.joint else "separate")
+
+
+def check(program: Program, found: Found | None = None) -> None:
+    """Raise an AssertionError where a property does not hold for a network."""
+    found = Found() if found is None else found
+    network, x = Network(program), program.inputs()
+    definition, value, output = defined(program)
+    largest = max(entry.output.data.abs().max().item() for entry in definition.entries)
+    if not largest < 1e6:
+        found.notes["too large"] += 1
+        return
+    found.networks += 1
+    found.calls.update(step.kind for step in program.steps)
+    found.ways.update(step.way for step in program.steps)
+    found.ways.update("the same layer again" for step in program.steps if step.layer is not None)
+
+    with torch.no_grad():
+        plain = network(x.clone())
+    torch.testing.assert_close(plain, output.data, rtol=1e-9, atol=1e-9)
+    targets = targets_of(program, plain)
+    attributor = attributor_of(program, network)
+    given_ = x.clone()
+    with no_trace(network), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The maps of target and contrast differ by")
+        of_target = attributor.attribute(given_, targets, contrast=None)
+        difference = attributor.attribute(given_, targets)
+        again = attributor.attribute(given_, targets)
+        one_by_one = [
+            attributor.attribute(x[i : i + 1], target)
+            for i, target in enumerate(targets if program.batch > 1 else [])
+        ]
+    of_contrast = of_target - difference
+    assert torch.equal(given_, x), "the input was changed"
+    assert bool(difference.isfinite().all() and of_target.isfinite().all()), "not finite"
+    assert torch.equal(again, difference), "the second call differs"
+    with torch.no_grad():
+        assert torch.equal(network(x.clone()), plain), "the output differs"
+
+    expected, expected_contrast = by_definition(program, definition, value, output)
+    size = torch.maximum(expected.abs(), expected_contrast.abs())
+    errors = {
+        "target": error(of_target, expected),
+        "contrast": error(of_contrast, expected_contrast, size),
+        "difference": error(difference, expected - expected_contrast, size),
+    }
+    if max(errors.values()) > ACCURACY and ill_conditioned(program, expected, expected_contrast):
+        found.notes["ill-conditioned"] += 1
+    else:
+        for name, value_ in errors.items():
+            assert value_ <= ACCURACY, f"the map of the {name} is off by {value_:.1e}"
+        found.worst = max(found.worst, *errors.values())
+        if program.joint and definition.lossless:
+            found.notes["conserves relevance"] += 1
+            totals = of_target.flatten(1).sum(1)
+            torch.testing.assert_close(totals, torch.ones_like(totals), rtol=1e-6, atol=0)
+    if program.batch > 1:
+        off = error(difference, torch.cat(one_by_one), of_target)
+        assert off <= ACCURACY_OF_BATCHES, f"a sample on its own is off by {off:.1e}"
+        found.notes["one by one"] += 1
+    narrow = attributor_of(program, network.float()).attribute(x.float(), targets, contrast=None)
+    off = error(narrow, of_target)
+    if off > ACCURACY_OF_FLOAT32 and sensitive(program, targets, of_target, expected):
+        found.notes["sensitive to rounding"] += 1
+    else:
+        assert off <= ACCURACY_OF_FLOAT32, f"the map in float32 is off by {off:.1e}"
+        found.worst_in_float32 = max(found.worst_in_float32, off)
+
+
+def ill_conditioned(program: Program, *maps: Tensor) -> bool:
+    """Whether the definition gives other maps where its stabiliser is a thousandth."""
+    less = by_definition(program, *defined(program, eps=1e-12))
+    scale = torch.maximum(*(m.abs() for m in maps))
+    return max(error(a, b, scale) for a, b in zip(less, maps)) > ACCURACY / 10
+
+
+def sensitive(program: Program, targets: list[int], of_target: Tensor, expected: Tensor) -> bool:
+    """Whether float32 cannot hold the map: weights and input that differ by some roundings have another one,
+    or the definition, evaluated in float32, does (a sigmoid that is rounded to one has no slope)."""
+    network, generator = Network(program), torch.Generator().manual_seed(0)
+
+    def changed(values: Tensor) -> Tensor:
+        noise = torch.randn(values.shape, generator=generator, dtype=values.dtype)
+        return values * (1 + 1e-6 * noise)
+
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(changed(parameter))
+    x = changed(program.inputs())
+    other = attributor_of(program, network).attribute(x, targets, contrast=None)
+    of_float32, _ = by_definition(program, *defined(program, dtype=torch.float32))
+    off = max(error(other, of_target), error(of_float32, expected))
+    return off > ACCURACY_OF_FLOAT32 / 10
+
+
+RUN = settings(
+    deadline=None,
+    database=None,
+    report_multiple_bugs=False,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+FAULTS = {
+    "joint, a ReLU in place at the end: what arrived at its zeros was a share of what it is made from":
+    Program(shape=(5,), batch=2, joint=True, seed=0, steps=(
+        Step("linear", (0,), "module", {"out": 2, "bias": False}),
+        Step("relu in place", (1,), "in place"),
+    )),
+    "joint, what is passed to a zero was lost":
+    Program(shape=(2, 5, 5), batch=1, joint=True, seed=0, steps=(
+        Step("relu in place", (0,), "in place"),
+        Step("log_softmax", (1,), "function", {"dim": 1}),
+        Step("flatten", (2,), "flatten"),
+        Step("linear", (3,), "module", {"out": 2, "bias": False}),
+    )),
+    "one element times a number was an AttributeError":
+    Program(shape=(1,), batch=1, joint=False, seed=0, steps=(
+        Step("linear", (0,), "module", {"out": 1, "bias": True}),
+        Step("mul number", (1,), "operator", {"c": -1.5}),
+        Step("linear", (2,), "module", {"out": 2, "bias": True}),
+    )),
+    "a difference in place was scaled by its result":
+    Program(shape=(4, 6), batch=1, joint=False, seed=0, steps=(
+        Step("exp", (0,)),
+        Step("sub", (0, 1), "in place"),
+        Step("flatten", (2,), "flatten"),
+        Step("linear", (3,), "module", {"out": 2, "bias": False}),
+    )),
+    "joint, a summand with a factor got no more for it":
+    Program(shape=(5,), batch=2, joint=True, seed=0, steps=(
+        Step("linear", (0,), "module", {"out": 5, "bias": True}),
+        Step("add alpha", (0, 1), "function"),
+        Step("linear", (2,), "module", {"out": 3, "bias": False}),
+    )),
+    "a class whose log-probability is rounded to 0 had no map":
+    Program(shape=(4,), batch=2, joint=False, seed=0, steps=(
+        Step("mul number", (0,), "operator", {"c": 300.0}),
+        Step("linear", (1,), "module", {"out": 2, "bias": False}),
+        Step("log_softmax", (2,), "function", {"dim": 1}),
+    )),
+}  # fmt: skip
+"""What has been found and mended, by what was wrong."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_was_wrong_once(fault: str) -> None:
+    check(FAULTS[fault])
+
+
+@settings(RUN, max_examples=60, derandomize=True)
+@given(programs())
+def test_networks(program: Program) -> None:
+    check(program)
+
+
+def run(networks: int, first_seed: int, chunk: int = 500) -> bool:
+    """Check many networks, and print what was met; whether all of them passed."""
+    found, start, passed = Found(), time.time(), True
+    for number, begin in enumerate(range(0, networks, chunk)):
+
+        @seed(first_seed * 1_000_003 + number)
+        @settings(RUN, max_examples=min(chunk, networks - begin))
+        @given(programs())
+        def some(program: Program) -> None:
+            check(program, found)
+
+        try:
+            some()
+        except Exception as failure:
+            passed = False
+            print(f"chunk {number}: {type(failure).__name__}: {failure}")
+            print("\n".join(getattr(failure, "__notes__", [])), flush=True)
+        spent = time.time() - start
+        worst = f"{found.worst:.1e}, in float32 {found.worst_in_float32:.1e}"
+        print(
+            f"chunk {number}: {found.networks} networks, {spent:.0f} s, worst error {worst}, "
+            f"{dict(found.notes)}",
+            flush=True,
+        )
+    print(f"networks {found.networks}, seed {first_seed}, {time.time() - start:.0f} s")
+    print("calls:", ", ".join(f"{name} {found.calls[name]}" for name in KINDS))
+    print("written as:", dict(found.ways.most_common()))
+    return passed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Random networks against the definition.")
+    parser.add_argument("--networks", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    return 0 if run(options.networks, options.seed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
