@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -281,6 +282,56 @@ def test_outputs_never_hit_each_other_nor_an_input(tmp_path: Path, capsys: Captu
         "cat-abslrp-abslrp.npy",
         "x.y-abslrp.npy",
     ]
+
+
+def test_folders_keep_their_structure(tmp_path: Path, capsys: Capture) -> None:
+    data = tmp_path / "data"
+    for name, seed in (("a/x.png", 0), ("b/x.jpg", 1), ("b/x.png", 2), ("y.png", 3)):
+        save_picture(data / name, seed)
+    (data / "a" / "notes.txt").write_text("no picture")
+    command = ["explain", str(data), "--model", "demo:vgg", "--out", str(data / "maps")]
+    for _ in range(2):  # what is in the folder for the maps is none of the pictures
+        assert main(command) == 0
+        written = sorted(str(p.relative_to(data / "maps")) for p in data.rglob("*.npy"))
+        assert written == ["a/x-abslrp.npy", "b/x-2-abslrp.npy", "b/x-abslrp.npy", "y-abslrp.npy"]
+
+
+def test_resume_leaves_out_what_is_explained_as_it_is_asked_for(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    pictures = [save_picture(tmp_path / "data" / f"{i}.png", i) for i in range(3)]
+
+    def explained(*words: str) -> list[str]:
+        command = ["explain", str(tmp_path / "data"), "--model", "demo:vgg", *words]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [Path(line.partition(":")[0]).name for line in lines if " -> " in line]
+
+    names = ["0.png", "1.png", "2.png"]
+    assert explained("--resume") == names  # there is nothing yet
+    assert explained("--resume") == []
+    (tmp_path / "out" / "1-abslrp.npy").unlink()
+    assert explained("--resume") == ["1.png"]
+    assert explained("--resume", "--target", "3") == names
+    assert explained("--resume", "--target", "3") == []
+    assert explained("--target", "3") == names
+    stamp = (tmp_path / "out" / "2-abslrp.png").stat().st_mtime + 5
+    os.utime(pictures[2], (stamp, stamp))  # it was changed afterwards
+    assert explained("--resume", "--target", "3") == ["2.png"]
+    (tmp_path / "out" / "0-abslrp.png").write_bytes(b"torn")
+    assert "0.png" in explained("--resume", "--target", "3")
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    files.save_text("before", path)
+    with pytest.raises(ZeroDivisionError), files.written(path) as file:
+        file.write(b"half of")
+        raise ZeroDivisionError
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "link.txt").symlink_to(path)
+    files.save_text("after", tmp_path / "link.txt")
+    assert path.read_text() == "after" and (tmp_path / "link.txt").is_symlink()
 
 
 def test_bad_images_leave_the_others_alone(

@@ -6,6 +6,7 @@ Axes: M mosaics, C channels, H height, W width.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -71,9 +72,7 @@ class MethodScores:
     def interval(self, column: str, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap confidence interval of :meth:`mean`."""
         values = self._known(column)
-        if not values:
-            return math.nan, math.nan
-        return bootstrap_interval(torch.tensor(values, dtype=torch.float64), level)
+        return _interval(tuple(values), level) if values else (math.nan, math.nan)
 
     def _known(self, column: str) -> list[float]:
         return [value for value in self.values[column] if not math.isnan(value)]
@@ -81,6 +80,12 @@ class MethodScores:
     @property
     def seconds_per_image(self) -> float:
         return self.seconds / max(self.n_images, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _interval(values: tuple[float, ...], level: float) -> tuple[float, float]:
+    """The interval of a column, which table, file and figure show."""
+    return bootstrap_interval(torch.tensor(values, dtype=torch.float64), level)
 
 
 @dataclass

@@ -339,19 +339,21 @@ def plan_mosaics(labels: Sequence[int], n_mosaics: int, seed: int) -> list[list[
     generator = torch.Generator().manual_seed(_seed(seed, -1))
     rows = {label: row for row, label in enumerate(dict.fromkeys(labels))}
     left: list[list[int]] = [[] for _ in rows]
+    counts = torch.zeros(len(rows))
     plan: list[list[int]] = []
     while len(plan) < n_mosaics:
-        if sum(map(len, left)) < 4:
+        if counts.sum() < 4:
             left = [[] for _ in rows]
             for index in torch.randperm(len(labels), generator=generator).tolist():
                 left[rows[labels[index]]].append(index)
-        chosen: list[int] = []
-        for _ in range(4):
             counts = torch.tensor([float(len(indices)) for indices in left])
-            fresh = counts.clone()
-            fresh[[rows[labels[index]] for index in chosen]] = 0
-            row = torch.multinomial(fresh if fresh.sum() > 0 else counts, 1, generator=generator)
-            chosen.append(left[int(row)].pop())
+        chosen: list[int] = []
+        fresh = counts.clone()
+        for _ in range(4):
+            row = int(torch.multinomial(fresh if fresh.any() else counts, 1, generator=generator))
+            chosen.append(left[row].pop())
+            counts[row] -= 1
+            fresh[row] = 0
         plan.append(chosen)
     return plan
 
