@@ -168,8 +168,8 @@ class AbsLRP(GradientAttribution):
         ``check_finite`` asks for it. Targets are best given as ints or on the host.
 
         Warns:
-            UserWarning: if a layer is in training mode, or (on the host) if no relevance reaches the
-                inputs, or the maps of target and contrast are so alike that their difference is rounding.
+            UserWarning: if a layer is in training mode, or (on the host) if the maps of target and
+                contrast are so alike that their difference is rounding.
 
         Raises:
             TypeError: if inputs or target are not of a type that is listed here, or the model does
@@ -335,8 +335,6 @@ class AbsLRP(GradientAttribution):
                     "Expected the map to be finite, but got NaN or infinite values, though those of all "
                     "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
                 )
-            if watch is None:
-                _warn_of_nothing([r[0] for r in relevances])
             if held_against is None:
                 return [r[0] for r in relevances], 1.0
             pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
@@ -399,18 +397,6 @@ class AbsLRP(GradientAttribution):
             )
         check_aligned(output, batch_size)
         return output
-
-
-def _warn_of_nothing(relevances: Sequence[Tensor]) -> None:
-    """Warn where all relevance of the target was lost on the way."""
-    found = torch.stack([r.any() for r in relevances]).any()
-    if on_host(found) is False:
-        warnings.warn(
-            "No relevance of the target has reached what is explained: it stayed with constants of the model "
-            "(biases), the inputs are zero, or values have left the range of their dtype. "
-            "`captum_abslrp.trace_relevance` tells at which call.",
-            stacklevel=7,
-        )
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

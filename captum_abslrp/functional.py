@@ -210,7 +210,8 @@ def scale(
     if joint:
         found = [torch.stack(found).sum(0)] * len(found)
     for s, total in zip(shares, found, strict=True):
-        factor = totals / total.clamp(min=_SMALLEST)
+        # A sum that is infinite leaves NaN, not zeros that look like a map.
+        factor = totals / total.clamp(min=_SMALLEST) + (total - total)
         if len(s) != batch_size:
             factor = factor.repeat_interleave(len(s) // batch_size)
         s *= factor.view(-1, *[1] * (s.dim() - 1))

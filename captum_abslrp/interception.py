@@ -419,6 +419,7 @@ class Interception(TorchFunctionMode):
             self.total,
             kept_output() if answer.vanishing else None,
             answer.together,
+            at_once=answer.at_once,
         )
         if self.watch is not None and call is not None:
             sources = answer.sources

@@ -243,7 +243,7 @@ def _prepare(
         step: Step = node.step
         step.shared = False
         traced = step.watched is not None and step.watched.output is not None
-        if not step.scaled or step.output is not None or traced:
+        if not step.scaled or step.output is not None or step.at_once or traced:
             continue
         unscaled = set()
         for i, ((following, _), (_, dtype)) in enumerate(

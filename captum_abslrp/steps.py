@@ -51,6 +51,8 @@ class Answer(NamedTuple):
     """The output as it is kept by whoever needs it later on, see :meth:`Call.keep_output`."""
     together: bool = False
     """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
+    at_once: bool = False
+    """Whether relevance must be scaled at once, because the rule takes it out of its range."""
     kept_sources: Sequence[Kept] | None = None
     """The sources as they were, where the call has changed one of them in place."""
 
@@ -125,6 +127,8 @@ class Step:
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
     """Sources whose scale does not matter, because what comes next is scaled itself."""
+    at_once: bool = False
+    """Whether all sources are to be scaled nevertheless."""
     watched: Watched | None = None
     """Who looks at what goes through, if anybody does."""
 
@@ -174,7 +178,7 @@ class Step:
         if self.stabilised:
             magnitudes += functional.EPS
         else:  # as in what is passed to an output of zero
-            magnitudes.clamp_(min=functional.EPS)
+            magnitudes.masked_fill_(magnitudes == 0, functional.EPS)
         return functional.sums(magnitudes, s, self.batch_size)
 
     def _scale(

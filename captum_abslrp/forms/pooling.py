@@ -38,7 +38,14 @@ def answer_max_pool(
             s.mul_(z().abs() + functional.EPS)
         return [functional.max_pool(x(), pool, at(), s, nonnegative=nonnegative)]
 
-    return Answer(output, [input], propagate, nonnegative=nonnegative, keeps_sign=nonnegative)
+    return Answer(
+        output,
+        [input],
+        propagate,
+        nonnegative=nonnegative,
+        keeps_sign=nonnegative,
+        at_once=not divides,
+    )
 
 
 MAX_POOLS: dict[str, Form] = dict.fromkeys(
