@@ -48,7 +48,7 @@ class Answer(NamedTuple):
     keeps_sign: bool = False
     """Whether the rule hands on nothing negative where nothing negative arrives."""
     kept: Kept | None = None
-    """The output as it is kept by whoever needs it later on, see :meth:`Call.keep_output`."""
+    """The output as it is kept by whoever needs it later on, see ``Call.keep_output``."""
     together: bool = False
     """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
     at_once: bool = False

@@ -51,7 +51,14 @@ nitpick_ignore_regex = [
 ]
 nitpick_ignore = [
     ("py:class", name)  # types of the inside, and names of types
-    for name in ("captum_abslrp.interception.Interception", "Array", "Key", "Propagate")
+    for name in (
+        "captum_abslrp.interception.Interception",
+        "captum_abslrp.diagnostics.Watch",
+        "Array",
+        "Key",
+        "Propagate",
+        "Target",
+    )
 ] + [("py:class", "dict[str")]  # of a dataclass whose default is made by a factory
 linkcheck_timeout = 10
 

@@ -72,7 +72,7 @@ def test_a_range_that_is_left_is_no_map_of_zeros(name: str, scale: float) -> Non
     try:
         relevance = AbsLRP(model).attribute(X * scale, 1, contrast=None)
     except FloatingPointError:
-        assert scale > 1e10
+        assert scale > (1e10 if name == "vit" else 1e20)  # variances are squares
     else:
         assert relative_error(relevance.double(), expected) < 1e-4
 
