@@ -74,9 +74,14 @@ class ImagesFirst(nn.Module):
         self.clip = transformers.CLIPModel._from_config(config, attn_implementation=attention)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        return self.clip(
-            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask
-        )
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(pixel_values.dtype)  # in which transformers 4 makes a mask
+        try:
+            return self.clip(
+                input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask
+            )
+        finally:
+            torch.set_default_dtype(default)
 
 
 class FromEmbeddings(nn.Module):
