@@ -469,8 +469,7 @@ class _Shared:
 
 
 def _force_eager() -> AbstractContextManager[Any]:
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
-    return nullcontext() if set_stance is None else set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -222,7 +222,8 @@ class Interception(TorchFunctionMode):
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
         tensors = tensors_in((args, kwargs))
-        if not any(map(carries_relevance, tensors)):
+        # To ask for the history is not to use the tensor: checkpoints of older PyTorch ask for it.
+        if func == _GET_HISTORY or not any(map(carries_relevance, tensors)):
             return _untracked(func, args, kwargs)
         self._fresh = None
         kwargs.pop("out", None)
@@ -688,6 +689,7 @@ _KEPT = "_abslrp_kept"
 """Mark of a tensor that is kept by what it is made from: how often it had been overwritten, and that."""
 _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten by another name, so that its history is wrong."""
+_GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _FILLING = frozenset(
     "__setitem__ index_copy masked_fill masked_scatter pad scatter select_scatter slice_scatter "
     "diagonal_scatter where".split()

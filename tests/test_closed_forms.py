@@ -58,9 +58,9 @@ def literal(
 
 
 def share(relevance: Tensor) -> Tensor:
-    """Relevance scaled to one, if there is any."""
+    """Relevance scaled to one, if there is more than what rounding leaves of a sum that is zero."""
     total = relevance.abs().sum()
-    return relevance / total if total > 0 else relevance
+    return relevance / total if total > 1e-14 else relevance
 
 
 def by_rule(
