@@ -212,13 +212,18 @@ def scale(
     for s, total in zip(shares, found, strict=True):
         # A sum that is infinite leaves NaN, not zeros that look like a map.
         factor = totals / total.clamp(min=_SMALLEST) + (total - total)
+        factor = factor.masked_fill(total < totals * _NOTHING, 0)
         if len(s) != batch_size:
             factor = factor.repeat_interleave(len(s) // batch_size)
         s *= factor.view(-1, *[1] * (s.dim() - 1))
 
 
 _SMALLEST = 1e-30
-"""A sum that is less is taken for none."""
+"""What is divided by at least."""
+
+_NOTHING = 1e-12
+"""A sum that is less, by what it shall be, is taken for none: what is left where relevance of both signs
+cancels out is rounding, which would be scaled to a map. The definition has a guard of 1e-9 there."""
 
 
 def rectify(s: Tensor, x: Tensor) -> Tensor:

@@ -33,12 +33,13 @@ MODELS = [pytest.param(name, id=name) for name in demo.list_models()]
 def test_maps_are_finite(name: str, normalization: str, given: Tensor) -> None:
     attributor = AbsLRP(demo.load_model(name), normalization=normalization)
     relevance = attributor.attribute(given, 1, contrast=None)
-    assert relevance.isfinite().all() and relevance.any()
+    assert relevance.isfinite().all()
+    assert relevance.any() == bool(given.abs().max() > 1e-30)  # a denormal image is one of zeros
     assert torch.equal(relevance, attributor.attribute(given, 1, contrast=None, check_finite=True))
     exact = AbsLRP(demo.load_model(name).double(), normalization=normalization)
     expected = exact.attribute(given.double(), 1, contrast=None)
     # Where an image is (nearly) constant, rounding decides which of a window is the largest.
-    if name == "vit" or given.abs().max() > 100:
+    if relevance.any() and (name == "vit" or given.abs().max() > 100):
         assert relative_error(relevance.double(), expected) < 1e-5
 
 
