@@ -509,8 +509,8 @@ def _soft(x: Tensor, dim: int, seen: Tensor | None = None) -> Tensor:
 
 
 def _soft_defined(d: Definition, x: Value, dim: int, seen: Tensor | None = None) -> Value:
-    """What has a probability of at most EPS counts as masked, and takes no part."""
-    likely = _soft(x.data, dim, seen) > EPS
+    """What has a probability of at most the stabiliser counts as masked, and takes no part."""
+    likely = _soft(x.data, dim, seen) > d.eps
     return d.call(lambda w, v: _soft(v, dim, likely), x)
 
 
