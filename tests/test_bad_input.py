@@ -260,7 +260,9 @@ def without_room(*words: str) -> Any:
 
     def attempt(tmp_path: Path, capsys: Any) -> None:
         picture(tmp_path / "x.png")
-        program = "import resource, sys; from captum_abslrp.cli import main; "
+        # Some libraries write files of their own as they are imported.
+        program = "import matplotlib.font_manager, timm.data, torch.distributed.nn; "
+        program += "import resource, sys; from captum_abslrp.cli import main; "
         program += f"resource.setrlimit(resource.RLIMIT_FSIZE, (1024, {resource.RLIM_INFINITY})); "
         program += "sys.exit(main(sys.argv[1:]))"
         given = [word.replace("PICTURE", str(tmp_path / "x.png")) for word in words]
