@@ -120,6 +120,7 @@ class Definition:
                     self.lossless &= torch.allclose(_totals(before), left, rtol=1e-9, atol=0)
                 self.lossless &= bool((before >= 0).all())
             for x, share in zip(entry.inputs, shares, strict=True):
+                self.lossless &= all(bool((part >= 0).all()) for part in share)
                 known = found.get(x)
                 found[x] = share if known is None else [a + b for a, b in zip(known, share)]
         result = found.get(of) or [torch.zeros_like(of.data) for _ in seeds]
