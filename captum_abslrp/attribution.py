@@ -327,8 +327,9 @@ class AbsLRP(GradientAttribution):
             held_against = contrast_seed(values, seed, contrast)
             seeds = [seed] if held_against is None else [seed, held_against]
             relevances = propagate(output, explained, torch.stack(seeds), positive=True)
-            if on_host(torch.stack([r.isfinite().all() for r in relevances]).all()) is False:
-                if watch is None:  # once more, to find the call
+            finite = torch.stack([r.isfinite().all() for r in relevances]).all()
+            if (on_host(finite) if watch is None else bool(finite)) is False:
+                if watch is None or not watch.finite:  # once more, to find the call
                     watch = Watch(finite=True)
                     self._explain_chunk(inputs, target, extra, contrast, combine, forward, watch)
                 raise FloatingPointError(

@@ -689,7 +689,7 @@ _KEPT = "_abslrp_kept"
 """Mark of a tensor that is kept by what it is made from: how often it had been overwritten, and that."""
 _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten by another name, so that its history is wrong."""
-_GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # of the class: a descriptor
 _FILLING = frozenset(
     "__setitem__ index_copy masked_fill masked_scatter pad scatter select_scatter slice_scatter "
     "diagonal_scatter where".split()

@@ -150,7 +150,7 @@ class Step:
         if self.vanishing is not None:
             functional.stabilise(seeds, self.vanishing())
             self.vanishing = None
-        found = rule(seeds) if self.together else map(rule, seeds)  # type: ignore[arg-type]
+        found = rule(seeds) if self.together else map(rule, seeds)  # type: ignore[arg-type]  # of one seed
         of_seeds = [
             _apart(
                 [
@@ -293,7 +293,7 @@ def is_answered(node: Any) -> bool:
 
 
 # The classes of the nodes themselves are an attribute that the metaclass adds.
-_OWN_NODES = tuple(f._backward_cls for f in (Node, Given, Returned))  # type: ignore[attr-defined]
+_OWN_NODES = tuple(f._backward_cls for f in (Node, Given, Returned))  # type: ignore[attr-defined]  # private
 
 
 def is_own(node: Any) -> bool:

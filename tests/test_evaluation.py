@@ -154,6 +154,18 @@ def test_a_failure_is_a_row_and_is_tried_again(
     assert scored(table)["failing"] == scored(table)["saliency"]
 
 
+def test_files_of_other_names_are_the_users(
+    tmp_path: Path, model: nn.Module, images: Tensor
+) -> None:
+    methods = {"saliency": Saliency(model)}
+    table = Evaluation(tmp_path, model, images).run(methods, 2)
+    for name in ("scores-of-2025.jsonl", "scores-1.jsonl.bak"):
+        (tmp_path / name).write_text("not a line of scores")
+    assert scored(Evaluation(tmp_path, model, images, resume=True).run(methods, 2)) == scored(table)
+    for name in ("scores-of-2025.jsonl", "scores-1.jsonl.bak"):
+        assert (tmp_path / name).read_text() == "not a line of scores"
+
+
 class Damaged:
     """Images of which some cannot be read."""
 

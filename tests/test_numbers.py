@@ -99,6 +99,8 @@ def test_the_call_that_went_wrong_is_named(kind: str, combine: str, check_finite
         attributor.attribute(x, 1, **options)
     with pytest.raises(FloatingPointError, match=rf"{kind}` in `1` \(Call\)"):
         LayerAbsLRP(attributor.model, attributor.model[1]).attribute(x, 1, **options)
+    with pytest.raises(FloatingPointError, match=rf"{kind}` in `1` \(Call\)"):
+        trace_relevance(attributor.model, x, 1)
 
 
 def test_overflow_in_half_precision_is_named() -> None:

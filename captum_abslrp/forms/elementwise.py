@@ -97,7 +97,7 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     if call.target is input and call.interception.is_fresh(input):
         call.interception.release(input)
         torch.relu_(input)  # its history stays what it is, but that it hands on less
-        step: Step = input.grad_fn.step  # type: ignore[union-attr]
+        step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: a call has made it
         if step.output is not None:
             step.output = Kept(remake=partial(_rectified, step.output))
         call.interception.mark_nonnegative(input)

@@ -118,7 +118,7 @@ def _recurrent(
             cell = layer * directions + direction
             own = list(weights[cell * per_cell : (cell + 1) * per_cell])
             if not has_biases:  # a projection comes after the biases
-                own[2:2] = [None, None]  # type: ignore[list-item]  # absent
+                own[2:2] = [None, None]  # type: ignore[list-item]  # no biases
             step, state = make(*own), tuple(s[cell] for s in states)
             steps = x.unbind(1)
             hidden = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -259,12 +260,16 @@ class Evaluation:
             return None
 
 
+_SCORES = re.compile(r"scores(-\d+)?\.jsonl")
+"""Names of the files that processes write their scores to."""
+
+
 def _open(folder: Path, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
     """What is written in a folder already, which is ready for these settings then."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     described = folder / "settings.json"
-    paths = sorted(folder.glob("scores*.jsonl"))
+    paths = sorted(p for p in folder.iterdir() if _SCORES.fullmatch(p.name))
     if paths and not resume:
         raise FileExistsError(
             f"Expected `folder` to be without scores, but got {folder}, which has some: "
