@@ -7,6 +7,8 @@ What is exchanged are small Python objects (scores, paths, messages), never tens
 from __future__ import annotations
 
 import os
+import pickle
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +27,11 @@ noticed at once: its connection is closed."""
 
 _group: Any = None
 """What objects are exchanged in; None for the default group."""
+
+_exchanged: deque[list[torch.Tensor]] = deque(maxlen=8)
+"""The last tensors that were exchanged. A thread of gloo may be about to drop them when all have arrived;
+were it the last to hold them, it would wait for Python's lock, and the end of the group, which has the lock,
+for the thread (seen with PyTorch 2.6). ``all_gather_object`` does not keep its own."""
 
 
 @contextmanager
@@ -48,6 +55,7 @@ def started() -> Iterator[None]:
     finally:
         _group = None
         distributed.destroy_process_group()
+        _exchanged.clear()
 
 
 def _initialised() -> bool:
@@ -73,25 +81,37 @@ def gather(value: T) -> list[T]:
     """The value of each process, in order of their numbers, for all of them."""
     if count() == 1:
         return [value]
-    values: list[Any] = [None] * count()
-    distributed.all_gather_object(values, value, group=_group)
-    return values
+    device = torch.device("cuda" if distributed.get_backend(_group) == "nccl" else "cpu")
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(content)], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(count())]
+    distributed.all_gather(sizes, size, group=_group)
+    sent = content.new_zeros(max(map(int, sizes)))
+    sent[: len(content)] = content
+    contents = [torch.empty_like(sent) for _ in sizes]
+    distributed.all_gather(contents, sent, group=_group)
+    _exchanged.append([*sizes, size, *contents, sent])
+    return [
+        pickle.loads(content[: int(size)].cpu().numpy().tobytes())
+        for content, size in zip(contents, sizes, strict=True)
+    ]
 
 
 def from_first(make: Callable[[], T]) -> T:
     """What the first process makes, for all of them; what it raises is raised in all of them."""
     if count() == 1:
         return make()
-    result: list[Any] = [None, None]
+    made: Any = None
+    failure: Exception | None = None
     if rank() == 0:
         try:
-            result[0] = make()
+            made = make()
         except Exception as error:  # raised below, in each process
-            result[1] = error
-    distributed.broadcast_object_list(result, group=_group)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
+            failure = error
+    made, failure = gather((made, failure))[0]
+    if failure is not None:
+        raise failure
+    return made  # type: ignore[no-any-return]  # of the first process
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,28 @@ def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
     sys.exit(main(arguments))
 
 
+def exchange_and_end(rank: int, ports: list[int]) -> None:
+    """Connect two processes, exchange something and part at once, again and again."""
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(rank)})
+    for number, port in enumerate(ports):
+        os.environ["MASTER_PORT"] = str(port)
+        with processes.started():
+            assert processes.gather({rank: "x" * number * rank}) == [{0: ""}, {1: "x" * number}]
+            make = partial(divmod, number, 1 - rank)  # which fails in the second process
+            assert processes.from_first(make) == (number, 0)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
 def start(n_processes: int, *arguments: object, log: Path) -> list[Process]:
     """Start the command in processes that know of each other, as those of `torchrun` do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     started = []
     for rank in range(n_processes):
         environment = {
@@ -175,6 +194,18 @@ def test_sigkill_at_random_moments_loses_nothing(
         assert run([1, 3][len(finished) % 2], *command, out, "--resume")[0] == 0
         assert scores(out) == expected, finished
     print("lines that were written before the kill:", finished)
+
+
+def test_processes_that_part_at_once_come_to_an_end() -> None:
+    ports = free_ports(40)
+    pair = [SERVER.Process(target=exchange_and_end, args=(rank, ports)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+        process.kill()  # if it hangs
+        process.join()
+    assert [process.exitcode for process in pair] == [0, 0]
 
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:
