@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import distributed
 
 from captum_abslrp import demo, processes
 from captum_abslrp.cli import main
@@ -40,15 +41,20 @@ def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
     sys.exit(main(arguments))
 
 
-def exchange_and_end(rank: int, ports: list[int]) -> None:
+def exchange_and_end(rank: int, ports: list[int], by_hand: bool) -> None:
     """Connect two processes, exchange something and part at once, again and again."""
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(rank)})
     for number, port in enumerate(ports):
         os.environ["MASTER_PORT"] = str(port)
+        if by_hand:
+            distributed.init_process_group("gloo")
         with processes.started():
             assert processes.gather({rank: "x" * number * rank}) == [{0: ""}, {1: "x" * number}]
             make = partial(divmod, number, 1 - rank)  # which fails in the second process
             assert processes.from_first(make) == (number, 0)
+        assert distributed.is_initialized() == by_hand  # what others have connected stays so
+        if by_hand:
+            distributed.destroy_process_group()
 
 
 def free_ports(count: int) -> list[int]:
@@ -196,9 +202,12 @@ def test_sigkill_at_random_moments_loses_nothing(
     print("lines that were written before the kill:", finished)
 
 
-def test_processes_that_part_at_once_come_to_an_end() -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_processes_that_part_at_once_come_to_an_end(by_hand: bool) -> None:
     ports = free_ports(40)
-    pair = [SERVER.Process(target=exchange_and_end, args=(rank, ports)) for rank in range(2)]
+    pair = [
+        SERVER.Process(target=exchange_and_end, args=(rank, ports, by_hand)) for rank in range(2)
+    ]
     for process in pair:
         process.start()
     for process in pair:
