@@ -11,8 +11,10 @@ literally,
 by autograd on detached inputs. Nothing of the package is used here. A probability of softmax of at most EPS
 is that of a mask, here as there. Two things are said of rounding:
 
-- What is left of two parts of ``R_in`` that cancel to the last digits is no relevance. In ``sum |R_in| +
-  EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there is relevance.
+- What is left of two parts of ``R_in`` that cancel to the last digits is no relevance, and neither is an
+  ``R_in`` that is less, in all, than the last digits of what it shall be (behind a saturated call). In
+  ``sum |R_in| + EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there
+  is relevance.
 - Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``. A test asks for
   both ``EPS`` and less of it, and knows by how much.
 """
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 EPS = 1e-9
 ROUNDING = 1e-12
-"""Share of a sum's parts that is rounding where they cancel."""
+"""Share of a sum's parts, or of a total, that is taken for rounding."""
 LARGEST = 200
 """Elements of a tensor, for one sample."""
 
@@ -175,7 +177,7 @@ def _totals(relevance: Tensor) -> Tensor:
 
 
 def _divided(total: Any, by: Any) -> Tensor:
-    return torch.where(by > 0, total / by, 0)
+    return torch.where(by > ROUNDING * total, total / by, 0)
 
 
 # --------------------------------------------------------------------------------------- the programs
