@@ -15,8 +15,8 @@ is that of a mask, here as there. Two things are said of rounding:
   ``R_in`` that is less, in all, than the last digits of what it shall be (behind a saturated call). In
   ``sum |R_in| + EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there
   is relevance.
-- Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``. A test asks for
-  both ``EPS`` and less of it, and knows by how much.
+- Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``; where an ``R_in``
+  is not far from those last digits, on what is taken for less. A test asks for others, and knows by how much.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ class Definition:
 
     Args:
         eps: the stabiliser.
+        least: share of what it shall be that an ``R_in`` has at least; less is none.
     """
 
-    def __init__(self, eps: float = EPS) -> None:
+    def __init__(self, eps: float = EPS, least: float = ROUNDING) -> None:
         self.eps = eps
+        self.least = least
         self.entries: list[_Entry] = []
         self.lossless = True
         """Whether no relevance was lost, or negative, on the way back."""
@@ -156,12 +158,15 @@ class Definition:
         for k, r in enumerate(arrived):
             sums = [_totals(of_seeds[k]) for of_seeds in shares]
             if joint:
-                factors = [_divided(_totals(r), sum(sums))] * len(sums)
+                factors = [self._divided(_totals(r), sum(sums))] * len(sums)
             else:
-                factors = [_divided(torch.ones_like(total), total) for total in sums]
+                factors = [self._divided(torch.ones_like(total), total) for total in sums]
             for of_seeds, factor in zip(shares, factors, strict=True):
                 of_seeds[k] = of_seeds[k] * factor.view(-1, *[1] * (of_seeds[k].dim() - 1))
         return shares
+
+    def _divided(self, total: Any, by: Any) -> Tensor:
+        return torch.where(by > self.least * total, total / by, 0)
 
 
 def _gradients(z: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
@@ -174,10 +179,6 @@ def _gradients(z: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
 def _totals(relevance: Tensor) -> Tensor:
     """The sum of magnitudes of each sample."""
     return relevance.abs().flatten(1).sum(1)
-
-
-def _divided(total: Any, by: Any) -> Tensor:
-    return torch.where(by > ROUNDING * total, total / by, 0)
 
 
 # --------------------------------------------------------------------------------------- the programs
@@ -349,10 +350,14 @@ def result_shapes(
 
 
 def defined(
-    program: Program, *, eps: float = EPS, dtype: torch.dtype = torch.float64
+    program: Program,
+    *,
+    eps: float = EPS,
+    least: float = ROUNDING,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Definition, Value, Value]:
     """The definition's record of a program, with the values of its input and output."""
-    definition = Definition(eps)
+    definition = Definition(eps, least)
     x = Value(program.inputs().to(dtype))
     registers = [x]
     for i, step in enumerate(program.steps):
