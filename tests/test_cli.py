@@ -110,6 +110,24 @@ def row_labels(figure: Figure) -> list[str]:
     return [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
 
 
+def test_the_number_of_threads_is_put_back(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = torch.get_num_threads(), []
+    attribute = AbsLRP.attribute
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return attribute(*args, **kwargs)
+
+    monkeypatch.setattr(AbsLRP, "attribute", counted)
+    command = ["explain", str(picture), "--model", "demo:vgg", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert main([*command, "--threads", "3"]) == 0
+    assert main([*command, "--threads", "4", "--target", "99"]) == 2
+    assert seen == [before, 3] and torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("model", ["vgg", "resnet", "vit"])
 def test_explain_writes_a_figure_and_the_raw_relevance(
     model: str, picture: Path, tmp_path: Path, explain: Explain, figures: dict[str, Figure],

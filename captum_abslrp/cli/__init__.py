@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from captum_abslrp import __version__, processes
 from captum_abslrp.cli import demo, evaluate, explain, inspect
 from captum_abslrp.cli.files import PROGRAM, UserError, complain
+from captum_abslrp.cli.models import of_threads
 
 __all__ = ["main"]
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.line = shlex.join([PROGRAM, *given])  # for reports
     command: Callable[[argparse.Namespace], int] = args.command
     try:
-        with processes.started():
+        with processes.started(), of_threads(getattr(args, "threads", None)):
             return command(args)
     except UserError as error:
         complain(error)

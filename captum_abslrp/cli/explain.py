@@ -123,6 +123,13 @@ def add_command(commands: Any) -> None:
         "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
     )
     parser.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="threads that a process computes by on the CPU; the last digits of maps depend on it (default: "
+        "those that PyTorch takes)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("abslrp-maps"),

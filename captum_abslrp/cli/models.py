@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,17 @@ class Subject:
     def label(self, index: int) -> str:
         name = self.names[index].split(",")[0]
         return name if name in (str(index), f"class {index}") else f"{name} ({index})"
+
+
+@contextmanager
+def of_threads(count: int | None) -> Iterator[None]:
+    """Compute by some threads; None for as many as PyTorch chooses."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def find_device(name: str) -> torch.device:
