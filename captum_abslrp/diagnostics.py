@@ -211,7 +211,7 @@ def trace_relevance(
         branches meet.
 
     Raises:
-        TypeError, ValueError, IndexError, UnsupportedCallError: as ``attribute``.
+        TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as ``attribute``.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).eval()

@@ -43,9 +43,12 @@ class Subject:
 
 @contextmanager
 def of_threads(count: int | None) -> Iterator[None]:
-    """Compute by some threads; None for as many as PyTorch chooses."""
+    """Compute by some threads; None for as many as there are."""
+    if count is None:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

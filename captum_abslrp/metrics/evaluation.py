@@ -50,7 +50,8 @@ class Evaluation:
     Where ``torch.distributed`` is initialised, the processes share the mosaics: each of them makes the
     evaluation and calls :meth:`run`, which returns the whole table in each. Process n > 0 writes to
     ``scores-n.jsonl`` in the folder, which all must see. A run may be resumed by another number of
-    processes.
+    processes. The scores are those of one process with as many threads as each of them has
+    (``torch.set_num_threads``): the last digits depend on the number of threads.
 
     Args:
         folder: where to write; made if it is not there.
