@@ -31,11 +31,12 @@ from captum_abslrp.contrast import (
     target_seed,
 )
 from captum_abslrp.diagnostics import Watch
-from captum_abslrp.interception import Interception, UnsupportedCallError
+from captum_abslrp.interception import Interception, UnsupportedCallError, carries_relevance
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
+from captum_abslrp.messages import warn
 from captum_abslrp.propagation import TOTAL, propagate
-from captum_abslrp.steps import is_answered
+from captum_abslrp.steps import history, is_answered, is_hook
 
 __all__ = ["AbsLRP"]
 
@@ -246,7 +247,31 @@ class AbsLRP(GradientAttribution):
         watch: Watch | None,
     ) -> list[tuple[list[Tensor], float]]:
         """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
-        given: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._explain_plain(
+                _plain(inputs if isinstance(inputs, tuple) else (inputs,)),
+                target,
+                additional_forward_args,
+                contrast,
+                combine,
+                internal_batch_size,
+                forward=forward,
+                watch=watch,
+            )
+
+    def _explain_plain(
+        self,
+        given: tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: Any,
+        contrast: Contrast,
+        combine: str,
+        internal_batch_size: int | str | None,
+        *,
+        forward: Forward,
+        watch: Watch | None,
+    ) -> list[tuple[list[Tensor], float]]:
+        """:meth:`_explain` of plain tensors, without the handlers of subclasses of ``Tensor``."""
         batch_size = _check_inputs(given)
         check_contrast(contrast)
         if combine not in ("difference", "gated"):
@@ -350,14 +375,15 @@ class AbsLRP(GradientAttribution):
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
         interception = Interception(
             None if self.mapping is None else self.mapping.rule_of_call,
+            inputs=leaves,
             batch_size=len(leaves[0]),
             model=self.model,
             joint=self.normalization == "joint",
             total=TOTAL,
             watch=watch,
         )
-        output = self.run(leaves, extra, interception)
-        for node in unseen_nodes(output):
+        output, unseen = self.run(leaves, extra, interception)
+        for node in unseen:
             raise UnsupportedCallError(
                 f"Expected every call of the model to have a rule, but got `{node}` from code whose "
                 f"calls cannot be seen: a scripted part, `torch.vmap`, checkpointing with "
@@ -368,8 +394,9 @@ class AbsLRP(GradientAttribution):
 
     def run(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], interception: Interception
-    ) -> Tensor:
-        """Output of the model, (B, ...), as it depends on the leaves under an interception."""
+    ) -> tuple[Tensor, list[str]]:
+        """Output of the model, (B, ...), as it depends on the leaves under an interception, and the names
+        of the nodes of its history that no visible call has made."""
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
         given = [leaf.clone() for leaf in leaves]
@@ -380,6 +407,13 @@ class AbsLRP(GradientAttribution):
                 _explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
             output = _logits(output) if self.output is None else self.output(output)
+            with torch._C.DisableTorchFunction():
+                return self._checked(output, batch_size, interception)
+
+    def _checked(
+        self, output: Any, batch_size: int, interception: Interception
+    ) -> tuple[Tensor, list[str]]:
+        """What :meth:`run` returns; raises where the output cannot be explained."""
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"Expected the model to return a tensor, but got {type(output).__name__}. Pick one with "
@@ -391,13 +425,25 @@ class AbsLRP(GradientAttribution):
                 f"{tuple(output.shape)}. Does `inputs` have a batch dimension? Add it with "
                 f"`x.unsqueeze(0)`."
             )
-        if not output.requires_grad:
+        if not carries_relevance(output):
             raise ValueError(
                 "Expected the output of the model to depend on `inputs`, but got one that does not: "
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
         check_aligned(output, batch_size)
-        return output
+        _warn_of_detached(interception.detached_parts(output))
+        return output, list(unseen_nodes(output, interception.depends))
+
+
+def _warn_of_detached(paths: Sequence[str]) -> None:
+    """Warn where a part of the model gets no relevance because its history is cut off."""
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warn(
+            f"A value that is detached, or computed under `torch.no_grad()`, reaches the output of the "
+            f"model: in {', '.join(paths[:3])}{more}. It counts as a constant, so nothing of the map goes "
+            f"through it. To explain it as well, remove `detach()` or `no_grad()` there."
+        )
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -412,11 +458,10 @@ def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         better = (
             "" if exact == torch.float64 else " Compute in float64: `model.double()`, `x.double()`."
         )
-        warnings.warn(
+        warn(
             f"The maps of target and contrast differ by {share:.0e} of their total only, which {exact} "
             f"can hardly tell from rounding.{better} Or look at the map of the target alone, "
-            f"`contrast=None`.",
-            stacklevel=7,
+            f"`contrast=None`."
         )
 
 
@@ -520,6 +565,28 @@ def _is_quantised(cls: type[nn.Module]) -> bool:
     return home[0] == "torch" and "quantized" in home and "FloatFunctional" not in cls.__name__
 
 
+def _plain(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors of a subclass as plain tensors."""
+    for x in inputs:
+        if isinstance(x, Tensor) and (x.is_nested or _has_no_memory(x)):
+            raise TypeError(
+                f"Expected `inputs` to be dense tensors, but got {type(x).__name__}"
+                f"{' (nested)' if x.is_nested else ''}, which keeps its values in other tensors. Pass a "
+                f"plain tensor of the values, for example `x.to_padded_tensor(0.0)` of a nested one, "
+                f"`x.full_tensor()` of a distributed one or `x.get_data()` of a masked one."
+            )
+    return tuple(
+        x.as_subclass(Tensor) if isinstance(x, Tensor) and x.layout == torch.strided else x
+        for x in inputs
+    )
+
+
+def _has_no_memory(x: Tensor) -> bool:
+    """Whether a tensor is a wrapper around others, which implements every operator itself."""
+    own: Any = type(x).__torch_dispatch__
+    return own is not torch._C._disabled_torch_dispatch_impl and type(x) is not Tensor
+
+
 def _check_inputs(inputs: tuple[Any, ...]) -> int:
     """The batch size; raises where inputs cannot be explained."""
     if not inputs:
@@ -581,10 +648,9 @@ def _check_model(model: nn.Module) -> None:
         if module.training and not training and _differs_in_training(module):
             training = f"`{name}` ({type(module).__name__})"
     if training:
-        warnings.warn(
+        warn(
             f"Expected the model to be in evaluation mode, but {training} is in training mode: results "
-            f"differ from call to call or between batches. Call `model.eval()` first.",
-            stacklevel=5,
+            f"differ from call to call or between batches. Call `model.eval()` first."
         )
 
 
@@ -666,16 +732,11 @@ _MOVING_NODES = re.compile(
 """Nodes that autograd makes for calls that move elements."""
 
 
-def unseen_nodes(output: Tensor) -> Iterator[str]:
-    """Names of the nodes of a history that neither a rule nor a call that moves elements has made."""
-    seen = set()
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str]:
+    """Names of the nodes of a history that carry relevance, and that neither a rule nor a call that moves
+    elements has made."""
+    for node in history(output.grad_fn):
         name = type(node).__name__
-        if not (is_answered(node) or _MOVING_NODES.fullmatch(name)):
+        known = is_answered(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)
+        if not known and depends(node):
             yield name
-        stack.extend(fn for fn, _ in node.next_functions)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.functional import EPS, LEAST
-from captum_abslrp.steps import Step, in_full_precision, is_answered
+from captum_abslrp.steps import Step, in_full_precision, is_answered, is_hook
 
 __all__ = ["kept_bytes", "propagate"]
 
@@ -97,7 +97,13 @@ of the output."""
 
 def _place(tensor: Tensor) -> Place:
     if tensor.grad_fn is None:
-        return torch.autograd.graph.get_gradient_edge(tensor).node, 0
+        node = torch.autograd.graph.get_gradient_edge(tensor).node
+        if type(node).__name__ != "AccumulateGrad":
+            raise TypeError(
+                f"Expected a plain tensor to explain, but got a leaf of type {type(tensor).__name__}, for "
+                f"which autograd has no place in the history. Pass `x.as_subclass(torch.Tensor)`."
+            )
+        return node, 0
     return tensor.grad_fn, tensor.output_nr
 
 
@@ -155,6 +161,8 @@ def _run_back(
 
 def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """What a node of autograd's hands to each that follows it."""
+    if is_hook(node):  # the user's hooks are for gradients; relevance would mislead them
+        return gradients
     if type(node).__name__ == "UnbindBackward0":
         stacked = _stacked_for_permutation(node, gradients)
         if stacked is not None:

@@ -7,12 +7,14 @@ every seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _module
+from torch.nn.modules._functions import BackwardHookFunction
 
 from captum_abslrp import functional
 
@@ -299,6 +301,29 @@ _OWN_NODES = tuple(f._backward_cls for f in (Node, Given, Returned))  # type: ig
 def is_own(node: Any) -> bool:
     """Whether a node of the autograd graph is one of this module."""
     return isinstance(node, _OWN_NODES)
+
+
+def is_hook(node: Any) -> bool:
+    """Whether a node is the identity that PyTorch puts around a module with backward hooks."""
+    return isinstance(node, BackwardHookFunction._backward_cls)  # type: ignore[attr-defined]  # private
+
+
+def hooks_all_modules() -> bool:
+    """Whether backward hooks are registered for all modules of the process."""
+    return bool(_module._global_backward_hooks or _module._global_backward_pre_hooks)
+
+
+def history(last: Any) -> Iterator[Any]:
+    """The nodes of the autograd graph that a node comes from, itself included, in no order."""
+    seen = set()
+    stack = [last]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(before for before, _ in node.next_functions)
 
 
 def in_full_precision(tensor: Tensor) -> Tensor:
