@@ -35,7 +35,7 @@ from captum_abslrp.interception import Interception, UnsupportedCallError, carri
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
 from captum_abslrp.messages import warn
-from captum_abslrp.propagation import TOTAL, propagate
+from captum_abslrp.propagation import TOTAL, logits, propagate
 from captum_abslrp.steps import history, is_answered, is_hook
 
 __all__ = ["AbsLRP"]
@@ -45,6 +45,9 @@ Forward = Callable[
 ]
 """From inputs, further arguments and who looks at the calls, to the output and the tensors that relevance is
 asked for."""
+
+Chunk = tuple[list[Tensor], Tensor | float]
+"""Relevance of what is explained, and the sum that the relevance of each sample started with."""
 
 
 class AbsLRP(GradientAttribution):
@@ -204,8 +207,8 @@ class AbsLRP(GradientAttribution):
             return attributions
         exact = torch.promote_types(relevances[0].dtype, torch.float32)
         arrived = [r.to(exact).reshape(len(r), -1).sum(1) for r in relevances]
-        _, started_with = chunks[0]
-        return attributions, torch.stack(arrived).sum(0) - started_with
+        started = [torch.as_tensor(s).expand(len(r[0])) for r, s in chunks]
+        return attributions, torch.stack(arrived).sum(0) - torch.cat(started).to(arrived[0])
 
     def has_convergence_delta(self) -> bool:
         return True
@@ -245,7 +248,7 @@ class AbsLRP(GradientAttribution):
         *,
         forward: Forward,
         watch: Watch | None,
-    ) -> list[tuple[list[Tensor], float]]:
+    ) -> list[Chunk]:
         """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
         with torch._C.DisableTorchFunctionSubclass():
             return self._explain_plain(
@@ -270,7 +273,7 @@ class AbsLRP(GradientAttribution):
         *,
         forward: Forward,
         watch: Watch | None,
-    ) -> list[tuple[list[Tensor], float]]:
+    ) -> list[Chunk]:
         """:meth:`_explain` of plain tensors, without the handlers of subclasses of ``Tensor``."""
         batch_size = _check_inputs(given)
         check_contrast(contrast)
@@ -299,7 +302,7 @@ class AbsLRP(GradientAttribution):
             by_sample = isinstance(value, Tensor) and value.dim() and len(value) == batch_size
             return value[rows] if by_sample else value
 
-        def run(step: int) -> list[tuple[list[Tensor], float]]:
+        def run(step: int) -> list[Chunk]:
             chunks = []
             start = 0
             while start < batch_size:
@@ -341,17 +344,19 @@ class AbsLRP(GradientAttribution):
         combine: str,
         forward: Forward,
         watch: Watch | None,
-    ) -> tuple[list[Tensor], float]:
+    ) -> Chunk:
         """Relevance of what is explained, and the sum per sample that it started with, of samples
         that are run together."""
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
             leaves = [x.clone().detach().requires_grad_() for x in inputs]
             output, explained = forward(leaves, extra, watch)
-            values = output.detach()
-            seed = target_seed(values, target)
-            held_against = contrast_seed(values, seed, contrast)
+            seed = target_seed(output.detach(), target)
+            held_against = contrast_seed(logits(output), seed, contrast)
             seeds = [seed] if held_against is None else [seed, held_against]
-            relevances = propagate(output, explained, torch.stack(seeds), positive=True)
+            changes: list[Tensor] = []
+            relevances = propagate(
+                output, explained, torch.stack(seeds), positive=True, changes=changes
+            )
             finite = torch.stack([r.isfinite().all() for r in relevances]).all()
             if (on_host(finite) if watch is None else bool(finite)) is False:
                 if watch is None or not watch.finite:  # once more, to find the call
@@ -361,13 +366,24 @@ class AbsLRP(GradientAttribution):
                     "Expected the map to be finite, but got NaN or infinite values, though those of all "
                     "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
                 )
+            if watch is None or not watch.traced:
+                zero = _zero_maps(relevances, inputs)
+                if zero is not None:
+                    watch = Watch(traced=True)
+                    self._explain_chunk(inputs, target, extra, contrast, combine, forward, watch)
+                    of_inputs = explained is leaves
+                    _warn_of_zeros(zero, watch, of_inputs=of_inputs)
+            started: Any = 1 + sum(changes)  # of each seed and sample
+            of_seed = started if isinstance(started, int) else started[0]
             if held_against is None:
-                return [r[0] for r in relevances], 1.0
+                return [r[0] for r in relevances], of_seed
             pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
             _warn_of_noise(pairs)
             if combine == "difference":
-                return [r - o for r, o in pairs], 0.0
-            return [r.where(r > o, 0) for r, o in pairs], 1.0
+                return [r - o for r, o in pairs], of_seed - (
+                    started if of_seed is started else started[1]
+                )
+            return [r.where(r > o, 0) for r, o in pairs], of_seed
 
     def _forward(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None = None
@@ -443,6 +459,44 @@ def _warn_of_detached(paths: Sequence[str]) -> None:
             f"A value that is detached, or computed under `torch.no_grad()`, reaches the output of the "
             f"model: in {', '.join(paths[:3])}{more}. It counts as a constant, so nothing of the map goes "
             f"through it. To explain it as well, remove `detach()` or `no_grad()` there."
+        )
+
+
+def _zero_maps(relevances: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
+    """Which maps, of each seed and sample (S, B), are zero though the sample is not; None if none is, or if
+    a device would have to be waited for."""
+    if relevances[0].device.type != "cpu":
+        return None
+    batch_size = len(inputs[0])
+    in_order = all(r.dim() > 1 and r.shape[1] % batch_size == 0 for r in relevances)
+    rows = batch_size if in_order else 1  # else nothing can be said of one sample
+    found = torch.stack([r.reshape(len(r), rows, -1).any(2) for r in relevances]).any(0)
+    given = torch.stack([x.reshape(batch_size, -1).any(1) for x in inputs]).any(0)
+    zero = ~found & given
+    return zero if bool(zero.any().numpy()) else None
+
+
+def _warn_of_zeros(zero: Tensor, watch: Watch, *, of_inputs: bool) -> None:
+    """Warn of maps that are zero, and name the calls where their relevance ended.
+
+    Args:
+        zero: which maps are, (S, B).
+        watch: has seen the calls of the backward pass.
+        of_inputs: whether the maps are of the inputs. Relevance may go past a layer, so a map of a layer
+            is warned about only if a call is known where its relevance ended.
+    """
+    for seed, maps in enumerate(zero):
+        samples = maps.nonzero().flatten().tolist()
+        ends = {call.name: None for call in watch.calls if call.ends(seed, samples)}
+        if not samples or not (ends or of_inputs):
+            continue
+        where = " and ".join(list(ends)[:3]) or "a call that moves elements"
+        warn(
+            f"The map of the {('target', 'contrast')[seed]} is zero for {len(samples)} of {zero.shape[1]} "
+            f"samples, first for sample {samples[0]}: its relevance ends at {where}, because no input of "
+            f"the call contributes to its output in a way that the rule counts. Such a map does not tell "
+            f"what the score depends on. Explain another class, or give the call another rule: "
+            f"`AbsLRP(model, get_mapping().extended({{...}}))`."
         )
 
 

@@ -516,6 +516,8 @@ class Interception(TorchFunctionMode):
             kept_output() if answer.vanishing else None,
             answer.together,
             at_once=answer.at_once,
+            tail=answer.tail if self._is_generic(call, rule) else None,
+            logits=answer.logits,
         )
         if self.watch is not None and call is not None:
             sources = answer.sources
@@ -530,6 +532,13 @@ class Interception(TorchFunctionMode):
             setattr(result, _KEPT, (overwritten, answer.kept))
         self._fresh = result
         return result
+
+    def _is_generic(self, call: Call | None, rule: Any) -> bool:
+        """Whether a rule is the one that the generic mapping has for a call. A rule that the user or an
+        architecture has chosen holds on the tail of the score as well."""
+        if call is None or self.innermost.rule is not None:
+            return False
+        return rule is not None and rule is generic_rule(call.name)
 
     def is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor is the output of the last call, so that nothing else has made use of it."""
@@ -741,6 +750,13 @@ class _ModuleStack:
                     f"tensor, but got {type(output).__name__}. Set the rule on a layer inside."
                 )
             return self._interception.answer_layer(rule, frame, output)
+
+
+def generic_rule(name: str) -> Rule | None:
+    """The rule that the generic mapping itself has for a call of a name."""
+    from captum_abslrp.mappings import get_mapping
+
+    return get_mapping("generic").rule_of_name(name)
 
 
 def _own_rule(module: nn.Module) -> Rule | None:

@@ -33,7 +33,12 @@ UNSCALED_STEPS = 8
 
 
 def propagate(
-    output: Tensor, explained: Sequence[Tensor], seeds: Tensor, *, positive: bool = False
+    output: Tensor,
+    explained: Sequence[Tensor],
+    seeds: Tensor,
+    *,
+    positive: bool = False,
+    changes: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Relevance of tensors for relevance of the output that depends on them.
 
@@ -45,6 +50,8 @@ def propagate(
         explained: the tensors; zeros where the output does not depend on one.
         seeds: relevance of the output, (S, ``*output.shape``).
         positive: whether the seeds are known to be nowhere negative.
+        changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
+            score, where signs do.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype.
@@ -54,18 +61,20 @@ def propagate(
     last = output.grad_fn
     explained_at = {_place(tensor) for tensor in explained}
     order, arriving = _in_order(last)
+    first = _mark_tail(order, arriving)
     _prepare(order, arriving, explained_at)
     values = in_full_precision(output.detach()).abs()
-    first = _first_step(last, explained_at)
-    if first is None:  # what is only handed on is exact
-        values = values.clamp_(min=LEAST)
-    else:  # the first rule divides by `|z| + EPS`, as in the definition
+    if first:  # the first rules divide by `|z| + EPS`, as in the definition
         values += EPS
-        first.stabilised, first.vanishing = True, None
+    else:  # what is only passed on is exact
+        values = values.clamp_(min=LEAST)
     start = in_full_precision(seeds) * TOTAL / values
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
         found = _run_back(order, (last, output.output_nr), list(start), explained_at, positive)
+    if changes is not None:
+        steps = [node.step for node in order if is_answered(node)]
+        changes += [torch.stack(step.changes) / TOTAL for step in steps if step.changes]
     results = []
     for tensor in explained:
         place = _place(tensor)
@@ -133,8 +142,10 @@ def _run_back(
             continue
         hands_on_signed = node in signed
         if is_answered(node):
-            node.step.positive = not hands_on_signed
-            hands_on_signed = hands_on_signed or not node.step.keeps_sign
+            step: Step = node.step
+            step.positive = not hands_on_signed
+            keeps_sign = step.tail is not None and step.tail.keeps_sign
+            hands_on_signed |= not (keeps_sign if step.on_tail else step.keeps_sign)
             results = node.step(arrived.pop(0))
         else:
             count = len(node._input_metadata)  # of its outputs, some of which may not be used
@@ -213,15 +224,46 @@ def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
     return needed
 
 
-def _first_step(node: Any, explained_at: Collection[Place]) -> Step | None:
-    """The scaled step that all relevance of the output meets first, if there is one."""
-    stops = {place[0] for place in explained_at}
-    while node is not None and node not in stops:
+def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> bool:
+    """Mark the steps on the tail of the score, and those that relevance meets first behind it.
+
+    A step is on the tail if it can be, and all that makes use of its output is on the tail, too.
+
+    Returns:
+        Whether there is any step that divides by ``|z| + EPS`` what it gets.
+    """
+    from_tail = dict.fromkeys(order, 0)
+    divides = False
+    for node in order:
+        if from_tail[node] < arriving[node]:
+            continue
         if is_answered(node):
-            return node.step if node.step.scaled else None
+            step: Step = node.step
+            step.on_tail = step.tail is not None
+            divides |= step.on_tail or step.scaled
+            if not step.on_tail:
+                step.stabilised, step.vanishing = step.scaled, None
+                continue
+        for following, _ in node.next_functions:
+            if following is not None:
+                from_tail[following] += 1
+    return divides
+
+
+def logits(output: Tensor) -> Tensor:
+    """The values that an output holds the probabilities of, or the output itself.
+
+    Args:
+        output: made under an :class:`~captum_abslrp.interception.Interception`.
+    """
+    node = output.grad_fn
+    while node is not None and not is_answered(node):
         after = [following for following, _ in node.next_functions if following is not None]
         node = after[0] if len(after) == 1 else None
-    return None
+    kept = None if node is None else node.step.logits  # type: ignore[attr-defined]  # a step's node
+    if kept is None or node.step.layouts[0][0] != output.shape:  # type: ignore[union-attr]
+        return output.detach()
+    return kept.as_given().detach()
 
 
 def _prepare(
@@ -250,6 +292,8 @@ def _prepare(
             continue
         step: Step = node.step
         step.shared = False
+        if step.on_tail:
+            continue
         traced = step.watched is not None and step.watched.output is not None
         if not step.scaled or step.output is not None or step.at_once or traced:
             continue
