@@ -366,19 +366,19 @@ class AbsLRP(GradientAttribution):
                     "Expected the map to be finite, but got NaN or infinite values, though those of all "
                     "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
                 )
-            if watch is None or not watch.traced:
+            if watch is None or not watch.repeated:
                 zero = _zero_maps(relevances, inputs)
                 if zero is not None:
-                    watch = Watch(traced=True)
-                    self._explain_chunk(inputs, target, extra, contrast, combine, forward, watch)
-                    of_inputs = explained is leaves
-                    _warn_of_zeros(zero, watch, of_inputs=of_inputs)
+                    again = Watch(traced=True, repeated=True)
+                    self._explain_chunk(inputs, target, extra, contrast, combine, forward, again)
+                    _warn_of_zeros(zero, again, of_inputs=explained is leaves)
             started: Any = 1 + sum(changes)  # of each seed and sample
             of_seed = started if isinstance(started, int) else started[0]
             if held_against is None:
                 return [r[0] for r in relevances], of_seed
             pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
-            _warn_of_noise(pairs)
+            if watch is None or not watch.repeated:
+                _warn_of_noise(pairs)
             if combine == "difference":
                 return [r - o for r, o in pairs], of_seed - (
                     started if of_seed is started else started[1]
@@ -447,7 +447,8 @@ class AbsLRP(GradientAttribution):
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
         check_aligned(output, batch_size)
-        _warn_of_detached(interception.detached_parts(output))
+        if interception.watch is None or not interception.watch.repeated:
+            _warn_of_detached(interception.detached_parts(output))
         return output, list(unseen_nodes(output, interception.depends))
 
 

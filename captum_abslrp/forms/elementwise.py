@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
@@ -171,12 +172,27 @@ def _answer_summands(
         k if argument is summand else call.keep(argument)
         for k, (argument, summand) in zip(kept, sources, strict=True)
     ]
+    constant = [call.keep(c) if isinstance(c, Tensor) else partial(float, c) for c in constants]
     overwritten = _add_in_place(call, *summands)
     output = call.run(lambda: summands[0] + summands[1]) if overwritten is None else overwritten
+
+    def values() -> list[Any]:
+        return [value() for value in (*kept, *constant)]
+
+    z = call.keep_output(output, lambda: operator.add(*values()))
+    cancels = call.name == "sub" or any(c < 0 for c in constants if not isinstance(c, Tensor))
+
+    @once
+    def noise() -> Tensor:
+        """Elements of a difference that are rounding errors of the two."""
+        largest = torch.maximum(*(torch.as_tensor(v).abs() for v in values()))
+        return z().abs() <= functional.rounding(output.dtype) * largest
 
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
             return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
+        if cancels:
+            s = s.masked_fill(noise(), 0)
         seeds = [s.sum_to_size(x().shape) for x in kept]
         if factor != 1:
             seeds[-1] = seeds[-1] * factor
@@ -193,7 +209,6 @@ def _answer_summands(
             for size, sign in zip(sizes, signs, strict=True)
         ]
 
-    z = call.keep_output(output, lambda: _sum_of([k() for k in kept], constants))
     return Answer(
         output,
         [argument for argument, _ in sources],
@@ -203,13 +218,6 @@ def _answer_summands(
         kept_sources=kept_sources,
         tail=tail_of(z, kept_sources, share, keeps_sign=min(signs) > 0),
     )
-
-
-def _sum_of(summands: Sequence[Tensor], constants: Sequence[Any]) -> Tensor:
-    """The sum of one or two tensors, and of a constant in place of the second."""
-    first, second = [*list[Any](summands), *constants]
-    result: Tensor = first + second
-    return result
 
 
 def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
