@@ -82,7 +82,6 @@ FOREIGN: dict[str, tuple[Callable[[Tensor, Any], Tensor], Callable[[], Any]]] = 
 }
 
 
-@pytest.mark.filterwarnings("ignore:The map of the")  # of small random networks, some are zero
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_history_of_its_own_makes_no_difference(name: str, normalization: str) -> None:
@@ -254,7 +253,6 @@ class SequenceFirst(nn.Module):
         return self.inner(self.first(x).transpose(0, 1)).transpose(0, 1).mean(1)
 
 
-@pytest.mark.filterwarnings("ignore:The map of the")
 def test_samples_of_a_hooked_module_are_followed() -> None:
     model, x = SequenceFirst(), torch.randn(2, 4, 5, dtype=torch.float64)
     expected = AbsLRP(model).attribute(x, 1)
@@ -396,7 +394,6 @@ WHERE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The map of the")
 @pytest.mark.parametrize("kind", WHERE)
 def test_a_branch_that_is_dropped_is_warned_about(kind: str) -> None:
     with warnings.catch_warnings(record=True) as seen:
@@ -425,7 +422,6 @@ class Harmless(nn.Module):
         return self.function(self.linear(x))
 
 
-@pytest.mark.filterwarnings("ignore:The map of the")
 @pytest.mark.parametrize(
     "function",
     [

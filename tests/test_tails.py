@@ -222,6 +222,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.filterwarnings("error:The map of the")
 @pytest.mark.parametrize("normalization", ["separate", "joint"])
 @pytest.mark.parametrize("name", SCORES)
 def test_no_score_has_a_map_of_zeros(name: str, normalization: str) -> None:
@@ -254,7 +255,6 @@ def test_a_rule_of_the_users_holds_on_the_tail() -> None:
         assert AbsLRP(activated, own).attribute(x, negative, contrast=None).abs().max() == 0
 
 
-@pytest.mark.filterwarnings("ignore:The map of the")
 def test_a_call_whose_output_is_also_used_elsewhere_is_not_on_the_tail() -> None:
     class Residual(Scored):
         def forward(self, x: Tensor) -> Tensor:
