@@ -22,7 +22,7 @@ METHODS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
     "abslrp, joint": lambda model: AbsLRP(model, normalization="joint").attribute,
     "saliency": get_method("saliency"),
     "inputxgradient": get_method("inputxgradient"),
-    "deeplift": get_method("deeplift"),
+    "abslrp, no contrast": lambda model: AbsLRP(model, contrast=None).attribute,
 }
 # Integrated gradients runs 50 points of each image in batches by itself: there is little to gain.
 WITH_IG = {name: METHODS[name] for name in METHODS if name != "abslrp, joint"} | {

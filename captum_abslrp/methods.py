@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.operations import LINEAR, MOVING, find_operation
@@ -154,7 +155,8 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
     """The last convolutional feature layer: where Grad-CAM looks.
 
     It is the module that finishes last among those that hold a convolution and whose output is a
-    map (B, D, h, w) larger than 1x1. A convolution that only cuts the image into patches (stride
+    map (B, D, h, w) larger than 1x1, of the proportions of the image (within a factor of 2: maps with
+    channels last are none). A convolution that only cuts the image into patches (stride
     equal to kernel size, applied to the image's own channels) does not count, so a vision
     transformer has no feature layer. Nor does anything behind a convolution without padding whose
     kernel spans more than half of its map: the fully connected layers of timm's VGG are such. The
@@ -187,14 +189,19 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
         sides = zip(module.kernel_size, x.shape[2:], strict=True)
         return any(1 < kernel > side / 2 for kernel, side in sides)
 
+    def is_map(output: object) -> bool:
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2:].numel() <= 1:
+            return False
+        (height, width), (h, w) = inputs.shape[2:], output.shape[2:]
+        return h * width < 2 * w * height and w * height < 2 * h * width
+
     finished: list[nn.Module] = []
     head_reached = False
 
     def note(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         nonlocal head_reached
         head_reached = head_reached or connects_all(module, args[0])
-        is_map = isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1
-        if is_map and not head_reached:
+        if is_map(output) and not head_reached:
             finished.append(module)
 
     handles = [
@@ -214,6 +221,25 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
             f"but got {type(model).__name__} without one; Grad-CAM needs it."
         )
     return finished[-1]
+
+
+def _require_no_way_around(model: nn.Module, layer: nn.Module, inputs: Tensor) -> None:
+    """Raise where Grad-CAM would see a part only of what the output depends on; `model` is a copy."""
+    model.requires_grad_(False)
+    handle = layer.register_forward_hook(lambda module, args, output: output.detach())
+    try:
+        with torch.enable_grad():
+            output = model(_leaf(inputs[:1]))
+    finally:
+        handle.remove()
+    if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
+        path = next(path for path, module in model.named_modules() if module is layer)
+        raise ValueError(
+            "Expected `model` to have a convolutional feature map that its output depends on the image "
+            f"through, which Grad-CAM needs, but got {type(model).__name__}, whose last one, that of "
+            f"`{path}`, has a way around it. Use Captum's `LayerGradCam` with a layer of your choice, or "
+            "another method, such as 'abslrp'."
+        )
 
 
 @register_method("abslrp")
@@ -359,7 +385,9 @@ def _gradcam(model: nn.Module) -> AttributionFunction:
 
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
         separate = _hookable_copy(model)
-        method = LayerGradCam(separate, find_feature_layer(separate, inputs))
+        layer = find_feature_layer(separate, inputs)
+        _require_no_way_around(separate, layer, inputs)
+        method = LayerGradCam(separate, layer)
         coarse = method.attribute(_leaf(inputs), target=target, relu_attributions=True)
         channels, *size = inputs.shape[1:]
         maps: Tensor = LayerAttribution.interpolate(coarse.detach(), tuple(size), "bilinear")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_abslrp.methods import get_method
+from captum_abslrp.methods import find_feature_layer, get_method
 
 Middle = Callable[[Tensor], Tensor]
 
@@ -322,6 +322,20 @@ def test_deeplift_is_that_of_captum_where_that_adds_up(
     assert not torch.allclose(maps, get_method("inputxgradient")(model)(images, 2))
 
 
+def test_deeplift_is_that_of_captum_where_layers_are_kept_apart(images: Tensor) -> None:
+    from captum.attr import DeepLift
+
+    layers = [nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(2)]
+    model = build(nn.Sequential(*layers))
+    maps = get_method("deeplift")(model)(images, 2)
+    for module in layers:
+        # Else it gives a layer the plain gradient of the nonlinear layer right behind it.
+        module.register_forward_pre_hook(lambda module, args: args[0].clone())
+    with pytest.warns(UserWarning, match="Setting forward, backward hooks"):
+        expected = DeepLift(model).attribute(images, target=2)
+    torch.testing.assert_close(maps, expected.detach(), rtol=1e-9, atol=1e-11)
+
+
 def test_deeplift_refuses_batch_norm_in_training_mode(images: Tensor) -> None:
     model = build(nn.BatchNorm2d(4), eval=False)
     with pytest.raises(TypeError, match="`native_batch_norm` in training mode in `middle` "):
@@ -396,3 +410,54 @@ def test_methods_work_in_any_grad_mode(name: str, mode: Any, images: Tensor) -> 
     expected = get_method(name)(model)(images, 1)
     with mode():
         torch.testing.assert_close(get_method(name)(model)(images, 1), expected)
+
+
+class Sides(nn.Module):
+    """Two branches that meet at the end."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.join = join
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.join(self.left(x), self.right(x)).mean((2, 3)))
+        return result
+
+
+WAYS_AROUND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda a, b: a + b,
+    "gate": lambda a, b: a * b.sigmoid(),
+    "concatenated": lambda a, b: torch.cat([a[:, :2], b[:, 2:]], 1),
+}
+
+
+@pytest.mark.parametrize("case", WAYS_AROUND)
+def test_gradcam_refuses_a_map_with_a_way_around(case: str) -> None:
+    model, images = Sides(WAYS_AROUND[case]).eval(), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="whose last one, that of `right`, has a way around it"):
+        get_method("gradcam")(model)(images, 1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    # The remedy.
+    from captum.attr import LayerGradCam
+
+    assert LayerGradCam(model, model.left).attribute(images, target=1).shape == (2, 1, 6, 6)
+
+
+def channels_last(x: Tensor, layer: nn.Module) -> Tensor:
+    result: Tensor = layer(x).permute(0, 2, 3, 1)
+    return result
+
+
+@pytest.mark.parametrize("channels", [4, 24, 64])
+def test_gradcam_takes_no_map_with_channels_last(channels: int) -> None:
+    conv = nn.Conv2d(3, channels, 3)
+    stages = Calls(channels_last, conv)
+    model = nn.Sequential(stages, nn.Flatten(1, 2), nn.Flatten(), nn.LazyLinear(3)).eval()
+    images = torch.rand(2, 3, 14, 14)
+    model(images)
+    assert find_feature_layer(model, images) is conv
+    assert get_method("gradcam")(model)(images, 1).shape == images.shape
