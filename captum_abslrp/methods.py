@@ -3,9 +3,11 @@
 A method is a factory ``model -> attribute`` and ``attribute(inputs, target)`` answers images
 (B, C, H, W) and classes (one for all, or (B,)) with maps (B, C, H, W). Methods expect a model in
 eval mode and leave it, and the inputs, as they were: those of Captum that hook, reassign or cannot
-bear in-place activations run on a copy. What a method draws by chance depends on the image alone:
-a second call gives the same maps, and a batch those of its images. Wherever a method needs a baseline
-it is 0, the mean colour of images normalised by mean and standard deviation.
+bear in-place activations run on a copy. A method whose rules are of modules would answer a plain
+gradient for what a model computes elsewhere, and raises `TypeError` for such a model.
+What a method draws by chance depends on the image alone: a second call gives the same maps, and a
+batch those of its images. Wherever a method needs a baseline it is 0, the mean color of images
+normalized by mean and standard deviation.
 
 Axes: B images, C channels, H height, W width.
 """
