@@ -18,14 +18,13 @@ import copy
 import difflib
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -298,41 +297,13 @@ def _input_x_gradient(model: nn.Module) -> AttributionFunction:
 
 @register_method("deeplift")
 def _deeplift(model: nn.Module) -> AttributionFunction:
-    """The Rescale rule of DeepLIFT (Shrikumar et al. 2017), at the modules that Captum's has it for.
-
-    Captum's own class sees a batch of images and baselines as halves of one. It gives an activation the
-    plain gradient of a max pooling right behind it, loses relevance where windows overlap, and mixes
-    the samples of a batch at a softmax. Here relevance adds up to f(x) - f(0).
-    """
-    from captum.attr import InputXGradient
+    from captum.attr import DeepLift
 
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
-        separate = _hookable_copy(model)
+        separate = _unshare_layers(_hookable_copy(model), inputs)
         _require_rescaled(separate, inputs)
-        calls: deque[tuple[nn.Module, Tensor, Tensor]] = deque()
-
-        def remember(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            # Clones, because a model may change them in place.
-            calls.append((module, _first(args, kwargs).clone(), output.clone()))
-
-        def rescale(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            known, *baseline = calls.popleft() if calls else (None,)
-            if known is not module:
-                raise _different_calls(module)
-            return _secant(module, _first(args, kwargs), output, *baseline)
-
-        layers = [module for module in separate.modules() if _is_rescaled(module)]
-        handles = [layer.register_forward_hook(remember, with_kwargs=True) for layer in layers]
-        with torch.no_grad():
-            separate(torch.zeros_like(inputs))
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            layer.register_forward_hook(rescale, with_kwargs=True)
-        maps = _maps(InputXGradient(separate), inputs, target)
-        if calls:
-            raise _different_calls(calls[0][0])
-        return maps
+        with _silenced("Setting forward, backward hooks"):
+            return _maps(DeepLift(separate), inputs, target)
 
     return attribute
 
@@ -550,83 +521,6 @@ def _require_relu_modules(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def _different_calls(module: nn.Module) -> ValueError:
-    return ValueError(
-        "Expected `model` to run the same layers on `inputs` and on the baseline 0, which DeepLift "
-        f"compares one by one, but got {type(module).__name__} on one of them only. Use another method, "
-        "such as 'ig'."
-    )
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one tensor that an activation is given, by position or by name."""
-    x: Tensor = (*args, *kwargs.values())[0]
-    return x
-
-
-def _secant(module: nn.Module, x: Tensor, y: Tensor, x0: Tensor, y0: Tensor) -> Tensor:
-    """The value `y` of ``module(x)`` with the slope of the secant from ``module(x0)`` as its gradient."""
-    if isinstance(module, nn.Softmax):
-        return _secant_of_softmax(module, x, y, x0, y0)
-    plain = y
-    if type(module) in _POOLINGS:
-        # The difference of a window goes to the place of the larger of its two maxima.
-        dims, size = _POOLINGS[type(module)][0], y.shape
-        places = torch.where(y >= y0, _places(module, x), _places(module, x0)).flatten(-dims)
-        x, x0 = (v.flatten(-dims).gather(-1, places).view(size) for v in (x, x0))
-        plain = x
-    dx, dy = (x - x0).detach(), (y - y0).detach()
-    secant = _moved(x) * _ratio(dy, dx, 0)
-    return y.detach() + torch.where(dx.abs() < _CLOSE, _moved(plain), secant)
-
-
-_CLOSE = 1e-10
-"""A smaller difference has no secant: the gradient takes its place, as in Captum."""
-
-
-def _ratio(dy: Tensor, dx: Tensor, otherwise: Tensor | float) -> Tensor:
-    close = dx.abs() < _CLOSE
-    return torch.where(close, otherwise, dy / dx.masked_fill(close, 1))
-
-
-def _moved(x: Tensor) -> Tensor:
-    """0, with the gradient of `x`."""
-    return x - x.detach()
-
-
-_POOLINGS: dict[type[nn.Module], tuple[int, Callable[..., Any]]] = {
-    nn.MaxPool1d: (1, F.max_pool1d),
-    nn.MaxPool2d: (2, F.max_pool2d),
-    nn.MaxPool3d: (3, F.max_pool3d),
-}
-
-
-def _places(module: Any, x: Tensor) -> Tensor:
-    """Where each window of a max pooling has its maximum: indices into the flattened map."""
-    window = (module.kernel_size, module.stride, module.padding, module.dilation)
-    pool = _POOLINGS[type(module)][1]
-    places: Tensor = pool(x.detach(), *window, ceil_mode=module.ceil_mode, return_indices=True)[1]
-    return places
-
-
-def _secant_of_softmax(module: nn.Softmax, x: Tensor, y: Tensor, x0: Tensor, y0: Tensor) -> Tensor:
-    """Secants of y = exp(x - log s), and of s, the sum of exp(x).
-
-    Secants of each element alone do not add up: y depends on elements of x that do not differ, too.
-    """
-    dim = (
-        module.dim if module.dim is not None else int(x.dim() not in (0, 1, 3))
-    )  # PyTorch's choice
-    x1, y1 = x.detach(), y.detach()
-    shift = torch.maximum(x1, x0).amax(dim, keepdim=True)
-    exp1, exp0 = (x1 - shift).exp(), (x0 - shift).exp()
-    sum1, sum0 = exp1.sum(dim, keepdim=True), exp0.sum(dim, keepdim=True)
-    d_log = x1.logsumexp(dim, keepdim=True) - x0.logsumexp(dim, keepdim=True)
-    slope_of_log = _ratio(exp1 - exp0, x1 - x0, exp1) * _ratio(d_log, sum1 - sum0, 1 / sum1)
-    moved = _moved(x) - (_moved(x) * slope_of_log).sum(dim, keepdim=True)
-    return y1 + moved * _ratio(y1 - y0, x1 - x0 - d_log, y1)
-
-
 class _TakeTurns(nn.Module):
     """Answers call 0, 1, ... of every forward pass with module 0, 1, ..., all of them alike."""
 
@@ -655,8 +549,8 @@ class _SecondName(nn.Module):
         return result
 
 
-_ONCE_ONLY = (nn.Dropout, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU, nn.Tanh)
-"""Layers without parameters of which LRP bears one call per forward pass, no more."""
+_ONCE_ONLY = (nn.Dropout, *_RESCALED)
+"""Layers without parameters of which DeepLift or LRP bear one call per forward pass, no more."""
 
 
 def _unshare_layers(model: nn.Module, inputs: Tensor) -> nn.Module:

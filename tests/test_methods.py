@@ -222,23 +222,10 @@ class Window(nn.Module):
         return result.flatten(1, 2)
 
 
-def residual(x: Tensor, act: nn.Module, layer: nn.Module) -> Tensor:
-    y: Tensor = layer(act(x))
-    y += x
-    h: Tensor = act(y)
-    h += 1
-    return h
-
-
 def guarded(x: Tensor, act: nn.Module) -> Tensor:
     assert not x.isnan().any() and bool(x.abs().max() < 1e6)
     result: Tensor = act(x)
     return result
-
-
-def time_first(x: Tensor, act: nn.Module) -> Tensor:
-    result: Tensor = act(x.flatten(2).permute(2, 0, 1)).permute(1, 2, 0)
-    return result.reshape_as(x)
 
 
 SUPPORTED: dict[str, Callable[[], nn.Module]] = {
@@ -249,41 +236,20 @@ SUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "Sigmoid": nn.Sigmoid,
     "Tanh": nn.Tanh,
     "Softplus": nn.Softplus,
-    "Softmax": lambda: nn.Softmax(1),
-    "Softmax of space": lambda: nn.Sequential(
-        nn.Flatten(2), nn.Softmax(-1), nn.Unflatten(2, (8, 8))
-    ),
-    "Softmax of dead units": lambda: nn.Sequential(nn.ReLU(), nn.Softmax(1)),
-    "Softmax, far off": lambda: nn.Sequential(
-        nn.Conv2d(4, 4, 1), Calls(lambda x: x * 2e3), nn.Softmax(1)
-    ),
     "MaxPool1d": lambda: Window(nn.MaxPool1d(2), 1),
-    "MaxPool1d, overlapping": lambda: Window(nn.MaxPool1d(3, 2, 1), 1),
     "MaxPool2d": lambda: nn.MaxPool2d(2),
-    "MaxPool2d, overlapping": lambda: nn.MaxPool2d(3, 2, 1),
-    "MaxPool2d, oblong": lambda: nn.MaxPool2d((3, 2), (1, 2), (1, 0)),
-    "MaxPool2d, dilated": lambda: nn.MaxPool2d(2, 1, dilation=2),
     "MaxPool2d, ceil": lambda: nn.MaxPool2d(3, 3, ceil_mode=True),
     "MaxPool3d": lambda: Window(nn.MaxPool3d(2), 3),
-    "MaxPool3d, overlapping": lambda: Window(nn.MaxPool3d(3, 1, 1), 3),
     "activations side by side": lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Tanh()),
-    "pooling, then ReLU": lambda: nn.Sequential(nn.MaxPool2d(2), nn.ReLU()),
     "BatchNorm": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)),
     "averages": lambda: nn.Sequential(nn.AvgPool2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
-    "used twice": lambda: Calls(residual, nn.ReLU(), nn.Conv2d(4, 4, 1)),
-    "pooling used twice": lambda: Calls(lambda x, p: p(p(x)), nn.MaxPool2d(3, 1, 1)),
-    "branches": lambda: Calls(lambda x, a, b: torch.cat([a(x), b(x)], 1), nn.ReLU(), nn.Tanh()),
     "constants": lambda: Calls(lambda x, a: 2 - a(3 * x + 1) / torch.tensor(4.0), nn.ReLU()),
     "constant mask": lambda: Calls(lambda x, a: a(x) * (torch.arange(8) > 3), nn.ReLU()),
     "resized": lambda: Calls(
         lambda x, a: F.interpolate(a(x), scale_factor=2, mode="bilinear"), nn.ReLU()
     ),
     "rolled": lambda: Calls(lambda x, a: F.pad(a(x.roll(1, 2)), (1, 1, 0, 0)).flip(2), nn.ReLU()),
-    "by name": lambda: Calls(lambda x, a: a(input=x), nn.ReLU()),
     "guarded": lambda: Calls(guarded, nn.ReLU()),
-    "time first": lambda: Calls(time_first, nn.ReLU()),
-    "softmax, time first": lambda: Calls(time_first, nn.Softmax(2)),
-    "registered twice": lambda: nn.Sequential(*[nn.ReLU()] * 2, nn.MaxPool2d(2)),
     "linear": lambda: nn.Conv2d(4, 4, 3),
 }
 
@@ -299,7 +265,7 @@ def test_deeplift_adds_up(case: str, images: Tensor) -> None:
         torch.testing.assert_close(alone[0], maps[i], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("tail", [nn.Softmax(1), nn.Softmax(-1), nn.Sigmoid(), nn.Tanh()], ids=str)
+@pytest.mark.parametrize("tail", [nn.Sigmoid(), nn.Tanh()], ids=str)
 def test_deeplift_adds_up_behind_a_tail(tail: nn.Module, images: Tensor) -> None:
     model = nn.Sequential(build(nn.Tanh()), tail)
     maps = get_method("deeplift")(model)(images, torch.tensor([0, 1, 2]))
@@ -307,50 +273,9 @@ def test_deeplift_adds_up_behind_a_tail(tail: nn.Module, images: Tensor) -> None
     torch.testing.assert_close(maps.flatten(1).sum(1), difference, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.ELU, nn.Softplus])
-def test_deeplift_is_that_of_captum_where_that_adds_up(
-    act: type[nn.Module], images: Tensor
-) -> None:
-    from captum.attr import DeepLift
-
-    model = build(nn.Sequential(act(), nn.Conv2d(4, 4, 3), act()))
-    with pytest.warns(UserWarning, match="Setting forward, backward hooks"):
-        expected, delta = DeepLift(model).attribute(images, target=2, return_convergence_delta=True)
-    assert delta.abs().max() < 1e-9
-    maps = get_method("deeplift")(model)(images, 2)
-    torch.testing.assert_close(maps, expected.detach(), rtol=1e-9, atol=1e-11)
-    assert not torch.allclose(maps, get_method("inputxgradient")(model)(images, 2))
-
-
-def test_deeplift_is_that_of_captum_where_layers_are_kept_apart(images: Tensor) -> None:
-    from captum.attr import DeepLift
-
-    layers = [nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(2)]
-    model = build(nn.Sequential(*layers))
-    maps = get_method("deeplift")(model)(images, 2)
-    for module in layers:
-        # Else it gives a layer the plain gradient of the nonlinear layer right behind it.
-        module.register_forward_pre_hook(lambda module, args: args[0].clone())
-    with pytest.warns(UserWarning, match="Setting forward, backward hooks"):
-        expected = DeepLift(model).attribute(images, target=2)
-    torch.testing.assert_close(maps, expected.detach(), rtol=1e-9, atol=1e-11)
-
-
 def test_deeplift_refuses_batch_norm_in_training_mode(images: Tensor) -> None:
     model = build(nn.BatchNorm2d(4), eval=False)
     with pytest.raises(TypeError, match="`native_batch_norm` in training mode in `middle` "):
-        get_method("deeplift")(model)(images, 1)
-
-
-@pytest.mark.parametrize("more_on", ["images", "baseline"])
-def test_deeplift_refuses_layers_that_depend_on_the_image(more_on: str, images: Tensor) -> None:
-    def branch(x: Tensor, act: nn.Module, other: nn.Module) -> Tensor:
-        h: Tensor = act(x)
-        is_baseline = bool((x == x[..., 4:5, 4:5])[..., 1:-1, 1:-1].all())
-        return other(h) if is_baseline == (more_on == "baseline") else h
-
-    model = build(Calls(branch, nn.ReLU(), nn.Tanh()))
-    with pytest.raises(ValueError, match="the same layers on `inputs` and on the baseline 0.*Tanh"):
         get_method("deeplift")(model)(images, 1)
 
 
