@@ -1039,13 +1039,20 @@ OPERATORS: dict[str, dict[str, Callable[[Any, Any], Tensor]]] = {
     "less": {"operator": lambda x, c: c - x, "function": lambda x, c: torch.sub(c, x)},
 }
 """What a tensor and a constant are combined by, and the ways to write it."""
-OPERATOR_TAILS = {
-    "mul": by_sign,
-    "div": by_sign,
-    "add": by_slope,
-    "sub": by_slope,
-    "less": by_slope,
-}
+
+
+def _with_constant(d: Definition, operator: str, x: Value, constant: Tensor) -> Value:
+    """The definition of an operator of :data:`OPERATORS`, with a constant of the tensor's dtype."""
+    constant = constant.to(x.data.dtype)
+    if operator == "mul":
+        return d.call(lambda v, t: t * v[0], x, weights=[constant], tail=by_sign)
+    if operator == "div":
+        return d.call(lambda v, t: t / v[0], x, weights=[constant], tail=by_sign)
+    if operator == "less":  # the sign is a weight
+        weights = [-torch.ones_like(constant), constant]
+    else:
+        weights = [torch.ones_like(constant), constant if operator == "add" else -constant]
+    return d.call(lambda v, t: v[0] * t + v[1], x, weights=weights, tail=by_slope)
 
 
 def _combined(operator: str, made: Callable[..., Tensor], **kwargs: Any) -> Kind:
@@ -1059,10 +1066,7 @@ def _combined(operator: str, made: Callable[..., Tensor], **kwargs: Any) -> Kind
     run = next(iter(OPERATORS[operator].values()))
 
     def define(d: Definition, w: Sequence[Tensor], x: Value, *others: Value, **o: Any) -> Value:
-        constant = made(x.data, *(other.data for other in others), **o).to(x.data.dtype)
-        return d.call(
-            lambda v, t: run(t, v[0]), x, weights=[constant], tail=OPERATOR_TAILS[operator]
-        )
+        return _with_constant(d, operator, x, made(x.data, *(y.data for y in others), **o))
 
     return Kind(
         lambda w, x, *others, **o: run(x, made(x, *others, **o)),
@@ -1160,17 +1164,16 @@ def _foreign(
     define: Callable[..., Value],
     *,
     options: Callable[[Draw, Shape], Options] = lambda draw, shape: {},
-    finish: Callable[[Tensor], Tensor] = lambda made: made,
+    finish: Callable[[Tensor], Tensor] = lambda rows: rows,
     fits: Callable[[Shape], bool] = lambda shape: True,
-    ways: Sequence[str] = ("inside",),
 ) -> Kind:
     """A call of a tensor and a constant with a history of its own, which does not depend on the input.
 
     Args:
         run: from the tensor, the constant and options to the output.
-        size: of the constant, from the shape of a sample and options.
+        size: of the rows that the constant is made of, from the shape of a sample and options.
         define: from a definition, the constant without history, the value and options.
-        finish: what is done to the constant before it is used.
+        finish: from the rows to the constant.
     """
 
     def made(table: Tensor, source: str) -> Tensor:
@@ -1181,7 +1184,7 @@ def _foreign(
 
     def weights(shape: Shape, source: str, **o: Any) -> list[tuple[Sequence[int], str]]:
         rows, *rest = size(shape, **o)
-        return [((rows + 1, *rest), "weight" if rest else "normal")]
+        return [((rows + 1, *rest), "weight" if "out" in o else "normal")]
 
     def stored(w: Sequence[Tensor], o: Options) -> nn.Module:
         others = {name: value for name, value in o.items() if name != "source"}
@@ -1197,13 +1200,21 @@ def _foreign(
                 options=drawn, weights=weights, fits=fits)  # fmt: skip
 
 
-def _called(run: Callable[..., Tensor], tail: TailRule | None = None) -> Callable[..., Value]:
+def _called(run: Callable[..., Tensor]) -> Callable[..., Value]:
     """The definition of one call of a value and a constant."""
 
     def define(d: Definition, constant: Tensor, x: Value, **o: Any) -> Value:
-        return d.call(lambda w, t: run(t, w[0], **o), x, weights=[constant], tail=tail)
+        return d.call(lambda w, t: run(t, w[0], **o), x, weights=[constant])
 
     return define
+
+
+def _two_rows(shape: Shape) -> Sequence[int]:
+    return (2, shape[-1])
+
+
+def _mean_of_rows(rows: Tensor) -> Tensor:
+    return rows.mean(0)
 
 
 def _out(draw: Draw, shape: Shape) -> Options:
@@ -1234,7 +1245,7 @@ def _foreign_bias() -> Kind:
     def run(x: Tensor, c: Tensor) -> Tensor:
         return F.linear(x, torch.eye(x.shape[-1], dtype=x.dtype) + 0.5, c)
 
-    return _foreign(run, lambda shape: shape[-1:], _called(run))
+    return _foreign(run, _two_rows, _called(run), finish=_mean_of_rows)
 
 
 def _foreign_convolution() -> Kind:
@@ -1257,7 +1268,7 @@ def _foreign_norm() -> Kind:
     def define(d: Definition, constant: Tensor, x: Value) -> Value:
         return d.call(lambda w, t: _layer_norm([w[0], w[0]], t), x, weights=[constant])
 
-    return _foreign(run, lambda shape: shape[-1:], define, fits=lambda shape: shape[-1] > 1)
+    return _foreign(run, _two_rows, define, finish=_mean_of_rows, fits=lambda shape: shape[-1] > 1)
 
 
 def _foreign_combined(operator: str) -> Kind:
@@ -1265,21 +1276,21 @@ def _foreign_combined(operator: str) -> Kind:
     run = next(iter(OPERATORS[operator].values()))
     return _foreign(
         run,
-        lambda shape: shape[-1:],
-        _called(run, OPERATOR_TAILS[operator]),
-        finish=(lambda c: c.abs() + 0.5) if operator == "div" else (lambda c: c),
+        _two_rows,
+        lambda d, constant, x: _with_constant(d, operator, x, constant),
+        finish=(lambda c: c.mean(0).abs() + 0.5) if operator == "div" else _mean_of_rows,
         fits=lambda shape: shape[-1] > 1,
     )
 
 
 def _foreign_scale(operator: str) -> Kind:
-    """A product or quotient with one number, as the scale of the logits is."""
+    """A product or quotient with one number, as with the scale of the logits."""
     run = next(iter(OPERATORS[operator].values()))
 
     def define(d: Definition, constant: Tensor, x: Value) -> Value:
         return d.passed(lambda t: run(t, constant), x, tail=by_sign)
 
-    return _foreign(run, lambda shape: (2,), define, finish=lambda c: c[0].exp())
+    return _foreign(run, lambda shape: (1, 1), define, finish=lambda c: c[0, 0])
 
 
 def _foreign_cat() -> Kind:
@@ -1308,7 +1319,7 @@ def _foreign_where() -> Kind:
     def define(d: Definition, constant: Tensor, x: Value) -> Value:
         return d.moved(lambda t: run(t, constant), x)
 
-    return _foreign(run, lambda shape: shape[-1:], define)
+    return _foreign(run, _two_rows, define, finish=_mean_of_rows)
 
 
 KINDS: dict[str, Kind] = {
