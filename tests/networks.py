@@ -152,6 +152,8 @@ class Definition:
         self.entries: list[_Entry] = []
         self.lossless = True
         """Whether no relevance was lost, or negative, on the way back."""
+        self.cancelled = False
+        """Whether relevance of both signs met in one element and left no more than rounding."""
 
     def call(
         self,
@@ -226,6 +228,9 @@ class Definition:
                 self.lossless &= all(bool((part >= 0).all()) for part in share)
                 known = found.get(x)
                 found[x] = share if known is None else [a + b for a, b in zip(known, share)]
+                for a, b in zip(known or (), share):
+                    left = is_rounding((a + b).abs(), a.abs() + b.abs())
+                    self.cancelled |= bool((left & (a != 0)).any())
         result = found.get(of) or [torch.zeros_like(of.data) for _ in seeds]
         self.lossless &= all(bool((r >= 0).all()) for r in result)
         return result
@@ -787,8 +792,13 @@ def _of_each(shape: Shape, **_: Any) -> list[tuple[Sequence[int], str]]:
     return [(shape, "normal")]
 
 
+def _product(d: Definition, x: Value, y: Value) -> Value:
+    """A product of two tensors of the network, which ends the tail."""
+    return d.call(lambda v, a, b: a * b, x, y)
+
+
 def _gated(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
-    return d.call(lambda v, a, b: a * b, x, d.call(lambda v, b: b.sigmoid(), y, tail=by_slope))
+    return _product(d, x, d.call(lambda v, b: b.sigmoid(), y, tail=by_slope))
 
 
 def _glu(d: Definition, w: Sequence[Tensor], x: Value, dim: int) -> Value:
@@ -909,7 +919,7 @@ def _in_slice_defined(change: str) -> Callable[..., Value]:
         elif change == "add_":
             changed = d.call(lambda v, a, b: a + b, part, other, tail=by_magnitude)
         elif change == "mul_ by another":
-            changed = d.call(lambda v, a, b: a * b, part, other)
+            changed = _product(d, part, other)
         else:
             changed = other
 
@@ -958,7 +968,7 @@ def _twice_changed_defined(d: Definition, w: Sequence[Tensor], x: Value, y: Valu
 
     t = added(x, y)
     first = d.call(lambda v, a: a.sigmoid(), t, tail=by_slope)
-    t = d.call(lambda v, a, b: a * b, t, first)
+    t = _product(d, t, first)
     second = d.call(lambda v, a: a.tanh(), t, tail=by_slope)
     t = added(t, second)
     return added(d.passed(lambda a: a * 2, t, tail=by_sign), first)
@@ -973,9 +983,13 @@ def _of_positive(run: Callable[[Tensor], Tensor]) -> Kind:
 
     def define(d: Definition, w: Sequence[Tensor], x: Value) -> Value:
         positive = d.call(lambda v, t: F.softplus(t), x, tail=by_slope)
+        shift = torch.full(
+            (), 0.1, dtype=x.data.dtype
+        )  # the logarithm of what is rounded to 0 is infinite
+        positive = d.call(lambda v, t: t + v[0], positive, weights=[shift], tail=by_slope)
         return d.call(lambda v, t: run(t), positive, tail=by_slope)
 
-    return Kind(lambda w, x: run(F.softplus(x)), "parts", define)
+    return Kind(lambda w, x: run(F.softplus(x) + 0.1), "parts", define)
 
 
 def _soft_cap(d: Definition, w: Sequence[Tensor], x: Value, c: float) -> Value:
@@ -995,7 +1009,7 @@ def _normalized(d: Definition, x: Value) -> Value:
 
 
 def _cosine(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
-    product = d.call(lambda v, a, b: a * b, _normalized(d, x), _normalized(d, y))
+    product = _product(d, _normalized(d, x), _normalized(d, y))
     return d.call(lambda v, t: t.sum(-1), product, tail=by_share)
 
 
@@ -1513,6 +1527,7 @@ KINDS: dict[str, Kind] = {
     ),
     "mul": Kind(
         lambda w, x, y: x * y,
+        define=lambda d, w, x, y: _product(d, x, y),
         ways={"operator": lambda w, x, y: x * y, "in place": lambda w, x, y: x.mul_(y)},
         operands=2,
     ),

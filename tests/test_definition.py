@@ -253,3 +253,11 @@ def test_the_map_of_the_score_is_that_of_the_logits(kind: str, joint: bool) -> N
 
 def _maps(program: Program) -> tuple[Tensor, Tensor]:
     return by_definition(program, *defined(program, tails=True))
+
+
+def test_relevance_that_cancels_is_told() -> None:
+    for kind, cancelled in (("add", False), ("sub", True)):
+        d, x = Definition(tails=True), values(1.0, 2.0)
+        z = scored(d, x)
+        assert of(d, applied(kind, d, z, z), x, [1, 0]) == [int(not cancelled), 0]
+        assert d.cancelled == cancelled
