@@ -17,7 +17,7 @@ The tests run a few networks that are the same each time. Any number of them, fr
 
     python -m tests.test_fuzzing --networks 10000 --seed 0
 
-Half of the networks do something to their score behind the last layer with weights; ``--no-tails`` leaves
+Two of three networks do something to their score behind the last layer with weights; ``--no-tails`` leaves
 that out, in the networks and in the definition.
 
 A network may be ill-conditioned: the definition itself then gives another map for another stabiliser, where
@@ -176,7 +176,7 @@ def check(program: Program, found: Found | None = None, *, tails: bool = TAILS) 
     }
     found.notes["with a tail"] += bool(definition.on_tail(output))
     found.notes["a map of zero"] += bool(nothing.any())
-    # Where relevance cancels in one element, rounding may be left of it, which is no fault if it stays that small.
+    # Where relevance cancels in one element, rounding may be left of it: no fault as long as it stays small.
     warnings_fit |= definition.cancelled
     good = max(errors.values()) <= ACCURACY and warnings_fit
     if not good and ill_conditioned(program, expected, expected_contrast, tails=tails):
