@@ -65,7 +65,7 @@ __all__ = [
 EPS = 1e-9
 """The one stabiliser, added to the magnitude of a divisor, always in float32 or float64."""
 
-LEAST = 1e-20
+LEAST = 1e-30
 """Magnitude of an output that is zero where it is divided by without a stabiliser."""
 
 LARGE = 2**22
@@ -110,7 +110,7 @@ def stabilise(seeds: Sequence[Tensor], output: Tensor) -> None:
         tensor([1.0000, 0.7500, 0.5000])
     """
     for few, *of_few in zip(*_in_pieces(output, *seeds), strict=True):
-        factor = few.abs().clamp_(max=torch.finfo(few.dtype).max)
+        factor = few.abs().clamp_(min=LEAST, max=torch.finfo(few.dtype).max)
         factor /= factor + EPS
         for s in of_few:
             s *= factor

@@ -26,7 +26,7 @@ from captum_abslrp.forms.base import (
     tail_of,
 )
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer, Kept, Step, Tail
+from captum_abslrp.steps import Answer, Kept, Step
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -107,28 +107,21 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     Where the output is zero, so is the relevance that arrives there: the call that handed it over has
     multiplied by that zero. So nothing is left to do on the way back.
     """
-    is_map = input.dim() > 2  # a score keeps what it was before, see `_tail_of_relu`
-    if is_map and call.target is input and call.interception.is_fresh(input):
+    if call.target is input and call.interception.is_fresh(input):
         call.interception.release(input)
         torch.relu_(input)  # its history stays what it is, but that it hands on less
         step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: a call has made it
         if step.output is not None:
             step.output = Kept(remake=partial(_rectified, step.output))
-        if step.tail is not None:
-            step.tail = _tail_of_relu(step.tail, call.keep(input))
+        step.rectified = call.keep(input)
         call.interception.mark_nonnegative(input)
         return input
     output = call.run(lambda: torch.relu(input))
     x = call.keep(input)
-    tail = passed_on(call.keep_output(output, lambda: torch.relu(x())), x)
+    z = call.keep_output(output, lambda: torch.relu(x()))
+    # A score of zero does not depend on what is negative.
+    tail = tail_of(z, [x], lambda r: [functional.rectify(r, x())], keeps_sign=True)
     return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True, tail=tail)
-
-
-def _tail_of_relu(tail: Tail, output: Kept) -> Tail:
-    """The tail of a call whose output was rectified in place: what was negative has no part in the score."""
-    return tail._replace(
-        propagate=lambda s: tail.propagate(functional.rectify(s, output())), output=output
-    )
 
 
 def _rectified(kept: Kept) -> Tensor:
@@ -277,9 +270,10 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
     z = call.keep(output)
     if len(sources) == 1:
         tail = scaled_tail(z, b if is_source(input) else a)
-    else:  # half for each factor, with the sign of the other one: what raises it raises the product
+    else:  # half for each factor, also where the product is negative
+        shapes = [t.shape for t in (input, other)]
         tail = tail_of(
-            z, [a, b], lambda relevance: [relevance / 2 * other().sign() for other in (b, a)]
+            z, [a, b], lambda r: [(r / 2).sum_to_size(shape) for shape in shapes], keeps_sign=True
         )
     return Answer(output, sources, propagate, nonnegative=nonnegative, tail=tail)
 
