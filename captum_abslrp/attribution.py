@@ -7,7 +7,6 @@ import re
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -35,6 +34,7 @@ from captum_abslrp.interception import Interception, UnsupportedCallError
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
 from captum_abslrp.propagation import TOTAL, propagate
+from captum_abslrp.state import saver, unchanged
 from captum_abslrp.steps import is_answered
 
 __all__ = ["AbsLRP"]
@@ -373,6 +373,7 @@ class AbsLRP(GradientAttribution):
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
         given = [leaf.clone() for leaf in leaves]
+        interception.before_change = saver(self.model)
         with _eager(self.model), interception:
             try:
                 output = self.model(*given, *extra)
@@ -593,65 +594,6 @@ def _differs_in_training(module: nn.Module) -> bool:
         return module.dropout > 0
     known = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
     return isinstance(module, known) or type(module).__name__.startswith("Drop")
-
-
-class _Snapshot:
-    """What a model holds, to be put back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self.tables = [t for m in modules for t in (m.__dict__, m._buffers, m._parameters)]
-        self.entries = [dict(table) for table in self.tables]
-        self.buffers = [
-            (buffer, buffer.clone(), buffer._version, module.training)
-            for module in modules
-            for buffer in module.buffers(recurse=False)
-            if not buffer.is_inference()
-        ]
-        self.users = 0
-
-    def put_back(self) -> None:
-        for table, before in zip(self.tables, self.entries, strict=True):
-            # Entry by entry: another thread may be looking.
-            for key in [key for key in table if key not in before]:
-                del table[key]
-            for key, value in before.items():
-                if key not in table or table[key] is not value:
-                    table[key] = value
-            if list(table) != list(before):  # in the order that state dicts have
-                table.clear()
-                table.update(before)
-        with torch.no_grad():
-            for buffer, value, version, training in self.buffers:
-                # Batch norm updates its statistics without telling the version.
-                if training or buffer._version != version:
-                    buffer.copy_(value)
-
-
-_SNAPSHOTS: weakref.WeakKeyDictionary[nn.Module, _Snapshot] = weakref.WeakKeyDictionary()
-_SNAPSHOTS_LOCK = threading.Lock()
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a model changes of itself as it runs: statistics, counters, stored activations.
-
-    Threads that run one model at a time share what was there before the first of them; the last one puts
-    it back.
-    """
-    with _SNAPSHOTS_LOCK:
-        snapshot = _SNAPSHOTS.get(model)
-        if snapshot is None:
-            snapshot = _SNAPSHOTS[model] = _Snapshot(model)
-        snapshot.users += 1
-    try:
-        yield
-    finally:
-        with _SNAPSHOTS_LOCK:
-            snapshot.users -= 1
-            if snapshot.users == 0:
-                del _SNAPSHOTS[model]
-                snapshot.put_back()
 
 
 _MOVING_NODES = re.compile(

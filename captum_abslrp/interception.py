@@ -46,6 +46,7 @@ from captum_abslrp.calls import (
     has_in_place_argument,
     out_of_place,
     tensors_in,
+    written_tensors,
 )
 from captum_abslrp.steps import Answer, Kept, Node, Step, is_own, storage_of
 
@@ -162,6 +163,7 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         fuses: whether calls that are made of others may be answered at once, if it makes no difference.
+        before_change: is given each tensor that a call is about to change in place, if it is set.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class Interception(TorchFunctionMode):
         self.total = total
         self.result = result
         self.watch = watch
+        self.before_change: Callable[[Tensor], None] | None = None
         self._modules = _ModuleStack(self, model)
         self._kept: dict[int, list[tuple[_Layout, Kept]]] = {}
         self._overwritten: dict[int, int] = {}
@@ -208,6 +211,7 @@ class Interception(TorchFunctionMode):
         self._kept.clear()
         self._aliased.clear()
         self._fresh = None
+        self.before_change = None
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_function__(
@@ -218,6 +222,9 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.before_change is not None:
+            for tensor in written_tensors(func, args, kwargs):
+                self.before_change(tensor)
         name, in_place, reflected = canonical_name(func)
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
@@ -473,7 +480,7 @@ class Interception(TorchFunctionMode):
         """An in-place call: the out-of-place call, answered as ever, and a copy into the target."""
         target = kwargs.get("out")
         if target is None:
-            target = args[0] if args else kwargs["input"]
+            target = args[0] if args else next(iter(tensors_in(kwargs)), None)
         if not isinstance(target, Tensor):
             return _untracked(func, args, kwargs)
         if not any(map(carries_relevance, tensors_in((args, kwargs)))):
