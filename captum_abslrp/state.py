@@ -108,7 +108,7 @@ class _Sequence:
         self.items = tuple(self.base.__iter__(sequence))
 
     def put_back(self) -> None:
-        if _same(self.base.__iter__(self.holder), self.items, self.base.__len__(self.holder)):
+        if _same(self.base.__iter__(self.holder), self.items):
             return
         if self.base is list:
             list.__setitem__(self.holder, slice(None), self.items)
@@ -200,6 +200,7 @@ class _TensorState:
         "copy",
         "grad",
         "grad_fn",
+        "grad_fn_of_base",
         "history",
         "holder",
         "hooks",
@@ -215,6 +216,7 @@ class _TensorState:
         self.values = tensor.data  # keeps the memory that the tensor has now
         self.layout = _layout(tensor)
         self.grad_fn, self.requires_grad = tensor.grad_fn, tensor.requires_grad
+        self.grad_fn_of_base = None if tensor._base is None else tensor._base.grad_fn
         self.grad = tensor.grad if tensor.is_leaf else None
         self.hooks = tensor._backward_hooks
         self.history: Tensor | None = None
@@ -250,15 +252,20 @@ class _TensorState:
 
     def _put_history_back(self) -> None:
         tensor = self.holder
-        if not tensor._is_view():
-            tensor.detach_()
-        else:  # which cannot be detached
-            attributes = dict(tensor.__dict__)
-            torch.utils.swap_tensors(tensor, self.values.view_as(self.values))
-            tensor.__dict__.update(attributes)
-        if self.history is not None:
-            with torch.enable_grad():
-                tensor.copy_(self.history)
+        with torch.enable_grad():
+            if not tensor._is_view():
+                tensor.detach_()
+                if self.history is not None:
+                    tensor.copy_(self.history)
+                return
+            # A view cannot be detached: it becomes another view of the same tensor.
+            base, attributes = tensor._base, tensor.__dict__
+            assert base is not None
+            if base.grad_fn is not self.grad_fn_of_base:
+                base.detach_()
+            view = base.as_strided(self.values.shape, *self.layout[-2:])
+            torch.utils.swap_tensors(tensor, view)
+            tensor.__dict__ = attributes
 
 
 class _Snapshot:
@@ -409,7 +416,9 @@ class _Snapshot:
                 for state in memory.tensors:
                     state.is_changed = True
             filled = [_Table.empty(table) for table in self._empty if table]
-            for part in (*self._parts, *filled, *memories, *self._tensors):
+            # A view is made anew from what it is a view of.
+            tensors = sorted(self._tensors, key=lambda state: state.holder._is_view())
+            for part in (*self._parts, *filled, *memories, *tensors):
                 try:
                     part.put_back()
                 except Exception as error:
@@ -426,10 +435,10 @@ class _Snapshot:
             )
 
 
-def _same(now: Iterable[Any], before: tuple[Any, ...], size: int | None = None) -> bool:
+def _same(now: Iterable[Any], before: tuple[Any, ...]) -> bool:
     """Whether items are the very ones that they were."""
-    size = len(now) if size is None else size  # type: ignore[arg-type]
-    return size == len(before) and all(map(operator.is_, now, before))
+    items = list(now)
+    return len(items) == len(before) and all(map(operator.is_, items, before))
 
 
 def _in_slot(slot: Any, instance: Any) -> Any:

@@ -23,10 +23,11 @@ from torch.nn.utils import parametrizations, parametrize
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
 from captum_abslrp.attribution import unchanged
+from captum_abslrp.steps import storage_of
 from tests.test_no_trace import Crash, digest, no_trace
 
 
-def state_of(root: object) -> dict[str, object]:
+def state_of(root: object, *, versions: bool = True) -> dict[str, object]:
     """All that can be reached from a model by data, comparable with ``==``; an object once."""
     state: dict[str, object] = {}
     seen: dict[int, object] = {}
@@ -48,8 +49,10 @@ def state_of(root: object) -> dict[str, object]:
         if isinstance(value, Tensor):
             hooks = value._backward_hooks
             state[path] = (
-                kind, id(value), value.data_ptr(), value.shape, value.stride(), value.dtype,
-                digest(value), value.requires_grad, value.grad_fn, value._version,
+                kind, id(value), storage_of(value), value.storage_offset(),
+                value.shape, value.stride(), value.dtype,
+                digest(value.detach().clone()), value.requires_grad, value.grad_fn,
+                value._version if versions else 0,
                 None if hooks is None else list(hooks),
             )  # fmt: skip
             look(f"{path}.grad", value.grad if value.is_leaf else None)
@@ -69,7 +72,7 @@ def state_of(root: object) -> dict[str, object]:
                 for name in vars(base).get("__slots__", ()):
                     if kind.__module__ == __name__:
                         look(f"{path}.{name}", getattr(value, name, "unset"))
-            if hasattr(value, "__dict__") and not isinstance(value, threading.local):
+            if hasattr(value, "__dict__") and kind is not weakref.WeakKeyDictionary:
                 look(f"{path}.__dict__", vars(value))
 
     look("model", root)
@@ -561,6 +564,7 @@ class RandomNumbers(Filling):
 class ModuleAdded(Lazy):
     def step(self, x: Tensor) -> Tensor:
         if not hasattr(self, "extra"):
+            torch.manual_seed(1)
             self.extra = nn.Linear(5, 5)
         return self.extra(self.a(x))
 
@@ -608,6 +612,7 @@ class WeightNormed(Lazy):
 class RegisteredLate(Lazy):
     def step(self, x: Tensor) -> Tensor:
         if "late" not in self._buffers:
+            torch.manual_seed(1)
             self.register_buffer("late", torch.rand(5))
             self.register_parameter("scale", nn.Parameter(torch.rand(5)))
             del self.a.bias
@@ -634,7 +639,7 @@ class Cached(Lazy):
         self.register_buffer("memory", torch.zeros(3, 5))
         self.plain = torch.zeros(3, 5)
         self.tensors = {"list": [torch.zeros(3, 5)]}
-        self.view = self.tensors["list"][0][1:2]
+        self.view = self.tensors["list"][0][1:]
 
 
 @lazy
@@ -682,7 +687,7 @@ class TensorInContainers(Cached):
 class ViewWithHistory(Cached):
     def step(self, x: Tensor) -> Tensor:
         h = self.a(x) + self.view.sum()
-        self.view.copy_(h[:1])
+        self.view[: len(h)].copy_(h)
         return h
 
 
@@ -768,7 +773,7 @@ class DataReplaced(Lazy):
 @lazy
 class WeightDrawnAnew(Lazy):
     def step(self, x: Tensor) -> Tensor:
-        nn.init.constant_(self.a.weight, 0.5)
+        nn.init.uniform_(self.a.weight, generator=torch.Generator().manual_seed(0))
         nn.init.ones_(tensor=self.a.bias)
         return self.a(x)
 
@@ -789,7 +794,7 @@ class EmbeddingWithMaxNorm(Lazy):
         self.register_buffer("index", torch.tensor([1, 2]))
 
     def step(self, x: Tensor) -> Tensor:
-        h = self.a(x) + self.embedding.weight.sum() + self.bag.weight.sum()
+        h = self.a(x) + self.embedding.weight.square().sum() + self.bag.weight.square().sum()
         return h + self.embedding(self.index).sum() + self.bag(self.index[None]).sum()
 
 
@@ -831,9 +836,10 @@ X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 def check_put_back(name: str, run: Callable[[Lazy], Any]) -> Lazy:
     """Run something on a model: its state is as before, and so is what it predicts from then on."""
     model, untouched = MODELS[name]().eval(), MODELS[name]().eval()
-    before = state_of(model)
+    versions = name not in ("Parametrized", "ResizedAndSet")  # `Tensor.set_` shows itself to nobody
+    before = state_of(model, versions=versions)
     run(model)
-    after = state_of(model)
+    after = state_of(model, versions=versions)
     assert [key for key in {**before, **after} if before.get(key) != after.get(key)] == []
     model.crashes = False
     for _ in range(2):  # in the first one a lazy model does what it has not done yet
@@ -985,7 +991,7 @@ def test_a_backward_pass_of_before_still_runs(name: str) -> None:
     loss = sum((t * x * x).sum() for t in held)
     AbsLRP(model).attribute(X, 1)
     loss.backward()
-    assert torch.equal(x.grad, 2 * sum(t.detach().sum() for t in held))
+    torch.testing.assert_close(x.grad, 2 * sum(t.detach().sum() for t in held))
 
 
 def test_a_history_that_a_tensor_had_is_put_back() -> None:
@@ -1023,17 +1029,15 @@ def test_values_are_not_copied_where_nothing_changes_them(monkeypatch: pytest.Mo
 
 
 class Rigid(dict[str, int]):
-    """A dict with keys that cannot be compared any more."""
+    """A dict whose keys cannot be looked up any more."""
 
     class Key(str):
         broken = False
 
-        def __eq__(self, other: object) -> bool:
+        def __hash__(self) -> int:
             if self.broken:
-                raise ValueError("no comparison")
-            return str.__eq__(self, other)
-
-        __hash__ = str.__hash__
+                raise ValueError("no hash")
+            return 0
 
 
 def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back() -> None:
@@ -1047,7 +1051,6 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back() -> None:
             self.first.append(1)
             self.last["n"] = 1
             self.odd["added"] = 2
-            self.odd[Rigid.Key("key")] = 3
             Rigid.Key.broken = True
             return self.a(x)
 
