@@ -363,7 +363,7 @@ class _Snapshot:
         get, put = next((get, put) for kind, get, put in _VALUES if isinstance(holder, kind))
         try:
             self._parts.append(_Value(holder, get, put))
-        except (NotImplementedError, ValueError):  # `random.SystemRandom` has no state
+        except (NotImplementedError, ValueError):  # read-only, or `random.SystemRandom`
             return
 
     def visit_tensor(self, tensor: Tensor) -> None:
@@ -499,6 +499,12 @@ def _slots_of(cls: type) -> list[Any]:
     ]
 
 
+def _copy_of_array(holder: np.ndarray) -> np.ndarray:
+    if not holder.flags.writeable:
+        raise ValueError
+    return holder.copy()
+
+
 def _put_array(holder: Any, value: Any) -> None:
     holder[...] = value
 
@@ -534,7 +540,7 @@ _ATTRIBUTED = (
 )
 """Classes of Python that keep what they hold in attributes."""
 _VALUES: tuple[tuple[type, Any, Any], ...] = (
-    (np.ndarray, np.ndarray.copy, _put_array),
+    (np.ndarray, _copy_of_array, _put_array),
     (bytearray, bytes, _put_items),
     (array.array, lambda a: a[:], _put_items),
     (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),

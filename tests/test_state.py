@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
@@ -46,7 +47,7 @@ def state_of(root: object, *, versions: bool = True) -> dict[str, object]:
         if id(value) in seen or isinstance(value, (type, types.FunctionType, types.ModuleType)):
             return
         seen[id(value)] = value
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not is_lazy(value):
             hooks = value._backward_hooks
             state[path] = (
                 kind, id(value), storage_of(value), value.storage_offset(),
@@ -923,6 +924,15 @@ def test_backward_hooks_that_are_installed_are_removed() -> None:
     assert torch.equal(model(X), untouched(X))
 
 
+def test_layers_that_have_not_run_yet_are_as_before() -> None:
+    model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyBatchNorm1d())
+    before = state_of(model)
+    with unchanged(model):
+        model(X)
+    assert state_of(model) == before
+    assert model(X[:, :3]).shape == (2, 5)
+
+
 # What is not the model's.
 
 
@@ -1026,6 +1036,19 @@ def test_values_are_not_copied_where_nothing_changes_them(monkeypatch: pytest.Mo
 
 
 # What cannot be put back.
+
+
+def test_what_cannot_change_is_no_matter() -> None:
+    model = Lazy().eval()
+    model.array, model.random = np.zeros(3), random.SystemRandom()
+    model.array.flags.writeable = False
+    model.expanded = torch.zeros(1).expand(4)
+    model.register_buffer("broadcast", torch.zeros(1).expand(4))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.nothing = torch.zeros(3, device="meta")
+    with torch.inference_mode():
+        model.register_buffer("made_in_inference", torch.zeros(3))
+    AbsLRP(model.train()).attribute(X, 1)
 
 
 class Rigid(dict[str, int]):
