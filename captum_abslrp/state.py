@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from captum_abslrp.steps import storage_of
@@ -222,7 +223,7 @@ class _TensorState:
         self.history: Tensor | None = None
         self.copy: Tensor | None = None
         self.is_changed = in_training
-        if is_buffer and not tensor.is_inference() and not _overlaps_itself(tensor):
+        if is_buffer and not (tensor.is_inference() or is_lazy(tensor) or _overlaps_itself(tensor)):
             self.copy = self.values.clone()
             self.version = tensor._version
 
@@ -263,7 +264,8 @@ class _TensorState:
             assert base is not None
             if base.grad_fn is not self.grad_fn_of_base:
                 base.detach_()
-            view = base.as_strided(self.values.shape, *self.layout[-2:])
+            place = self.values.shape, self.values.stride(), self.values.storage_offset()
+            view = base.as_strided(*place)
             torch.utils.swap_tensors(tensor, view)
             tensor.__dict__ = attributes
 
@@ -282,6 +284,7 @@ class _Snapshot:
         self._packages: set[str] = set()
         self._buffers: dict[int, bool] = {}
         self._seen: dict[int, Any] = {}  # what is seen is kept, so that ids stay its own
+        self._found: list[Tensor] = []
         self._strange: list[Any] = []
         # What `parametrize.cached()` keeps is made without history here, and no use to a training step.
         self._pending: list[Iterable[Any]] = [(model, parametrize._cache)]
@@ -291,7 +294,7 @@ class _Snapshot:
                 if not self._pending:
                     self._look_at_objects()
             self._keep_tensors()
-        del self._seen, self._strange, self._pending, self._buffers
+        del self._seen, self._found, self._strange, self._pending, self._buffers
 
     def _look(self, values: Iterable[Any]) -> None:
         for value in values:
@@ -367,26 +370,22 @@ class _Snapshot:
             return
 
     def visit_tensor(self, tensor: Tensor) -> None:
+        self._found.append(tensor)
         attributes = getattr(tensor, "__dict__", None)
         held = (tensor.grad if tensor.is_leaf else None, tensor._backward_hooks, attributes)
         self._look(held)
 
     def _keep_tensors(self) -> None:
-        for tensor in self._seen.values():
-            if not isinstance(tensor, Tensor):
-                continue
+        for tensor in self._found:
             is_buffer = id(tensor) in self._buffers
+            in_training = is_buffer and self._buffers[id(tensor)]
             try:
-                state = _TensorState(
-                    tensor,
-                    is_buffer=is_buffer,
-                    in_training=is_buffer and self._buffers[id(tensor)],
-                )
+                state = _TensorState(tensor, is_buffer=is_buffer, in_training=in_training)
+                if state.layout is not None:
+                    self._sharing.setdefault(storage_of(state.values), []).append(state)
             except (RuntimeError, NotImplementedError, TypeError):
                 continue  # a subclass without memory of its own, or without a copy
             self._tensors.append(state)
-            if state.layout[0] is not None:
-                self._sharing.setdefault(state.layout[0], []).append(state)
 
     def save(self, tensor: Tensor) -> None:
         """Save the values that are about to be changed, if the model holds them."""
@@ -452,17 +451,14 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor has its values."""
-    if tensor.layout != torch.strided or torch.nn.parameter.is_lazy(tensor):
-        return None, tensor.dtype, tensor.layout, tensor.data_ptr() if tensor.is_mkldnn else 0
-    return (
-        storage_of(tensor),
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-        tensor.storage_offset(),
-    )
+_Layout = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _layout(tensor: Tensor) -> _Layout | None:
+    """Where a tensor has its values; None if it has none of its own."""
+    if tensor.layout != torch.strided or is_lazy(tensor):
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
