@@ -24,6 +24,7 @@ from captum_abslrp.contrast import Contrast, Target
 from captum_abslrp.diagnostics import Watch
 from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.mappings import Mapping
+from captum_abslrp.state import own_hooks
 
 __all__ = ["LayerAbsLRP"]
 
@@ -277,17 +278,16 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
             tensor.copy_(clone)
         return output
 
-    handles = [layer.register_forward_hook(after)]
-    if of_input and rule_of_layer(layer) is not None:
-        # The hooks of the interception, which come before those of the layer, cut its inputs off.
-        handles.append(register_module_forward_pre_hook(before))
-    else:
-        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-    try:
+    def register() -> Iterator[Any]:
+        yield layer.register_forward_hook(after)
+        if of_input and rule_of_layer(layer) is not None:
+            # The hooks of the interception, which come before those of the layer, cut its inputs off.
+            yield register_module_forward_pre_hook(before)
+        else:
+            yield layer.register_forward_pre_hook(before, with_kwargs=True)
+
+    with own_hooks(register):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
