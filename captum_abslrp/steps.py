@@ -84,7 +84,8 @@ class Tail(NamedTuple):
         relevance = functional.relevance(self.output(), s)
         if self.sources is None:
             assert self.factor is not None
-            change = relevance * (torch.as_tensor(self.factor()).sign() - 1)
+            factor = torch.as_tensor(self.factor(), dtype=s.dtype, device=s.device)
+            change = relevance * (factor.sign() - 1)
             return change.reshape(batch_size, -1).sum(1)
         found = [functional.relevance(x(), r) for x, r in zip(self.sources, shares, strict=True)]
         sums = [r.reshape(batch_size, -1).sum(1) for r in (relevance, *found)]
