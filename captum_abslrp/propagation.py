@@ -56,7 +56,7 @@ def propagate(
     order, arriving = _in_order(last)
     _prepare(order, arriving, explained_at)
     values = in_full_precision(output.detach()).abs()
-    first = _first_step(last, explained_at)
+    first, before = _first_step(last, {node for node, _ in explained_at})
     if first is None:  # what is only handed on is exact
         values = values.clamp_(min=LEAST)
     else:  # the first rule divides by `|z| + EPS`, as in the definition
@@ -73,6 +73,8 @@ def propagate(
             results.append(tensor.new_zeros((len(seeds), *tensor.shape)))
             continue
         values = in_full_precision(tensor.detach())
+        if place[0] in before:  # was divided by this as well
+            values = values.abs() + EPS
         shares = [functional.relevance(values, in_full_precision(s)) for s in found[place]]
         results.append((torch.stack(shares) / TOTAL).to(tensor.dtype))
     return results
@@ -205,15 +207,22 @@ def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
     return needed
 
 
-def _first_step(node: Any, explained_at: Collection[Place]) -> Step | None:
-    """The scaled step that all relevance of the output meets first, if there is one."""
-    stops = {place[0] for place in explained_at}
-    while node is not None and node not in stops:
+def _first_step(node: Any, explained: Collection[Any]) -> tuple[Step | None, set[Any]]:
+    """The scaled step that all relevance of the output meets first, and the explained nodes before it.
+
+    The step is None if there is none, or if nothing behind it is explained.
+    """
+    before = set()
+    while node is not None:
+        if node in explained:
+            before.add(node)
         if is_answered(node):
-            return node.step if node.step.scaled else None
+            if node.step.scaled and len(before) < len(set(explained)):
+                return node.step, before
+            break
         after = [following for following, _ in node.next_functions if following is not None]
         node = after[0] if len(after) == 1 else None
-    return None
+    return None, set()
 
 
 def _prepare(
