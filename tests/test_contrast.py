@@ -153,7 +153,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "too many indices": (dense((1, 2, 0)), ValueError, "`target` to have at most 2 indices .*but got 3"),
     "others of a sum over classes": (
         dense(2, class_dim=2), ValueError,
-        r"`target` to name a class where `contrast` is 'others', but got 1 of the 2 indices .*`contrast=None`",
+        r"`target` to name a class where `contrast` is 'others', but got 1 of the 2 .*`contrast=None`",
     ),
     "softmax of a sum over classes": (
         dense([2, 1], class_dim=-1, contrast="softmax"), ValueError, "is 'softmax'.*`contrast=None`",
