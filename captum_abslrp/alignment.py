@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Misaligned", "check_aligned", "check_apart", "copy_order", "follow"]
+__all__ = ["Misaligned", "check_aligned", "check_apart", "follow"]
 
 _SHADOW = "_abslrp_samples"
 _KEEP_ORDER = frozenset(
@@ -171,12 +171,6 @@ def follow(
     for tensor, samples in zip(tree_flatten(result)[0], tree_flatten(shadow)[0], strict=True):
         if isinstance(tensor, Tensor) and not _in_order(samples, batch_size):
             setattr(tensor, _SHADOW, samples)
-
-
-def copy_order(source: Tensor, copied: Tensor) -> None:
-    """Mark a copy of a tensor as out of order if the tensor is."""
-    if hasattr(source, _SHADOW):
-        setattr(copied, _SHADOW, getattr(source, _SHADOW))
 
 
 def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_size: int) -> bool:

@@ -27,7 +27,7 @@ from captum_abslrp.attribution import (
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.contrast import Contrast, Target
 from captum_abslrp.diagnostics import Watch
-from captum_abslrp.integers import IntegerInputs, new_leaf, starting
+from captum_abslrp.integers import IntegerInputs, new_leaf
 from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.mappings import Mapping
 
@@ -190,24 +190,24 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         def forward(
             leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
         ) -> tuple[Tensor, Sequence[Tensor]]:
-            integers = not all(leaf.is_floating_point() for leaf in leaves)
+            tokens = not all(leaf.is_floating_point() for leaf in leaves)
+            integers = IntegerInputs(leaves) if tokens else None
 
             def choose() -> list[list[Tensor]]:
                 return [
-                    self._choose(*of_layer, of_input=attribute_to_layer_input, integers=integers)
+                    self._choose(*of_layer, of_input=attribute_to_layer_input, integers=tokens)
                     for of_layer in zip(layers, calls, wanted, strict=True)
                 ]
 
-            follows = IntegerInputs(leaves) if integers else nullcontext()
             with (
-                follows,
+                integers or nullcontext(),
                 _captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
             ):
                 try:
                     output = self._forward(leaves, extra, watch)
                 except IndependentOutput as error:
                     choose()  # raises if that is why
-                    if not integers:
+                    if not tokens:
                         raise
                     raise IndependentOutput(
                         f"Expected the output of the model to depend on the tensors of "
@@ -338,7 +338,7 @@ def _in_order(tensor: Tensor, batch_size: int) -> bool:
 
 @contextmanager
 def _captured(
-    layers: Sequence[nn.Module], *, of_input: bool, integers: bool
+    layers: Sequence[nn.Module], *, of_input: bool, integers: IntegerInputs | None
 ) -> Iterator[list[list[list[Tensor]]]]:
     """Capture the tensors of the calls of each layer; arguments as for :func:`_captured_of`."""
     with ExitStack() as stack:
@@ -351,7 +351,7 @@ def _captured(
 
 @contextmanager
 def _captured_of(
-    layer: nn.Module, *, of_input: bool, integers: bool
+    layer: nn.Module, *, of_input: bool, integers: IntegerInputs | None
 ) -> Iterator[list[list[Tensor]]]:
     """Capture the tensors with relevance that each call of the layer in this thread returns or gets.
 
@@ -377,7 +377,7 @@ def _captured_of(
             return tensor
 
         _map_tensors(note, value)
-        starts = {id(tensor) for tensor in starting(given)} if integers else set()
+        starts = set() if integers is None else set(map(id, integers.starting(given)))
 
         def clone(tensor: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
