@@ -33,11 +33,12 @@ from captum_abslrp.contrast import (
     target_seed,
 )
 from captum_abslrp.diagnostics import Watch
-from captum_abslrp.interception import Interception, UnsupportedCallError
+from captum_abslrp.interception import Interception, UnsupportedCallError, carries_relevance
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
-from captum_abslrp.propagation import TOTAL, propagate
-from captum_abslrp.steps import is_answered
+from captum_abslrp.messages import warn
+from captum_abslrp.propagation import TOTAL, logits, propagate
+from captum_abslrp.steps import history, is_answered, is_hook
 
 __all__ = ["AbsLRP"]
 
@@ -46,6 +47,9 @@ Forward = Callable[
 ]
 """From inputs, further arguments and who looks at the calls, to the output and the tensors that relevance is
 asked for."""
+
+Chunk = tuple[list[Tensor], Tensor]
+"""Relevance of what is explained, and the sum that the relevance of each sample started with, (B,)."""
 
 
 def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
@@ -246,7 +250,7 @@ class AbsLRP(GradientAttribution):
         attributions = relevances if isinstance(inputs, tuple) else relevances[0]
         if not return_convergence_delta:
             return attributions
-        return attributions, delta_of(relevances, len(relevances[0]), chunks[0][1])
+        return attributions, delta_of(relevances, torch.cat([started for _, started in chunks]))
 
     def has_convergence_delta(self) -> bool:
         """Yes: ``attribute(..., return_convergence_delta=True)`` returns it."""
@@ -314,9 +318,35 @@ class AbsLRP(GradientAttribution):
         class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
-    ) -> list[tuple[list[Tensor], float]]:
+    ) -> list[Chunk]:
         """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
-        given: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._explain_plain(
+                _plain(inputs if isinstance(inputs, tuple) else (inputs,)),
+                target,
+                additional_forward_args,
+                contrast,
+                combine,
+                internal_batch_size,
+                class_dim=class_dim,
+                forward=forward,
+                watch=watch,
+            )
+
+    def _explain_plain(
+        self,
+        given: tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: Any,
+        contrast: Contrast,
+        combine: str,
+        internal_batch_size: int | str | None,
+        *,
+        class_dim: int | None,
+        forward: Forward,
+        watch: Watch | None,
+    ) -> list[Chunk]:
+        """:meth:`_explain` of plain tensors, without the handlers of subclasses of ``Tensor``."""
         batch_size = _check_inputs(given, None if self._takes_integers else self.model)
         check_contrast(contrast)
         check_class_dim(class_dim)
@@ -345,7 +375,7 @@ class AbsLRP(GradientAttribution):
             by_sample = isinstance(value, Tensor) and value.dim() and len(value) == batch_size
             return value[rows] if by_sample else value
 
-        def run(step: int) -> list[tuple[list[Tensor], float]]:
+        def run(step: int) -> list[Chunk]:
             chunks = []
             start = 0
             while start < batch_size:
@@ -403,7 +433,7 @@ class AbsLRP(GradientAttribution):
         class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
-    ) -> tuple[list[Tensor], float]:
+    ) -> Chunk:
         """Relevance of what is explained, and the sum per sample that it started with, of samples
         that are run together."""
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
@@ -411,9 +441,14 @@ class AbsLRP(GradientAttribution):
             output, explained = forward(leaves, extra, watch)
             values = output.detach()
             seed = target_seed(values, target, class_dim=class_dim)
-            held_against = contrast_seed(values, target, contrast, class_dim=class_dim)
+            held_against = contrast_seed(
+                values, target, contrast, class_dim=class_dim, logits=logits(output)
+            )
             seeds = [seed] if held_against is None else [seed, held_against]
-            relevances = propagate(output, explained, torch.stack(seeds), positive=True)
+            changes: list[Tensor] = []
+            relevances = propagate(
+                output, explained, torch.stack(seeds), positive=True, changes=changes
+            )
             finite = torch.stack([r.isfinite().all() for r in relevances]).all()
             if (on_host(finite) if watch is None else bool(finite)) is False:
                 if watch is None or not watch.finite:  # once more, to find the call
@@ -425,13 +460,25 @@ class AbsLRP(GradientAttribution):
                     "Expected the map to be finite, but got NaN or infinite values, though those of all "
                     "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
                 )
+            if watch is None or not watch.traced:
+                zero = _zero_maps(relevances, inputs)
+                if zero is not None:
+                    watch = Watch(traced=True)
+                    self._explain_chunk(
+                        inputs, target, extra, contrast, combine, class_dim, forward, watch
+                    )
+                    of_inputs = explained is leaves
+                    _warn_of_zeros(zero, watch, of_inputs=of_inputs)
+            started = torch.ones(len(seeds), len(inputs[0]), dtype=seed.dtype, device=seed.device)
+            for change in changes:
+                started = started + change
             if held_against is None:
-                return [r[0] for r in relevances], 1.0
+                return [r[0] for r in relevances], started[0]
             pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
             _warn_of_noise(pairs)
             if combine == "difference":
-                return [r - o for r, o in pairs], 0.0
-            return [r.where(r > o, 0) for r, o in pairs], 1.0
+                return [r - o for r, o in pairs], started[0] - started[1]
+            return [r.where(r > o, 0) for r, o in pairs], started[0]
 
     def _forward(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None = None
@@ -439,14 +486,15 @@ class AbsLRP(GradientAttribution):
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
         interception = Interception(
             None if self.mapping is None else self.mapping.rule_of_call,
+            inputs=[leaf for leaf in leaves if leaf.requires_grad],
             batch_size=len(leaves[0]),
             model=self.model,
             joint=self.normalization == "joint",
             total=TOTAL,
             watch=watch,
         )
-        output = self.run(leaves, extra, interception)
-        for node in unseen_nodes(output):
+        output, unseen = self.run(leaves, extra, interception)
+        for node in unseen:
             raise UnsupportedCallError(
                 f"Expected every call of the model to have a rule, but got `{node}` from code whose "
                 f"calls cannot be seen: a scripted part, `torch.vmap`, checkpointing with "
@@ -457,8 +505,9 @@ class AbsLRP(GradientAttribution):
 
     def run(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], interception: Interception
-    ) -> Tensor:
-        """Output of the model, (B, ...), as it depends on the leaves under an interception."""
+    ) -> tuple[Tensor, list[str]]:
+        """Output of the model, (B, ...), as it depends on the leaves under an interception, and the names
+        of the nodes of its history that no visible call has made."""
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
         given = [leaf.clone() for leaf in leaves]
@@ -469,6 +518,13 @@ class AbsLRP(GradientAttribution):
                 _explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
             output = _logits(output) if self.output is None else self.output(output)
+            with torch._C.DisableTorchFunction():
+                return self._checked(output, batch_size, interception)
+
+    def _checked(
+        self, output: Any, batch_size: int, interception: Interception
+    ) -> tuple[Tensor, list[str]]:
+        """What :meth:`run` returns; raises where the output cannot be explained."""
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"Expected the model to return a tensor, but got {type(output).__name__}. Pick one with "
@@ -480,20 +536,70 @@ class AbsLRP(GradientAttribution):
                 f"{tuple(output.shape)}. Does `inputs` have a batch dimension? Add it with "
                 f"`x.unsqueeze(0)`."
             )
-        if not output.requires_grad:
+        if not carries_relevance(output):
             raise IndependentOutput(
                 "Expected the output of the model to depend on `inputs`, but got one that does not: "
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
         check_aligned(output, batch_size)
-        return output
+        _warn_of_detached(interception.detached_parts(output))
+        return output, list(unseen_nodes(output, interception.depends))
 
 
-def delta_of(relevances: Sequence[Tensor], batch_size: int, started_with: float) -> Tensor:
-    """The sum over each sample of tensors of relevance, (B, ...), less what it started with; (B,)."""
+def _warn_of_detached(paths: Sequence[str]) -> None:
+    """Warn where a part of the model gets no relevance because its history is cut off."""
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warn(
+            f"A value that is detached, or computed under `torch.no_grad()`, reaches the output of the "
+            f"model: in {', '.join(paths[:3])}{more}. It counts as a constant, so nothing of the map goes "
+            f"through it. To explain it as well, remove `detach()` or `no_grad()` there."
+        )
+
+
+def _zero_maps(relevances: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
+    """Which maps, of each seed and sample (S, B), are zero though the sample is not; None if none is, or if
+    a device would have to be waited for."""
+    if relevances[0].device.type != "cpu":
+        return None
+    batch_size = len(inputs[0])
+    in_order = all(r.dim() > 1 and r.shape[1] % batch_size == 0 for r in relevances)
+    rows = batch_size if in_order else 1  # else nothing can be said of one sample
+    found = torch.stack([r.reshape(len(r), rows, -1).any(2) for r in relevances]).any(0)
+    given = torch.stack([x.reshape(batch_size, -1).any(1) for x in inputs]).any(0)
+    zero = ~found & given
+    return zero if bool(zero.any().numpy()) else None
+
+
+def _warn_of_zeros(zero: Tensor, watch: Watch, *, of_inputs: bool) -> None:
+    """Warn of maps that are zero, and name the calls where their relevance ended.
+
+    Args:
+        zero: which maps are, (S, B).
+        watch: has seen the calls of the backward pass.
+        of_inputs: whether the maps are of the inputs. Relevance may go past a layer, so a map of a layer
+            is warned about only if a call is known where its relevance ended.
+    """
+    for seed, maps in enumerate(zero):
+        samples = maps.nonzero().flatten().tolist()
+        ends = {call.name: None for call in watch.calls if call.ends(seed, samples)}
+        if not samples or not (ends or of_inputs):
+            continue
+        where = " and ".join(list(ends)[:3]) or "a call that moves elements"
+        warn(
+            f"The map of the {('target', 'contrast')[seed]} is zero for {len(samples)} of {zero.shape[1]} "
+            f"samples, first for sample {samples[0]}: its relevance ends at {where}, because no input of "
+            f"the call contributes to its output in a way that the rule counts. Such a map does not tell "
+            f"what the score depends on. Explain another class, or give the call another rule: "
+            f"`AbsLRP(model, get_mapping().extended({{...}}))`."
+        )
+
+
+def delta_of(relevances: Sequence[Tensor], started: Tensor) -> Tensor:
+    """The sum over each sample of tensors of relevance, (B, ...), less what it started with, (B,)."""
     exact = torch.promote_types(relevances[0].dtype, torch.float32)
-    arrived = [r.to(exact).reshape(batch_size, -1).sum(1) for r in relevances]
-    return torch.stack(arrived).sum(0) - started_with
+    arrived = [r.to(exact).reshape(len(started), -1).sum(1) for r in relevances]
+    return torch.stack(arrived).sum(0) - started.to(arrived[0])
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -508,11 +614,10 @@ def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         better = (
             "" if exact == torch.float64 else " Compute in float64: `model.double()`, `x.double()`."
         )
-        warnings.warn(
+        warn(
             f"The maps of target and contrast differ by {share:.0e} of their total only, which {exact} "
             f"can hardly tell from rounding.{better} Or look at the map of the target alone, "
-            f"`contrast=None`.",
-            stacklevel=7,
+            f"`contrast=None`."
         )
 
 
@@ -616,6 +721,28 @@ def _is_quantised(cls: type[nn.Module]) -> bool:
     return home[0] == "torch" and "quantized" in home and "FloatFunctional" not in cls.__name__
 
 
+def _plain(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors of a subclass as plain tensors."""
+    for x in inputs:
+        if isinstance(x, Tensor) and (x.is_nested or _has_no_memory(x)):
+            raise TypeError(
+                f"Expected `inputs` to be dense tensors, but got {type(x).__name__}"
+                f"{' (nested)' if x.is_nested else ''}, which keeps its values in other tensors. Pass a "
+                f"plain tensor of the values, for example `x.to_padded_tensor(0.0)` of a nested one, "
+                f"`x.full_tensor()` of a distributed one or `x.get_data()` of a masked one."
+            )
+    return tuple(
+        x.as_subclass(Tensor) if isinstance(x, Tensor) and x.layout == torch.strided else x
+        for x in inputs
+    )
+
+
+def _has_no_memory(x: Tensor) -> bool:
+    """Whether a tensor is a wrapper around others, which implements every operator itself."""
+    own: Any = type(x).__torch_dispatch__
+    return own is not torch._C._disabled_torch_dispatch_impl and type(x) is not Tensor
+
+
 def _leaf(x: Tensor) -> Tensor:
     """What stands for an input: a leaf of the history, where the input is not of integers."""
     leaf = x.clone().detach()
@@ -698,10 +825,9 @@ def _check_model(model: nn.Module) -> None:
         if module.training and not training and _differs_in_training(module):
             training = f"`{name}` ({type(module).__name__})"
     if training:
-        warnings.warn(
+        warn(
             f"Expected the model to be in evaluation mode, but {training} is in training mode: results "
-            f"differ from call to call or between batches. Call `model.eval()` first.",
-            stacklevel=5,
+            f"differ from call to call or between batches. Call `model.eval()` first."
         )
 
 
@@ -783,16 +909,11 @@ _MOVING_NODES = re.compile(
 """Nodes that autograd makes for calls that move elements."""
 
 
-def unseen_nodes(output: Tensor) -> Iterator[str]:
-    """Names of the nodes of a history that neither a rule nor a call that moves elements has made."""
-    seen = set()
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str]:
+    """Names of the nodes of a history that carry relevance, and that neither a rule nor a call that moves
+    elements has made."""
+    for node in history(output.grad_fn):
         name = type(node).__name__
-        if not (is_answered(node) or _MOVING_NODES.fullmatch(name)):
+        known = is_answered(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)
+        if not known and depends(node):
             yield name
-        stack.extend(fn for fn, _ in node.next_functions)

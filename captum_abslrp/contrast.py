@@ -159,7 +159,12 @@ def target_seed(
 
 
 def contrast_seed(
-    output: Tensor, target: Tensor | None, contrast: Contrast, *, class_dim: int | None = None
+    output: Tensor,
+    target: Tensor | None,
+    contrast: Contrast,
+    *,
+    class_dim: int | None = None,
+    logits: Tensor | None = None,
 ) -> Tensor | None:
     """The seed that the target's is held against.
 
@@ -169,6 +174,7 @@ def contrast_seed(
             other classes weighted by their softmax probability; indices as returned by
             :func:`expand_target`: one other class; None: no contrast. Where the target is a sum over
             some dimensions, so is each class.
+        logits: what the output has the probabilities of; by default the output itself.
 
     Returns:
         Tensor as from :func:`target_seed`, or None where there is no contrast or only one class.
@@ -211,6 +217,8 @@ def contrast_seed(
     # 1 at every class of the position that the target is in, and 0 elsewhere.
     others = chosen.sum(classes, keepdim=True) - chosen
     if contrast == "softmax":
+        if logits is not None:
+            scores = _sums_behind(in_full_precision(logits), indexed)
         others = others * scores.masked_fill(chosen > 0, -torch.inf).softmax(classes)
     else:
         others = others / (scores.shape[classes] - 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
@@ -144,24 +145,29 @@ class Watched:
     output: Kept | None
     sources: Sequence[Kept]
     arrived: Tensor | None = None
+    """What has arrived, of each seed and sample."""
     handed_on: Sequence[Tensor] = ()
+    """What each source got, of each seed and sample."""
 
     def arrives(self, seeds: Sequence[Tensor], *, stabilised: bool) -> None:
         """What arrives, per magnitude of the output, for each seed."""
         self._check(seeds, "arrived at")
         if self.output is not None:
             magnitude = self.output().abs() + (EPS if stabilised else 0)
-            self.arrived = sums(magnitude, seeds[0], self.batch_size)
+            self.arrived = torch.stack([sums(magnitude, s, self.batch_size) for s in seeds])
 
-    def hands_on(self, of_seeds: Sequence[Sequence[Tensor]]) -> None:
+    def hands_on(self, of_seeds: Sequence[Sequence[Tensor]], *, stabilised: bool = False) -> None:
         """What is handed on, per magnitude of each source."""
         for shares in of_seeds:
             self._check(shares, "came out of")
         if self.output is None:
             return
+        magnitudes = [kept().abs() + (EPS if stabilised else 0) for kept in self.sources]
         self.handed_on = [
-            sums(kept(), in_full_precision(share), self.batch_size)
-            for kept, share in zip(self.sources, of_seeds[0], strict=True)
+            torch.stack(
+                [sums(size, in_full_precision(shares[i]), self.batch_size) for shares in of_seeds]
+            )
+            for i, size in enumerate(magnitudes)
         ]
         self.watch.calls.append(self)
 
@@ -172,6 +178,13 @@ class Watched:
                 f"on the way back. Compute in a wider dtype: `model.float()`, `model.double()`."
             )
 
+    def ends(self, seed: int, samples: Sequence[int]) -> bool:
+        """Whether relevance of a seed arrived for one of the samples, and no source got any of it."""
+        assert self.arrived is not None
+        arrived = self.arrived[seed, samples] > 0
+        passed = [share[seed, samples] > 0 for share in self.handed_on]
+        return bool((arrived & ~torch.stack(passed).any(0)).any())
+
     def traced(self, total: float) -> TracedCall:
         """What is told of the call; `total` is what the output started with."""
         assert self.arrived is not None
@@ -180,8 +193,8 @@ class Watched:
             self.path,
             self.layer,
             self.rule,
-            float(self.arrived.mean()) / total,
-            tuple(float(share.mean()) / total for share in self.handed_on),
+            float(self.arrived[0].mean()) / total,
+            tuple(float(share[0].mean()) / total for share in self.handed_on),
         )
 
 

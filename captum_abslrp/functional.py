@@ -53,6 +53,8 @@ __all__ = [
     "relevance",
     "rms_norm",
     "scale",
+    "shares",
+    "slope_sign",
     "softmax",
     "stabilise",
     "sums",
@@ -544,6 +546,29 @@ def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor
     return rectify(_transposed(call, x, s), x)
 
 
+def shares(x: Tensor, call: Callable[[Tensor], Tensor], relevance: Tensor) -> Tensor:
+    r"""Relevance by the share of magnitudes, for linear calls on the tail of the score.
+
+    :math:`R_i = \sum_j |x_i| a_{ij} / (\sum_{i'} |x_{i'}| a_{i'j}) \, R_j`. Nothing is lost, but where all
+    inputs are 0.
+
+    Args:
+        x: input, any shape.
+        call: the call, linear in ``x``, without negative coefficients.
+        relevance: ``R``, relevance of the output, shaped like it.
+
+    Returns:
+        Relevance of ``x``, shaped like it.
+
+    Example:
+        >>> shares(torch.tensor([[1.0, -3.0]]), lambda x: x.mean(1), torch.ones(1))
+        tensor([[0.2500, 0.7500]])
+    """
+    sizes = magnitude(x)
+    whole = call(sizes)
+    return sizes * _transposed(call, sizes, (relevance / whole).masked_fill_(whole == 0, 0))
+
+
 def bilinear(
     a: Tensor, b: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -630,6 +655,21 @@ def elementwise(
         return rectify(2 * gradient, x)
     # At 0 the slope may be infinite (square root).
     return (x.sign() * gradient).masked_fill_(x == 0, 0)
+
+
+def slope_sign(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sign of the slope of a call that acts on each element alone: -1 where it falls, and 1 elsewhere.
+
+    Args:
+        x: input, any shape.
+        call: ``f``, for example ``torch.abs``.
+
+    Example:
+        >>> slope_sign(torch.tensor([2.0, -2.0, 0.0]), torch.abs)
+        tensor([ 1., -1.,  1.])
+    """
+    slope = _transposed(call, x, torch.ones_like(x))
+    return torch.where(slope < 0, -1.0, 1.0).to(x.dtype)
 
 
 def gate(x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:

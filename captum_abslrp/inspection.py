@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from captum_abslrp.alignment import Misaligned
-from captum_abslrp.attribution import AbsLRP, unchanged, unseen_nodes
+from captum_abslrp.attribution import AbsLRP, unchanged
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.interception import Call, Interception, carries_relevance
 from captum_abslrp.mappings import Mapping
@@ -131,13 +131,13 @@ def inspect_rules(
     extra = _format_additional_forward_args(additional_forward_args) or ()
 
     def survey(rows: slice) -> Inspection:
-        interception = _Survey(attributor.mapping, attributor.model, len(given[0][rows]))
         with torch.inference_mode(False), torch.enable_grad(), unchanged(attributor.model):
             leaves = [x[rows].clone().detach().requires_grad_() for x in given]
-            explained = attributor.run(leaves, extra, interception)
+            interception = _Survey(attributor.mapping, attributor.model, leaves)
+            _, unseen_nodes = attributor.run(leaves, extra, interception)
         unseen = {
             InspectedCall(node, "", type(attributor.model).__name__, None, "")
-            for node in unseen_nodes(explained)
+            for node in unseen_nodes
             if node.removesuffix("Backward") not in interception.opaque
         }
         return Inspection((*interception.calls, *unseen))
@@ -151,9 +151,12 @@ def inspect_rules(
 class _Survey(Interception):
     """Notes the rule of each call, and goes on where there is none."""
 
-    def __init__(self, mapping: Mapping | None, model: nn.Module, batch_size: int) -> None:
+    def __init__(self, mapping: Mapping | None, model: nn.Module, inputs: list[Tensor]) -> None:
         super().__init__(
-            None if mapping is None else mapping.rule_of_call, batch_size=batch_size, model=model
+            None if mapping is None else mapping.rule_of_call,
+            inputs=inputs,
+            batch_size=len(inputs[0]),
+            model=model,
         )
         self.fuses = False  # each part is listed
         self.mapping = mapping

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from captum_abslrp.calls import canonical_name, tensors_in
-from captum_abslrp.interception import carries_relevance
+from captum_abslrp.interception import add_input, carries_relevance
 
 __all__ = ["IntegerInputs", "new_leaf"]
 
@@ -94,6 +94,7 @@ def new_leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """
     with torch._C.DisableTorchFunction():  # calls on parameters and leaves are run without history
         leaf = tensor.detach().clone().requires_grad_()
+        add_input(leaf)
         return leaf, leaf.clone()
 
 

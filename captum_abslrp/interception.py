@@ -47,7 +47,17 @@ from captum_abslrp.calls import (
     out_of_place,
     tensors_in,
 )
-from captum_abslrp.steps import Answer, Kept, Node, Step, is_own, storage_of
+from captum_abslrp.steps import (
+    Answer,
+    Kept,
+    Node,
+    Step,
+    history,
+    hooks_all_modules,
+    is_hook,
+    is_own,
+    storage_of,
+)
 
 if TYPE_CHECKING:
     from captum.attr._utils.lrp_rules import PropagationRule
@@ -153,6 +163,8 @@ class Interception(TorchFunctionMode):
     Args:
         find_rule: finds the rule of a call; None asks the mapping of the innermost enclosing module
             of a registered architecture.
+        inputs: the explained tensors, which require gradients. Only what depends on them carries
+            relevance; every other tensor is a constant, whatever history it has.
         batch_size: number of samples B; the leading dimension of the inputs.
         model: the model, for the paths of its modules.
         joint: scale the relevance of the inputs of one call together.
@@ -168,6 +180,7 @@ class Interception(TorchFunctionMode):
         self,
         find_rule: Callable[[Call], Rule | None] | None,
         *,
+        inputs: Sequence[Tensor],
         batch_size: int,
         model: nn.Module | None = None,
         joint: bool = False,
@@ -184,6 +197,11 @@ class Interception(TorchFunctionMode):
         self.result = result
         self.watch = watch
         self._modules = _ModuleStack(self, model)
+        self._dependent: dict[Any, bool] = {}
+        for tensor in inputs:
+            self.add_input(tensor)
+        self._detached: dict[Any, str] = {}
+        self._subclasses: Any = None
         self._kept: dict[int, list[tuple[_Layout, Kept]]] = {}
         self._overwritten: dict[int, int] = {}
         self._aliased: dict[int, list[Tensor]] = {}
@@ -191,11 +209,16 @@ class Interception(TorchFunctionMode):
 
     def __enter__(self) -> Interception:
         self._modules.start()
+        # Subclasses of Tensor count as plain tensors: their own handlers would see the calls of rules.
+        self._subclasses = torch._C.DisableTorchFunctionSubclass()
+        self._subclasses.__enter__()
         try:
             super().__enter__()
         except BaseException:
+            self._subclasses.__exit__(None, None, None)
             self._modules.stop()
             raise
+        _running().append(self)
         return self
 
     def __exit__(
@@ -204,11 +227,35 @@ class Interception(TorchFunctionMode):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
+        _running().pop()
         self._modules.stop()
         self._kept.clear()
         self._aliased.clear()
+        self._dependent.clear()
+        self._detached.clear()
         self._fresh = None
         super().__exit__(exc_type, exc_val, exc_tb)
+        self._subclasses.__exit__(None, None, None)
+
+    def add_input(self, tensor: Tensor) -> None:
+        """Explain one more tensor, which requires gradients: what depends on it carries relevance."""
+        self._dependent[torch.autograd.graph.get_gradient_edge(tensor).node] = True
+
+    def depends(self, node: Any) -> bool:
+        """Whether a node of the autograd graph comes from one of the explained inputs."""
+        known = self._dependent
+        stack = [node]
+        while stack:
+            last = stack[-1]
+            before = [n for n, _ in last.next_functions if n is not None]
+            unknown = [n for n in before if n not in known]
+            if last not in known and not unknown:
+                known[last] = any(known[n] for n in before)
+            if last in known:
+                stack.pop()
+            else:
+                stack.extend(unknown)
+        return known[node]
 
     def __torch_function__(
         self,
@@ -219,9 +266,25 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name, in_place, reflected = canonical_name(func)
+        tensors = tensors_in((args, kwargs))
+        path = self._path_of_detached(name, reflected, args, tensors)
+        result = self._run_call(name, func, args, kwargs, tensors, in_place, reflected)
+        if path is not None and name not in CONSTANT - {"detach"}:
+            self._follow_detached(path, args[:1] if in_place else result)
+        return result
+
+    def _run_call(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Tensor],
+        in_place: bool,
+        reflected: bool,
+    ) -> Any:
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
-        tensors = tensors_in((args, kwargs))
         # To ask for the history is not to use the tensor: checkpoints of older PyTorch ask for it.
         if func == _GET_HISTORY or not any(map(carries_relevance, tensors)):
             return _untracked(func, args, kwargs)
@@ -230,11 +293,43 @@ class Interception(TorchFunctionMode):
         self.check_visible(tensors)
         return self._answer(name, func, args, kwargs, reflected=reflected)
 
+    def _path_of_detached(
+        self, name: str, reflected: bool, args: tuple[Any, ...], tensors: Sequence[Tensor]
+    ) -> str | None:
+        """Where a value that a call makes, or makes use of, was taken out of the history; or None."""
+        if name == "div":  # a divisor is a constant in any case
+            tensors = tensors_in(args[1:] if reflected else args[:1])
+        for tensor in tensors:
+            path = getattr(tensor, _DETACHED, None)
+            if path is not None and not carries_relevance(tensor):
+                return cast(str, path)
+        hidden = name in ("detach", "data") or not torch.is_grad_enabled()
+        if hidden and any(map(carries_relevance, tensors)):
+            return str(self.innermost)
+        return None
+
+    def _follow_detached(self, path: str, result: Any) -> None:
+        """Note that a result depends on a value that was taken out of the history at a path."""
+        for tensor in tensors_in(result):
+            if carries_relevance(tensor):
+                self._detached[tensor.grad_fn] = path
+            elif tensor.is_floating_point():
+                setattr(tensor, _DETACHED, path)
+
+    def detached_parts(self, output: Tensor) -> list[str]:
+        """Where values were taken out of the history that reach the output all the same."""
+        found: dict[str, None] = {}
+        for node in history(output.grad_fn) if self._detached else ():
+            if node in self._detached:
+                found[self._detached[node]] = None
+        return list(found)
+
     def check_visible(self, value: Any) -> None:
         """Look for tensors that an autograd function of the model has made."""
         for tensor in tensors_in(value):
             node = tensor.grad_fn
-            if isinstance(node, BackwardCFunction) and not is_own(node):
+            opaque = isinstance(node, BackwardCFunction) and not (is_own(node) or is_hook(node))
+            if node is not None and opaque and self.depends(node):
                 self._opaque(node.name().removesuffix("Backward"), self.innermost)
             if hasattr(tensor, _STALE):
                 raise UnsupportedCallError(
@@ -421,6 +516,8 @@ class Interception(TorchFunctionMode):
             kept_output() if answer.vanishing else None,
             answer.together,
             at_once=answer.at_once,
+            tail=answer.tail if self._is_generic(call, rule) else None,
+            logits=answer.logits,
         )
         if self.watch is not None and call is not None:
             sources = answer.sources
@@ -435,6 +532,13 @@ class Interception(TorchFunctionMode):
             setattr(result, _KEPT, (overwritten, answer.kept))
         self._fresh = result
         return result
+
+    def _is_generic(self, call: Call | None, rule: Any) -> bool:
+        """Whether a rule is the one that the generic mapping has for a call. A rule that the user or an
+        architecture has chosen holds on the tail of the score as well."""
+        if call is None or self.innermost.rule is not None:
+            return False
+        return rule is not None and rule is generic_rule(call.name)
 
     def is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor is the output of the last call, so that nothing else has made use of it."""
@@ -537,6 +641,10 @@ class _Frame(NamedTuple):
     sources: tuple[Any, ...] | None = None
     """The arguments of a module that is answered as one call."""
 
+    def __str__(self) -> str:
+        where = f"`{self.path}`" if self.path else "the model itself"
+        return where if self.module is None else f"{where} ({type(self.module).__name__})"
+
     @property
     def local_path(self) -> str:
         inside = self.path == self.root or self.path.startswith(f"{self.root}.")
@@ -591,6 +699,7 @@ class _ModuleStack:
         from captum_abslrp.mappings import find_mapping
 
         with torch._C.DisableTorchFunction():  # the hooks run under the mode
+            self._check_hooked(module, args)
             around = self._stack[-1]
             path = self._paths.get(module, type(module).__name__)
             found = find_mapping(module)
@@ -604,9 +713,20 @@ class _ModuleStack:
             # Clones, because the module may change its input in place.
             return tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
 
+    def _check_hooked(self, module: nn.Module, value: Any) -> None:
+        """Backward hooks make PyTorch copy the tensors of a module, whose marks are lost: see that there
+        is none that matters."""
+        if module._backward_hooks or module._backward_pre_hooks or hooks_all_modules():
+            for tensor in tensors_in(value):
+                if carries_relevance(tensor):
+                    check_aligned(tensor, self._interception.batch_size)
+
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != self._thread or len(self._stack) < 2:
             return None
+        if output is not None:
+            with torch._C.DisableTorchFunction():
+                self._check_hooked(module, output)
         alone = self.innermost.sources is not None
         # Without an output an exception is on its way.
         if output is not None and not alone:
@@ -630,6 +750,13 @@ class _ModuleStack:
                     f"tensor, but got {type(output).__name__}. Set the rule on a layer inside."
                 )
             return self._interception.answer_layer(rule, frame, output)
+
+
+def generic_rule(name: str) -> Rule | None:
+    """The rule that the generic mapping itself has for a call of a name."""
+    from captum_abslrp.mappings import get_mapping
+
+    return get_mapping("generic").rule_of_name(name)
 
 
 def _own_rule(module: nn.Module) -> Rule | None:
@@ -663,12 +790,32 @@ def _with_magnitudes(layer: nn.Module, *args: Any) -> Any:
 
 
 def carries_relevance(tensor: Tensor) -> bool:
-    """Whether a tensor depends on the inputs that are explained.
+    """Whether a tensor depends on the inputs that the running :class:`Interception` explains.
 
-    Under an :class:`Interception` every other call runs without history, so a tensor that has one
-    and is no leaf (a parameter) comes from the inputs.
+    A history alone does not tell: a constant may have one of its own, such as text features that were
+    computed with gradients, or a slice of a parameter.
     """
-    return tensor.requires_grad and not tensor.is_leaf
+    if not tensor.requires_grad or tensor.is_leaf:
+        return False
+    running = _running()
+    return not running or running[-1].depends(tensor.grad_fn)
+
+
+def add_input(tensor: Tensor) -> None:
+    """Let the running :class:`Interception` explain one more tensor, see :meth:`Interception.add_input`."""
+    _running()[-1].add_input(tensor)
+
+
+_LOCAL = threading.local()
+
+
+def _running() -> list[Interception]:
+    """The interceptions that run in this thread, the innermost one last."""
+    try:
+        return cast("list[Interception]", _LOCAL.running)
+    except AttributeError:
+        _LOCAL.running = []
+        return cast("list[Interception]", _LOCAL.running)
 
 
 def _is_source(value: Any) -> bool:
@@ -687,6 +834,8 @@ _NONNEGATIVE = "_abslrp_nonnegative"
 """Mark of a tensor without negative entries: how often its memory had been overwritten by then."""
 _KEPT = "_abslrp_kept"
 """Mark of a tensor that is kept by what it is made from: how often it had been overwritten, and that."""
+_DETACHED = "_abslrp_detached"
+"""Mark of a tensor that depends on the inputs by value only: where its history was cut off."""
 _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten by another name, so that its history is wrong."""
 _GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # of the class: a descriptor

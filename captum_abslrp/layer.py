@@ -249,7 +249,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             relevances = tuple(map(_joined, zip(*of_parts, strict=True)))
             attributions.append(relevances if size > 1 else relevances[0])
             if return_convergence_delta:
-                deltas.append(delta_of(relevances, batch_size, chunks[0][1]))
+                deltas.append(delta_of(relevances, torch.cat([started for _, started in chunks])))
         if not return_convergence_delta:
             return attributions if several else attributions[0]
         return (attributions, deltas) if several else (attributions[0], deltas[0])

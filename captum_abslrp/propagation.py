@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.functional import EPS, LEAST
-from captum_abslrp.steps import Step, in_full_precision, is_answered
+from captum_abslrp.steps import Step, in_full_precision, is_answered, is_hook
 
 __all__ = ["kept_bytes", "propagate"]
 
@@ -33,7 +33,12 @@ UNSCALED_STEPS = 8
 
 
 def propagate(
-    output: Tensor, explained: Sequence[Tensor], seeds: Tensor, *, positive: bool = False
+    output: Tensor,
+    explained: Sequence[Tensor],
+    seeds: Tensor,
+    *,
+    positive: bool = False,
+    changes: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Relevance of tensors for relevance of the output that depends on them.
 
@@ -45,6 +50,8 @@ def propagate(
         explained: the tensors; zeros where the output does not depend on one.
         seeds: relevance of the output, (S, ``*output.shape``).
         positive: whether the seeds are known to be nowhere negative.
+        changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
+            score, where signs do.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype.
@@ -54,18 +61,20 @@ def propagate(
     last = output.grad_fn
     explained_at = {_place(tensor) for tensor in explained}
     order, arriving = _in_order(last)
+    first, tail = _mark_tail(order, arriving)
     _prepare(order, arriving, explained_at)
     values = in_full_precision(output.detach()).abs()
-    first, before = _first_step(last, {node for node, _ in explained_at})
-    if first is None:  # what is only handed on is exact
-        values = values.clamp_(min=LEAST)
-    else:  # the first rule divides by `|z| + EPS`, as in the definition
+    if first:  # the first rules divide by `|z| + EPS`, as in the definition
         values += EPS
-        first.stabilised, first.vanishing = True, None
+    else:  # what is only passed on is exact
+        values = values.clamp_(min=LEAST)
     start = in_full_precision(seeds) * TOTAL / values
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
         found = _run_back(order, (last, output.output_nr), list(start), explained_at, positive)
+    if changes is not None:
+        steps = [node.step for node in order if is_answered(node)]
+        changes += [torch.stack(step.changes) / TOTAL for step in steps if step.changes]
     results = []
     for tensor in explained:
         place = _place(tensor)
@@ -73,7 +82,7 @@ def propagate(
             results.append(tensor.new_zeros((len(seeds), *tensor.shape)))
             continue
         values = in_full_precision(tensor.detach())
-        if place[0] in before:  # was divided by this as well
+        if first and place[0] in tail:  # was divided by this as well
             values = values.abs() + EPS
         shares = [functional.relevance(values, in_full_precision(s)) for s in found[place]]
         results.append((torch.stack(shares) / TOTAL).to(tensor.dtype))
@@ -99,7 +108,13 @@ of the output."""
 
 def _place(tensor: Tensor) -> Place:
     if tensor.grad_fn is None:
-        return torch.autograd.graph.get_gradient_edge(tensor).node, 0
+        node = torch.autograd.graph.get_gradient_edge(tensor).node
+        if type(node).__name__ != "AccumulateGrad":
+            raise TypeError(
+                f"Expected a plain tensor to explain, but got a leaf of type {type(tensor).__name__}, for "
+                f"which autograd has no place in the history. Pass `x.as_subclass(torch.Tensor)`."
+            )
+        return node, 0
     return tensor.grad_fn, tensor.output_nr
 
 
@@ -129,8 +144,10 @@ def _run_back(
             continue
         hands_on_signed = node in signed
         if is_answered(node):
-            node.step.positive = not hands_on_signed
-            hands_on_signed = hands_on_signed or not node.step.keeps_sign
+            step: Step = node.step
+            step.positive = not hands_on_signed
+            keeps_sign = step.tail is not None and step.tail.keeps_sign
+            hands_on_signed |= not (keeps_sign if step.on_tail else step.keeps_sign)
             results = node.step(arrived.pop(0))
         else:
             count = len(node._input_metadata)  # of its outputs, some of which may not be used
@@ -157,6 +174,8 @@ def _run_back(
 
 def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """What a node of autograd's hands to each that follows it."""
+    if is_hook(node):  # the user's hooks are for gradients; relevance would mislead them
+        return gradients
     if type(node).__name__ == "UnbindBackward0":
         stacked = _stacked_for_permutation(node, gradients)
         if stacked is not None:
@@ -207,22 +226,47 @@ def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
     return needed
 
 
-def _first_step(node: Any, explained: Collection[Any]) -> tuple[Step | None, set[Any]]:
-    """The scaled step that all relevance of the output meets first, and the explained nodes before it.
+def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> tuple[bool, set[Any]]:
+    """Mark the steps on the tail of the score, and those that relevance meets first behind it.
 
-    The step is None if there is none, or if nothing behind it is explained.
+    A step is on the tail if it can be, and all that makes use of its output is on the tail, too.
+
+    Returns:
+        Whether there is any step that divides by ``|z| + EPS`` what it gets, and the nodes that get it so.
     """
-    before = set()
-    while node is not None:
-        if node in explained:
-            before.add(node)
+    from_tail = dict.fromkeys(order, 0)
+    divides, nodes = False, set()
+    for node in order:
+        if from_tail[node] < arriving[node]:
+            continue
+        nodes.add(node)
         if is_answered(node):
-            if node.step.scaled and len(before) < len(set(explained)):
-                return node.step, before
-            break
+            step: Step = node.step
+            step.on_tail = step.tail is not None
+            divides |= step.on_tail or step.scaled
+            if not step.on_tail:
+                step.stabilised, step.vanishing = step.scaled, None
+                continue
+        for following, _ in node.next_functions:
+            if following is not None:
+                from_tail[following] += 1
+    return divides, nodes
+
+
+def logits(output: Tensor) -> Tensor:
+    """The values that an output holds the probabilities of, or the output itself.
+
+    Args:
+        output: made under an :class:`~captum_abslrp.interception.Interception`.
+    """
+    node = output.grad_fn
+    while node is not None and not is_answered(node):
         after = [following for following, _ in node.next_functions if following is not None]
         node = after[0] if len(after) == 1 else None
-    return None, set()
+    kept = None if node is None else node.step.logits  # type: ignore[attr-defined]  # a step's node
+    if kept is None or node.step.layouts[0][0] != output.shape:  # type: ignore[union-attr]
+        return output.detach()
+    return kept.as_given().detach()
 
 
 def _prepare(
@@ -251,6 +295,8 @@ def _prepare(
             continue
         step: Step = node.step
         step.shared = False
+        if step.on_tail:
+            continue
         traced = step.watched is not None and step.watched.output is not None
         if not step.scaled or step.output is not None or step.at_once or traced:
             continue

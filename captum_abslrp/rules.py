@@ -101,6 +101,7 @@ class Rule(PropagationRule):
         given = [Given.apply(x) for x in inputs]
         with Interception(
             lambda call: self,
+            inputs=[x for x in given if x.requires_grad],
             batch_size=inputs[0].shape[0],
             result=outputs if own and isinstance(outputs, Tensor) else None,
         ):

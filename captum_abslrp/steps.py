@@ -7,19 +7,21 @@ every seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _module
+from torch.nn.modules._functions import BackwardHookFunction
 
 from captum_abslrp import functional
 
 if TYPE_CHECKING:
     from captum_abslrp.diagnostics import Watched
 
-__all__ = ["Answer", "Given", "Kept", "Returned", "Step", "is_answered"]
+__all__ = ["Answer", "Given", "Kept", "Returned", "Step", "Tail", "is_answered"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
@@ -55,6 +57,38 @@ class Answer(NamedTuple):
     """Whether relevance must be scaled at once, because the rule takes it out of its range."""
     kept_sources: Sequence[Kept] | None = None
     """The sources as they were, where the call has changed one of them in place."""
+    tail: Tail | None = None
+    """What the call does on the tail of the score; None if the tail ends before it."""
+    logits: Kept | None = None
+    """The input, where the output holds probabilities of it (softmax, sigmoid)."""
+
+
+class Tail(NamedTuple):
+    """A call on the tail of the score: between the last layer with weights and the output.
+
+    The score itself is explained, so all of its relevance arrives at the last layer with weights. The calls
+    behind it pass relevance on by the share of the magnitudes of their inputs, with the sign of their slope.
+    """
+
+    propagate: Propagate
+    """From relevance over magnitude of the output, ``R / (|z| + EPS)``, to that of each source."""
+    output: Kept
+    sources: Sequence[Kept] | None = None
+    """The inputs; None where the call scales its only input by `factor`."""
+    factor: Callable[[], Tensor | float] | None = None
+    keeps_sign: bool = False
+    """Whether nonnegative relevance of the output makes nonnegative relevance of the sources."""
+
+    def change(self, s: Tensor, shares: Sequence[Tensor], batch_size: int) -> Tensor:
+        """By how much the sum of the relevance of each sample changes, because signs do."""
+        relevance = functional.relevance(self.output(), s)
+        if self.sources is None:
+            assert self.factor is not None
+            change = relevance * (torch.as_tensor(self.factor()).sign() - 1)
+            return change.reshape(batch_size, -1).sum(1)
+        found = [functional.relevance(x(), r) for x, r in zip(self.sources, shares, strict=True)]
+        sums = [r.reshape(batch_size, -1).sum(1) for r in (relevance, *found)]
+        return torch.stack(sums[1:]).sum(0) - sums[0]
 
 
 class Kept:
@@ -131,6 +165,14 @@ class Step:
     """Whether all sources are to be scaled nevertheless."""
     watched: Watched | None = None
     """Who looks at what goes through, if anybody does."""
+    tail: Tail | None = None
+    """What the call does on the tail of the score."""
+    on_tail: bool = False
+    """Whether it is on the tail."""
+    changes: list[Tensor] = field(default_factory=list)
+    """By how much the relevance of each seed changed there, because of signs."""
+    logits: Kept | None = None
+    """The input, where the output holds probabilities of it."""
 
     @property
     def scaled(self) -> bool:
@@ -142,6 +184,9 @@ class Step:
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
+        if self.on_tail:
+            return self._run_tail(seeds)
+        self.tail = None
         own = not self.shared
         seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
         totals = [self._total(s) for s in seeds]
@@ -169,6 +214,30 @@ class Step:
             [shares[i].to(dtype) for shares in of_seeds]
             for i, (_, dtype) in enumerate(self.layouts)
         ]
+
+    def _run_tail(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What a call on the tail of the score passes to its sources: nothing is scaled."""
+        assert self.tail is not None
+        tail, self.tail = self.tail, None
+        self.sources, self.output, self.vanishing = (), None, None
+        full = [in_full_precision(s) for s in seeds]
+        if self.watched is not None:
+            self.watched.arrives(full, stabilised=True)
+        of_seeds = [
+            [
+                share.sum_to_size(shape)
+                for share, (shape, _) in zip(tail.propagate(s), self.layouts, strict=True)
+            ]
+            for s in full
+        ]
+        if not tail.keeps_sign:
+            self.changes = [
+                tail.change(s, shares, self.batch_size)
+                for s, shares in zip(full, of_seeds, strict=True)
+            ]
+        if self.watched is not None:
+            self.watched.hands_on(of_seeds, stabilised=True)
+        return [[shares[i] for shares in of_seeds] for i in range(len(self.layouts))]
 
     def _total(self, s: Tensor) -> Tensor | float:
         """What the relevance of the sources adds up to: for ``"joint"``, what arrives."""
@@ -299,6 +368,29 @@ _OWN_NODES = tuple(f._backward_cls for f in (Node, Given, Returned))  # type: ig
 def is_own(node: Any) -> bool:
     """Whether a node of the autograd graph is one of this module."""
     return isinstance(node, _OWN_NODES)
+
+
+def is_hook(node: Any) -> bool:
+    """Whether a node is the identity that PyTorch puts around a module with backward hooks."""
+    return isinstance(node, BackwardHookFunction._backward_cls)  # type: ignore[attr-defined]  # private
+
+
+def hooks_all_modules() -> bool:
+    """Whether backward hooks are registered for all modules of the process."""
+    return bool(_module._global_backward_hooks or _module._global_backward_pre_hooks)
+
+
+def history(last: Any) -> Iterator[Any]:
+    """The nodes of the autograd graph that a node comes from, itself included, in no order."""
+    seen = set()
+    stack = [last]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(before for before, _ in node.next_functions)
 
 
 def in_full_precision(tensor: Tensor) -> Tensor:

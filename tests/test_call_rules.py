@@ -43,7 +43,7 @@ def by_mapping(
     """The output of a call, the relevance of its inputs, and the relevance that it was given."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     given_ = [leaf.clone() for leaf in leaves]
-    with Interception(get_mapping().rule_of_call, batch_size=1, total=TOTAL):
+    with Interception(get_mapping().rule_of_call, inputs=given_, batch_size=1, total=TOTAL):
         z = call(*given_)
     relevance = draw_tensor(seed + 9, *z.shape).abs()
     shares = propagate(z, leaves, relevance.unsqueeze(0))
@@ -373,7 +373,7 @@ def test_a_divisor_is_a_constant(seed: int) -> None:
 @pytest.mark.parametrize("name", ["rsqrt", "reciprocal"])
 def test_what_is_only_divided_by_gets_nothing(name: str) -> None:
     x = torch.ones(2, 3, requires_grad=True).clone()
-    with Interception(get_mapping().rule_of_call, batch_size=1):
+    with Interception(get_mapping().rule_of_call, inputs=[x], batch_size=1):
         assert not getattr(x, name)().requires_grad
         assert not (1 / x).requires_grad
         assert not (x**-0.5).requires_grad
@@ -408,7 +408,7 @@ def test_relu_by_any_name(call: Callable[[Tensor], Tensor]) -> None:
     x = draw_tensor(0, 2, 50)
     leaf = x.clone().requires_grad_()
     given_ = leaf.clone()
-    with Interception(get_mapping().rule_of_call, batch_size=1, total=TOTAL):
+    with Interception(get_mapping().rule_of_call, inputs=[given_], batch_size=1, total=TOTAL):
         z = call(given_)
     relevance = draw_tensor(1, 2, 50).abs() * (z > 0)
     ((actual,),) = propagate(z, [leaf], relevance.unsqueeze(0))
@@ -508,7 +508,7 @@ def test_recurrent_layers_keep_their_output(name: str, options: dict[str, Any]) 
     layer = with_noise(LAYERS[name][0](3, 4, **options))
     x = draw_tensor(1, 5, 2, 3)
     given_ = x.requires_grad_().clone()
-    with Interception(get_mapping().rule_of_call, batch_size=1):
+    with Interception(get_mapping().rule_of_call, inputs=[given_], batch_size=1):
         output, state = layer(given_)
     expected, expected_state = layer(x)
     torch.testing.assert_close(output, expected)
@@ -609,7 +609,7 @@ def by_mapping_unused(
 def test_an_extremum_has_its_indices() -> None:
     x = draw_tensor(0, 2, 5)
     given_ = x.clone().requires_grad_().clone()
-    with Interception(get_mapping().rule_of_call, batch_size=1):
+    with Interception(get_mapping().rule_of_call, inputs=[given_], batch_size=1):
         found = given_.max(1)
     assert torch.equal(found.indices, x.max(1).indices)
     assert torch.equal(found.values, x.max(1).values)

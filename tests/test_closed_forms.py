@@ -72,7 +72,7 @@ def by_rule(
     """Relevance of the inputs as the rule hands it over, and the relevance that it was given."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     given_ = [leaf.clone() for leaf in leaves]
-    with Interception(lambda call: rule, batch_size=1, total=TOTAL):
+    with Interception(lambda call: rule, inputs=given_, batch_size=1, total=TOTAL):
         z = call(*given_)
     r = relevance(z.detach())
     return [of_leaf[0] for of_leaf in propagate(z, leaves, r.unsqueeze(0))], r

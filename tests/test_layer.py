@@ -577,6 +577,7 @@ def with_rule_around() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.filterwarnings("ignore:A value that is detached")
 def test_bad_input_is_named(name: str) -> None:
     call, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):

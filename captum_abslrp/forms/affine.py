@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once
+from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once, tail_of
 from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Call, carries_relevance
 from captum_abslrp.steps import Answer, Kept
@@ -146,14 +146,26 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
         return result
 
     output = call.run(lambda: run(input))
-    x = call.keep(input)
+    x, z = call.keep(input), call.keep_output(output, lambda: run(x()))
     bicubic = "bicubic" in (*args, *kwargs.values())
+
+    def spread(x: Tensor) -> Tensor:
+        """The call with nonnegative coefficients, which shares relevance on the tail of the score."""
+        plain = [["bilinear", a][a != "bicubic"] if isinstance(a, str) else a for a in args]
+        named = {k: "bilinear" if v == "bicubic" else v for k, v in kwargs.items()}
+        result: Tensor = func(x, *plain, **named)
+        return result
+
+    def share(relevance: Tensor) -> list[Tensor]:
+        return [functional.shares(x(), spread if bicubic else run, relevance)]
+
     return Answer(
         output,
         [input],
         lambda s: [functional.linear_map(x(), run, s)],
         nonnegative=call.is_nonnegative(input) and not bicubic,
         keeps_sign=not bicubic,
+        tail=tail_of(z, [x], share, keeps_sign=True),
     )
 
 

@@ -14,7 +14,7 @@ from captum_abslrp import functional
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.interception import Call, carries_relevance
-from captum_abslrp.steps import Answer, Kept
+from captum_abslrp.steps import Answer, Kept, Tail
 
 Form = Callable[..., Any]
 Made = TypeVar("Made")
@@ -50,7 +50,86 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
 
         return [of_source(i) for i in at]
 
-    return Answer(output, [leaves[i] for i in at], propagate, vanishing=divides)
+    def gradients(s: Tensor) -> list[Tensor]:
+        plain = [k() if isinstance(k, Kept) else k for k in kept]
+        with torch.enable_grad():
+            given = [plain[i].detach().requires_grad_() for i in at]
+            for i, x in zip(at, given, strict=True):
+                plain[i] = x
+            args, kwargs = tree_unflatten(plain, structure)
+            result = func(*args, **kwargs)
+        return list(torch.autograd.grad(result, given, s.to(result.dtype)))
+
+    sources = [leaves[i] for i in at]
+    tail = _tail_of_twin(call, output, gradients, sources) if divides else None
+    return Answer(output, sources, propagate, vanishing=divides, tail=tail)
+
+
+def tail_of(
+    output: Kept,
+    sources: Sequence[Kept],
+    share: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    keeps_sign: bool = False,
+) -> Tail:
+    """A tail that says how relevance itself is shared, from that of the output to that of each source."""
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        relevance = functional.relevance(_plus_eps(output()), s)
+        return [
+            r / _plus_eps(x()).clamp(max=torch.finfo(r.dtype).max)
+            for r, x in zip(share(relevance), sources, strict=True)
+        ]
+
+    return Tail(propagate, output, sources, keeps_sign=keeps_sign)
+
+
+def scaled_tail(output: Kept, factor: Callable[[], Tensor | float]) -> Tail:
+    """The tail of a product with a constant: relevance passes, with the sign of the constant."""
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        c = torch.as_tensor(factor(), dtype=s.dtype, device=s.device)
+        size = output().abs()
+        of_input = size / c.abs().clamp(min=torch.finfo(s.dtype).tiny)
+        return [s * c.sign() * ((size + EPS) / (of_input + EPS))]
+
+    return Tail(propagate, output, factor=factor)
+
+
+def passed_on(output: Kept, source: Kept, sign: Callable[[], Tensor | float] | None = None) -> Tail:
+    """The tail of a call that acts on each element alone: relevance passes, with the sign of the slope."""
+    if sign is None:
+        return tail_of(output, [source], lambda relevance: [relevance], keeps_sign=True)
+    return tail_of(output, [source], lambda relevance: [relevance * sign()])
+
+
+def _plus_eps(values: Tensor) -> Tensor:
+    return values.abs() + EPS
+
+
+_BY_GRADIENT = frozenset("amax amin logsumexp maximum minimum".split())
+"""Calls that pick or weight their inputs: the gradient says how much each of them takes part."""
+_NORMS = frozenset("linalg_norm linalg_vector_norm norm".split())
+
+
+def _tail_of_twin(
+    call: Call,
+    output: Tensor,
+    of_sources: Callable[[Tensor], list[Tensor]],
+    sources: Sequence[Tensor],
+) -> Tail | None:
+    if call.name not in _NORMS | _BY_GRADIENT:
+        return None
+    z, kept = call.keep(output), [call.keep(t) for t in sources]
+    if call.name in _BY_GRADIENT:
+        return tail_of(z, kept, of_sources, keeps_sign=True)
+
+    def share(relevance: Tensor) -> list[Tensor]:
+        # A norm is of the first degree: the terms x_i dz/dx_i are positive and add up to z.
+        parts = of_sources((relevance / z()).masked_fill(z() == 0, 0))
+        return [functional.magnitude(x()) * part for x, part in zip(kept, parts, strict=True)]
+
+    return tail_of(z, kept, share)
 
 
 def answer_constant(call: Call) -> Tensor:
@@ -80,10 +159,15 @@ def answer_passed(call: Call) -> Any:
             for x, largest in zip(kept, limits, strict=True)
         ]
 
-    return Answer(output, sources, propagate, scaled=False)
+    tail = None
+    if len(sources) == 1:
+        sign = (lambda: -1.0) if call.name == "neg" else None
+        tail = passed_on(z, kept[0], sign)
+    return Answer(output, sources, propagate, scaled=False, tail=tail)
 
 
 def passed(
+    call: Call,
     output: Tensor,
     sources: Sequence[Tensor],
     factor: Callable[[], float | Tensor] = lambda: 1.0,
@@ -97,8 +181,15 @@ def passed(
         size = value.abs() if isinstance(value, Tensor) else abs(value)
         return [s if isinstance(size, float) and size == 1 else s * size] * len(sources)
 
+    tail = scaled_tail(call.keep(output), factor) if len(sources) == 1 else None
     return Answer(
-        output, sources, propagate, scaled=False, nonnegative=nonnegative, keeps_sign=True
+        output,
+        sources,
+        propagate,
+        scaled=False,
+        nonnegative=nonnegative,
+        keeps_sign=True,
+        tail=tail,
     )
 
 

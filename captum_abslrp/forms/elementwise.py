@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
@@ -19,9 +20,12 @@ from captum_abslrp.forms.base import (
     is_source,
     once,
     passed,
+    passed_on,
+    scaled_tail,
+    tail_of,
 )
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer, Kept, Step
+from captum_abslrp.steps import Answer, Kept, Step, Tail
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -59,14 +63,22 @@ def _answer_function(
             return functional.gate(x(), slope)
         return functional.elementwise(x(), run, even_slope=even_slope)
 
+    # Drawn at random in training mode.
+    kept = None if call.name == "rrelu" else call.keep_output(output, lambda: run(x()))
+    increases = call.name in _INCREASING
     return Answer(
         output,
         [input],
         lambda s: [s.mul_(factor())],
         nonnegative=call.name in _NONNEGATIVE,
         vanishing=True,
-        # Drawn at random in training mode.
-        kept=None if call.name == "rrelu" else call.keep_output(output, lambda: run(x())),
+        kept=kept,
+        tail=passed_on(
+            call.keep(output) if kept is None else kept,
+            x,
+            None if increases else lambda: functional.slope_sign(x(), run),
+        ),
+        logits=x if call.name == "sigmoid" else None,
     )
 
 
@@ -94,16 +106,28 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     Where the output is zero, so is the relevance that arrives there: the call that handed it over has
     multiplied by that zero. So nothing is left to do on the way back.
     """
-    if call.target is input and call.interception.is_fresh(input):
+    is_map = input.dim() > 2  # a score keeps what it was before, see `_tail_of_relu`
+    if is_map and call.target is input and call.interception.is_fresh(input):
         call.interception.release(input)
         torch.relu_(input)  # its history stays what it is, but that it hands on less
         step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: a call has made it
         if step.output is not None:
             step.output = Kept(remake=partial(_rectified, step.output))
+        if step.tail is not None:
+            step.tail = _tail_of_relu(step.tail, call.keep(input))
         call.interception.mark_nonnegative(input)
         return input
     output = call.run(lambda: torch.relu(input))
-    return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True)
+    x = call.keep(input)
+    tail = passed_on(call.keep_output(output, lambda: torch.relu(x())), x)
+    return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True, tail=tail)
+
+
+def _tail_of_relu(tail: Tail, output: Kept) -> Tail:
+    """The tail of a call whose output was rectified in place: what was negative has no part in the score."""
+    return tail._replace(
+        propagate=lambda s: tail.propagate(functional.rectify(s, output())), output=output
+    )
 
 
 def _rectified(kept: Kept) -> Tensor:
@@ -131,10 +155,17 @@ def _answer_summands(
     constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
     nonnegative = call.is_nonnegative(*summands)
     factor = abs(alpha) if is_source(arguments[1]) else 1.0
+    # The first argument is added; the second one may be subtracted.
+    signs = [
+        1.0 if i == 0 else math.copysign(1.0, -alpha if call.name == "sub" else alpha)
+        for i, argument in enumerate(arguments)
+        if is_source(argument)
+    ]
     is_mask = _is_mask(constants[0]) if constants else False
     if is_mask is True:
         output = call.run(lambda: summands[0] + summands[1])
-        return passed(output, [argument for argument, _ in sources], lambda: factor)
+        answer = passed(call, output, [argument for argument, _ in sources], lambda: factor)
+        return answer._replace(tail=scaled_tail(call.keep(output), lambda: factor * signs[0]))
     kept = [call.keep(s) for _, s in sources]
     kept_sources = [
         k if argument is summand else call.keep(argument)
@@ -151,6 +182,18 @@ def _answer_summands(
             seeds[-1] = seeds[-1] * factor
         return functional.rectified(seeds, [x() for x in kept])
 
+    def share(relevance: Tensor) -> list[Tensor]:
+        if len(kept) == 1:
+            return [(relevance * signs[0]).sum_to_size(kept[0]().shape)]
+        sizes = [functional.magnitude(x()) for x in kept]
+        whole = sizes[0] + sizes[1]
+        parts = (relevance / whole).masked_fill_(whole == 0, 0)
+        return [
+            (parts * size * sign).sum_to_size(size.shape)
+            for size, sign in zip(sizes, signs, strict=True)
+        ]
+
+    z = call.keep_output(output, lambda: _sum_of([k() for k in kept], constants))
     return Answer(
         output,
         [argument for argument, _ in sources],
@@ -158,7 +201,15 @@ def _answer_summands(
         nonnegative=nonnegative,
         keeps_sign=True,
         kept_sources=kept_sources,
+        tail=tail_of(z, kept_sources, share, keeps_sign=min(signs) > 0),
     )
+
+
+def _sum_of(summands: Sequence[Tensor], constants: Sequence[Any]) -> Tensor:
+    """The sum of one or two tensors, and of a constant in place of the second."""
+    first, second = [*list[Any](summands), *constants]
+    result: Tensor = first + second
+    return result
 
 
 def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
@@ -215,7 +266,14 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
     def propagate(s: Tensor) -> list[Tensor]:
         return [s * factor for factor in factors()]
 
-    return Answer(output, sources, propagate, nonnegative=nonnegative)
+    z = call.keep(output)
+    if len(sources) == 1:
+        tail = scaled_tail(z, b if is_source(input) else a)
+    else:  # half for each factor, with the sign of the other one: what raises it raises the product
+        tail = tail_of(
+            z, [a, b], lambda relevance: [relevance / 2 * other().sign() for other in (b, a)]
+        )
+    return Answer(output, sources, propagate, nonnegative=nonnegative, tail=tail)
 
 
 def _answer_scaled(call: Call, output: Tensor, value: Any, input: Tensor) -> Answer:
@@ -223,7 +281,7 @@ def _answer_scaled(call: Call, output: Tensor, value: Any, input: Tensor) -> Ans
     factor = call.keep(value) if isinstance(value, Tensor) else partial(float, value)
     x = call.keep(input)
     kept = call.keep_output(output, lambda: x() * factor())
-    return passed(output, [input], factor)._replace(kept=kept)
+    return passed(call, output, [input], factor)._replace(kept=kept)
 
 
 def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
@@ -234,7 +292,7 @@ def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
     nonnegative = call.is_nonnegative(input, other)
     if _is_scalar(other, input):
         divisor = call.keep(other) if isinstance(other, Tensor) else partial(float, other)
-        return passed(output, [input], lambda: 1 / divisor(), nonnegative=nonnegative)
+        return passed(call, output, [input], lambda: 1 / divisor(), nonnegative=nonnegative)
     x, c = call.keep(input), call.keep(other)
     factor = once(lambda: functional.diagonal(x(), c().reciprocal()))
     return Answer(
@@ -243,6 +301,7 @@ def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
         lambda s: [s.mul_(factor())],
         constants=[other] if is_source(other) else [],
         nonnegative=nonnegative,
+        tail=scaled_tail(call.keep(output), lambda: c().reciprocal()),
     )
 
 
@@ -286,6 +345,11 @@ _GATES: dict[str, Callable[..., Tensor]] = {
     "silu": lambda x, inplace=False: torch.ops.aten.silu_backward(torch.ones_like(x), x),
 }
 """Slopes of functions that are their input times a share, and at -x times the rest."""
+_INCREASING = frozenset(
+    "clamp clamp_max clamp_min clip elu erf exp exp2 expm1 hardshrink hardsigmoid hardtanh log log10 log1p "
+    "log2 logsigmoid relu6 selu sigmoid sinh softplus softshrink softsign sqrt tanh threshold".split()
+)
+"""Functions that never fall."""
 _NONNEGATIVE = frozenset("abs exp exp2 hardsigmoid relu6 sigmoid softplus sqrt square".split())
 """Functions without negative results."""
 ACTIVATIONS: dict[str, Form] = {"relu": answer_relu}

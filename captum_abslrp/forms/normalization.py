@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form, once
+from captum_abslrp.forms.base import Form, once, passed_on
 from captum_abslrp.interception import Call
 from captum_abslrp.steps import Answer
 
@@ -58,7 +58,15 @@ def _answer_batch_norm(
     x = call.keep(input)
     factor = once(lambda: functional.diagonal(x(), scale))
     kept = None if remake is None else call.keep_output(output, lambda: remake(x()))
-    return Answer(output, [input], lambda s: [s.mul_(factor())], keeps_sign=True, kept=kept)
+    z = call.keep(output) if kept is None else kept
+    return Answer(
+        output,
+        [input],
+        lambda s: [s.mul_(factor())],
+        keeps_sign=True,
+        kept=kept,
+        tail=passed_on(z, x, scale.sign),
+    )
 
 
 def answer_layer_norm(
@@ -112,7 +120,14 @@ def answer_softmax(
     p = call.keep_output(output, lambda: torch.softmax(x(), dim))
     factor = once(lambda: functional.softmax(x(), p(), dim))
     return Answer(
-        output, [input], lambda s: [s.mul_(factor())], nonnegative=True, vanishing=True, kept=p
+        output,
+        [input],
+        lambda s: [s.mul_(factor())],
+        nonnegative=True,
+        vanishing=True,
+        kept=p,
+        tail=passed_on(p, x),
+        logits=x,
     )
 
 
@@ -174,7 +189,11 @@ def answer_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answ
     x, z = call.keep(input), call.keep(output)
     factor = once(lambda: functional.rectify(z() / x(), x()))
     return Answer(
-        output, [input], lambda s: [s.mul_(factor())], nonnegative=call.is_nonnegative(input)
+        output,
+        [input],
+        lambda s: [s.mul_(factor())],
+        nonnegative=call.is_nonnegative(input),
+        tail=passed_on(z, x),
     )
 
 

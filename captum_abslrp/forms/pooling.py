@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_abslrp import functional
 from captum_abslrp.forms.base import Form, check_batched
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer
+from captum_abslrp.steps import Answer, Tail
 
 
 def answer_max_pool(
@@ -38,6 +38,9 @@ def answer_max_pool(
             s.mul_(z().abs() + functional.EPS)
         return [functional.max_pool(x(), pool, at(), s, nonnegative=nonnegative)]
 
+    def to_maximum(s: Tensor) -> list[Tensor]:
+        return [functional.max_pool(x(), pool, at(), s, nonnegative=True)]
+
     return Answer(
         output,
         [input],
@@ -45,6 +48,7 @@ def answer_max_pool(
         nonnegative=nonnegative,
         keeps_sign=nonnegative,
         at_once=not divides,
+        tail=Tail(to_maximum, call.keep(output), [x], keeps_sign=True),
     )
 
 

@@ -97,6 +97,11 @@ class Mapping:
             return registered, "registered"
         return None if self.base is None else self.base.find(call)
 
+    def rule_of_name(self, name: str) -> Rule | None:
+        """The rule that the table itself has for all calls of a name, or None."""
+        found = self._index[1].get(name)
+        return None if found is None else found[1]
+
     @functools.cached_property
     def _index(self) -> tuple[list[tuple[int, Key, Rule]], dict[str, tuple[int, Rule]]]:
         """The keys that need a look at the call, and the names of calls, with their place in the table."""

@@ -3,7 +3,7 @@ apart from the dropout behind the position embedding."""
 
 from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import At, Mapping, register_mapping
-from captum_abslrp.rules import DropoutRule, HeadSumRule, PassThroughRule
+from captum_abslrp.rules import DropoutRule, PassThroughRule
 
 __all__ = ["TWO_HEADS", "VIT", "VIT_DISTILLED"]
 
@@ -24,12 +24,12 @@ VIT = register_mapping(
 """Vision Transformer, with dropout as published."""
 
 VIT_DISTILLED = register_mapping(
-    Mapping("vit_distilled", [(At("", call="add"), HeadSumRule())], base=VIT),
+    Mapping("vit_distilled", [], base=VIT),
     architectures=["timm.models.deit.VisionTransformerDistilled"],
 )
 
 TWO_HEADS = register_mapping(
-    Mapping("two_heads", [(At("", call="add"), HeadSumRule())], base=GENERIC),
+    Mapping("two_heads", [], base=GENERIC),
     architectures=[
         "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher",
     ],

@@ -362,8 +362,9 @@ def _explain(
     maps = []
     for x, target in tqdm(batches, desc="attributions", disable=not show_progress):
         with warnings.catch_warnings():
-            # Little is left to tell classes apart by in an image that is masked nearly everywhere.
-            warnings.filterwarnings("ignore", "The maps of target and contrast")
+            # Little is left to tell classes apart by, or nothing at all, in an image that is masked nearly
+            # everywhere.
+            warnings.filterwarnings("ignore", "The maps? of (target|the target|the contrast)")
             attribution = explain(x.clone(), target=target, **kwargs).detach()
         if attribution.dim() == 3:
             attribution = attribution.unsqueeze(1)

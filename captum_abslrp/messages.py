@@ -1,0 +1,40 @@
+"""Warnings that point at the line of the user's code that caused them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from types import FrameType
+
+import captum
+import torch
+
+__all__ = ["warn"]
+
+_LIBRARIES = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(path)), "")
+    for path in (__file__, captum.__file__, torch.__file__)
+)
+
+
+def warn(message: str) -> None:
+    """Issue a UserWarning at the first caller outside of this package, Captum and PyTorch.
+
+    Args:
+        message: what is wrong, and what to do about it.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
+        ...     warn("Look at the input.")
+        >>> str(seen[0].message)
+        'Look at the input.'
+    """
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
