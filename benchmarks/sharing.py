@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ METHODS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
     "abslrp, joint": lambda model: AbsLRP(model, normalization="joint").attribute,
     "saliency": get_method("saliency"),
     "inputxgradient": get_method("inputxgradient"),
-    "deeplift": get_method("deeplift"),
+    "abslrp, no contrast": lambda model: partial(AbsLRP(model).attribute, contrast=None),
 }
 # Integrated gradients runs 50 points of each image in batches by itself: there is little to gain.
 WITH_IG = {name: METHODS[name] for name in METHODS if name != "abslrp, joint"} | {

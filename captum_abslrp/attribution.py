@@ -7,11 +7,10 @@ import re
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from captum._utils.common import _format_additional_forward_args
@@ -38,6 +37,7 @@ from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
 from captum_abslrp.messages import warn
 from captum_abslrp.propagation import TOTAL, logits, propagate
+from captum_abslrp.state import saver, unchanged
 from captum_abslrp.steps import history, is_answered, is_hook
 
 __all__ = ["AbsLRP"]
@@ -73,6 +73,17 @@ def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
 
 class IndependentOutput(ValueError):
     """The output of a model does not depend on what is explained."""
+
+
+class _Maps(NamedTuple):
+    """What one forward pass and one backward pass give."""
+
+    relevances: list[Tensor]
+    """Relevance of each explained tensor, (S, ...), for each of S seeds."""
+    changes: list[Tensor]
+    """By how much the relevance of each seed and sample, (S, B), changed on the tail of the score."""
+    of_inputs: bool
+    """Whether the inputs are explained, not tensors inside."""
 
 
 class AbsLRP(GradientAttribution):
@@ -436,49 +447,62 @@ class AbsLRP(GradientAttribution):
     ) -> Chunk:
         """Relevance of what is explained, and the sum per sample that it started with, of samples
         that are run together."""
-        with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-            leaves = [_leaf(x) for x in inputs]
-            output, explained = forward(leaves, extra, watch)
-            values = output.detach()
-            seed = target_seed(values, target, class_dim=class_dim)
-            held_against = contrast_seed(
-                values, target, contrast, class_dim=class_dim, logits=logits(output)
+
+        def relevance(watch: Watch | None) -> _Maps:
+            with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
+                return self._maps(inputs, target, extra, contrast, class_dim, forward, watch)
+
+        maps = relevance(watch)
+        finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
+        if (on_host(finite) if watch is None else bool(finite)) is False:
+            if watch is None or not watch.finite:  # once more, to find the call
+                relevance(Watch(finite=True))
+            raise FloatingPointError(
+                "Expected the map to be finite, but got NaN or infinite values, though those of all "
+                "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
             )
-            seeds = [seed] if held_against is None else [seed, held_against]
-            changes: list[Tensor] = []
-            relevances = propagate(
-                output, explained, torch.stack(seeds), positive=True, changes=changes
-            )
-            finite = torch.stack([r.isfinite().all() for r in relevances]).all()
-            if (on_host(finite) if watch is None else bool(finite)) is False:
-                if watch is None or not watch.finite:  # once more, to find the call
-                    watch = Watch(finite=True)
-                    self._explain_chunk(
-                        inputs, target, extra, contrast, combine, class_dim, forward, watch
-                    )
-                raise FloatingPointError(
-                    "Expected the map to be finite, but got NaN or infinite values, though those of all "
-                    "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
-                )
-            if watch is None or not watch.traced:
-                zero = _zero_maps(relevances, inputs)
-                if zero is not None:
-                    watch = Watch(traced=True)
-                    self._explain_chunk(
-                        inputs, target, extra, contrast, combine, class_dim, forward, watch
-                    )
-                    of_inputs = explained is leaves
-                    _warn_of_zeros(zero, watch, of_inputs=of_inputs)
-            started = torch.ones(len(seeds), len(inputs[0]), dtype=seed.dtype, device=seed.device)
-            for change in changes:
-                started = started + change
-            if held_against is None:
-                return [r[0] for r in relevances], started[0]
-            pairs = [(of_target, of_contrast) for of_target, of_contrast in relevances]
-            _warn_of_noise(pairs)
-            if combine == "difference":
-                return [r - o for r, o in pairs], started[0] - started[1]
-            return [r.where(r > o, 0) for r, o in pairs], started[0]
+        zero = _zero_maps(maps.relevances, inputs)
+        if zero is not None:  # once more, to find the call where it ends
+            again = Watch(traced=True, repeated=True)
+            relevance(again)
+            _warn_of_zeros(zero, again, of_inputs=maps.of_inputs)
+        started = torch.ones(
+            len(maps.relevances[0]), len(inputs[0]), device=maps.relevances[0].device
+        )
+        for change in maps.changes:
+            started = started + change
+        if len(started) == 1:
+            return [r[0] for r in maps.relevances], started[0]
+        pairs = [(of_target, of_contrast) for of_target, of_contrast in maps.relevances]
+        _warn_of_noise(pairs)
+        if combine == "difference":
+            return [r - o for r, o in pairs], started[0] - started[1]
+        return [r.where(r > o, 0) for r, o in pairs], started[0]
+
+    def _maps(
+        self,
+        inputs: tuple[Tensor, ...],
+        target: Tensor | None,
+        extra: tuple[Any, ...],
+        contrast: Any,
+        class_dim: int | None,
+        forward: Forward,
+        watch: Watch | None,
+    ) -> _Maps:
+        """One forward pass, and relevance of the target and of the contrast, if there is one."""
+        leaves = [_leaf(x) for x in inputs]
+        output, explained = forward(leaves, extra, watch)
+        values = output.detach()
+        seed = target_seed(values, target, class_dim=class_dim)
+        held_against = contrast_seed(
+            values, target, contrast, class_dim=class_dim, logits=logits(output)
+        )
+        seeds = [seed] if held_against is None else [seed, held_against]
+        changes: list[Tensor] = []
+        relevances = propagate(
+            output, explained, torch.stack(seeds), positive=True, changes=changes
+        )
+        return _Maps(relevances, changes, explained is leaves)
 
     def _forward(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None = None
@@ -511,6 +535,7 @@ class AbsLRP(GradientAttribution):
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
         given = [leaf.clone() for leaf in leaves]
+        interception.before_change = saver(self.model)
         with _eager(self.model), interception:
             try:
                 output = self.model(*given, *extra)
@@ -542,7 +567,8 @@ class AbsLRP(GradientAttribution):
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
         check_aligned(output, batch_size)
-        _warn_of_detached(interception.detached_parts(output))
+        if interception.watch is None or not interception.watch.repeated:
+            _warn_of_detached(interception.detached_parts(output))
         return output, list(unseen_nodes(output, interception.depends))
 
 
@@ -836,65 +862,6 @@ def _differs_in_training(module: nn.Module) -> bool:
         return module.dropout > 0
     known = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
     return isinstance(module, known) or type(module).__name__.startswith("Drop")
-
-
-class _Snapshot:
-    """What a model holds, to be put back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self.tables = [t for m in modules for t in (m.__dict__, m._buffers, m._parameters)]
-        self.entries = [dict(table) for table in self.tables]
-        self.buffers = [
-            (buffer, buffer.clone(), buffer._version, module.training)
-            for module in modules
-            for buffer in module.buffers(recurse=False)
-            if not buffer.is_inference()
-        ]
-        self.users = 0
-
-    def put_back(self) -> None:
-        for table, before in zip(self.tables, self.entries, strict=True):
-            # Entry by entry: another thread may be looking.
-            for key in [key for key in table if key not in before]:
-                del table[key]
-            for key, value in before.items():
-                if key not in table or table[key] is not value:
-                    table[key] = value
-            if list(table) != list(before):  # in the order that state dicts have
-                table.clear()
-                table.update(before)
-        with torch.no_grad():
-            for buffer, value, version, training in self.buffers:
-                # Batch norm updates its statistics without telling the version.
-                if training or buffer._version != version:
-                    buffer.copy_(value)
-
-
-_SNAPSHOTS: weakref.WeakKeyDictionary[nn.Module, _Snapshot] = weakref.WeakKeyDictionary()
-_SNAPSHOTS_LOCK = threading.Lock()
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a model changes of itself as it runs: statistics, counters, stored activations.
-
-    Threads that run one model at a time share what was there before the first of them; the last one puts
-    it back.
-    """
-    with _SNAPSHOTS_LOCK:
-        snapshot = _SNAPSHOTS.get(model)
-        if snapshot is None:
-            snapshot = _SNAPSHOTS[model] = _Snapshot(model)
-        snapshot.users += 1
-    try:
-        yield
-    finally:
-        with _SNAPSHOTS_LOCK:
-            snapshot.users -= 1
-            if snapshot.users == 0:
-                del _SNAPSHOTS[model]
-                snapshot.put_back()
 
 
 _MOVING_NODES = re.compile(

@@ -19,6 +19,7 @@ __all__ = [
     "on_host",
     "out_of_place",
     "tensors_in",
+    "written_tensors",
 ]
 
 PASS_THROUGH = frozenset(
@@ -151,6 +152,93 @@ def has_in_place_argument(
     if signature is None or "inplace" not in signature.parameters:
         return False
     return bool(signature.bind(*args, **kwargs).arguments.get("inplace", False))
+
+
+Writes = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def written_tensors(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """The arguments that a call changes, or hands to code that may change them.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> written_tensors(torch.Tensor.add_, (x, 1), {})[0] is x
+        True
+        >>> written_tensors(torch.add, (x, 1), {})
+        []
+    """
+    written = [] if kwargs.get("out") is None else tensors_in(kwargs["out"])
+    writes = _writes(func)
+    return written if writes is None else [*written, *tensors_in(writes(args, kwargs))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _writes(func: Callable[..., Any]) -> Writes | None:
+    """What picks the arguments that a function changes; None where it changes none."""
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        overloads = (
+            [func]
+            if isinstance(func, torch._ops.OpOverload)
+            else [getattr(func, name) for name in func.overloads()]
+        )
+        places = {
+            (i, argument.name)
+            for overload in overloads
+            for i, argument in enumerate(overload._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        }
+        return (lambda args, kwargs: _at(places, args, kwargs)) if places else None
+    name = getattr(func, "__name__", "")
+    if canonical_name(func)[1] or (name.endswith("_") and not name.endswith("__")):
+        return _first
+    if name in _HANDED_OUT:
+        return _first
+    signature = _signature(func)
+    if signature is None:  # kernels that are called by themselves
+        statistics = name.endswith(("batch_norm", "instance_norm", "batch_norm_update_stats"))
+        return _all if statistics or name.startswith("fused_moving_avg") else None
+    names = signature.parameters.keys()
+    for switch, arguments in _SWITCHES.items():
+        if switch in names and arguments & names:
+            return functools.partial(_if_switched, signature, switch, arguments & names)
+    return None
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs
+
+
+def _all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs
+
+
+def _at(places: set[tuple[int, str]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in places]
+
+
+def _if_switched(
+    signature: inspect.Signature,
+    switch: str,
+    names: frozenset[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    given = signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    return [given.arguments[name] for name in names] if given.arguments[switch] else None
+
+
+_SWITCHES = {
+    "inplace": frozenset(("input",)),
+    "max_norm": frozenset(("weight",)),
+    "training": frozenset(("running_mean", "running_var")),
+    "use_input_stats": frozenset(("running_mean", "running_var")),
+}
+"""Arguments by which functions of PyTorch are told to change others."""
+_HANDED_OUT = frozenset("numpy __array__ __dlpack__ storage untyped_storage".split())
+"""Calls that give the memory of a tensor to code that cannot be seen."""
 
 
 def out_of_place(

@@ -82,10 +82,12 @@ class Watch:
     Args:
         finite: raise FloatingPointError at the first call that makes something that is not finite.
         traced: keep what is needed to tell the relevance at each call.
+        repeated: whether this is a second look, so that nothing is warned about again.
     """
 
     finite: bool = False
     traced: bool = False
+    repeated: bool = False
     calls: list[Watched] = field(default_factory=list)
     """The calls on the way back, in its order, where they are traced."""
 

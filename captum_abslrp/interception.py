@@ -46,6 +46,7 @@ from captum_abslrp.calls import (
     has_in_place_argument,
     out_of_place,
     tensors_in,
+    written_tensors,
 )
 from captum_abslrp.steps import (
     Answer,
@@ -174,6 +175,7 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         fuses: whether calls that are made of others may be answered at once, if it makes no difference.
+        before_change: is given each tensor that a call is about to change in place, if it is set.
     """
 
     def __init__(
@@ -196,6 +198,7 @@ class Interception(TorchFunctionMode):
         self.total = total
         self.result = result
         self.watch = watch
+        self.before_change: Callable[[Tensor], None] | None = None
         self._modules = _ModuleStack(self, model)
         self._dependent: dict[Any, bool] = {}
         for tensor in inputs:
@@ -234,6 +237,7 @@ class Interception(TorchFunctionMode):
         self._dependent.clear()
         self._detached.clear()
         self._fresh = None
+        self.before_change = None
         super().__exit__(exc_type, exc_val, exc_tb)
         self._subclasses.__exit__(None, None, None)
 
@@ -265,6 +269,9 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.before_change is not None:
+            for tensor in written_tensors(func, args, kwargs):
+                self.before_change(tensor)
         name, in_place, reflected = canonical_name(func)
         tensors = tensors_in((args, kwargs))
         path = self._path_of_detached(name, reflected, args, tensors)
@@ -577,7 +584,7 @@ class Interception(TorchFunctionMode):
         """An in-place call: the out-of-place call, answered as ever, and a copy into the target."""
         target = kwargs.get("out")
         if target is None:
-            target = args[0] if args else kwargs["input"]
+            target = args[0] if args else next(iter(tensors_in(kwargs)), None)
         if not isinstance(target, Tensor):
             return _untracked(func, args, kwargs)
         if not any(map(carries_relevance, tensors_in((args, kwargs)))):

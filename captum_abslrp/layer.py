@@ -30,6 +30,7 @@ from captum_abslrp.diagnostics import Watch
 from captum_abslrp.integers import IntegerInputs, new_leaf
 from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.mappings import Mapping
+from captum_abslrp.state import own_hooks
 
 __all__ = ["LayerAbsLRP"]
 
@@ -185,7 +186,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         layers: list[nn.Module] = self.layer if several else [self.layer]
         wanted = _call_indices(call_index, len(layers) if several else None)
         sizes: list[int] = []
-        in_order: list[list[bool]] = []
+        in_order: list[tuple[int, list[bool]]] = []
 
         def forward(
             leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
@@ -216,8 +217,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                     ) from error
             captured = choose()
             sizes[:] = map(len, captured)
+            count = len(leaves[0])
             in_order.append(
-                [all(_in_order(t, len(leaves[0])) for t in tensors) for tensors in captured]
+                (count, [all(_in_order(t, count) for t in tensors) for tensors in captured])
             )
             return output, [tensor for tensors in captured for tensor in tensors]
 
@@ -234,7 +236,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         )
         batch_size = len(inputs[0] if isinstance(inputs, tuple) else inputs)
         parts = [iter(relevances) for relevances, _ in chunks]
-        ordered = in_order[-len(parts)]  # of the first part, which is no smaller than the others
+        most = max(count for count, _ in in_order)  # of one sample only the shape tells
+        of_most = [flags for count, flags in in_order if count == most]
+        ordered = [all(flags) for flags in zip(*of_most, strict=True)]
         attributions: list[Any] = []
         deltas: list[Tensor] = []
         for layer, size, apart in zip(layers, sizes, ordered, strict=True):
@@ -422,17 +426,16 @@ def _captured_of(
         originals = {id(clone): tensor for tensor, clone in changed}
         return _map_tensors(lambda tensor: originals.get(id(tensor), tensor), output)
 
-    handles = [layer.register_forward_hook(after)]
-    if of_input and rule_of_layer(layer) is not None:
-        # The hooks of the interception, which come before those of the layer, cut its inputs off.
-        handles.append(register_module_forward_pre_hook(before))
-    else:
-        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-    try:
+    def register() -> Iterator[Any]:
+        yield layer.register_forward_hook(after)
+        if of_input and rule_of_layer(layer) is not None:
+            # The hooks of the interception, which come before those of the layer, cut its inputs off.
+            yield register_module_forward_pre_hook(before)
+        else:
+            yield layer.register_forward_pre_hook(before, with_kwargs=True)
+
+    with own_hooks(register):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

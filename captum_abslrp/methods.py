@@ -3,9 +3,11 @@
 A method is a factory ``model -> attribute`` and ``attribute(inputs, target)`` answers images
 (B, C, H, W) and classes (one for all, or (B,)) with maps (B, C, H, W). Methods expect a model in
 eval mode and leave it, and the inputs, as they were: those of Captum that hook, reassign or cannot
-bear in-place activations run on a copy. What a method draws by chance depends on the image alone:
-a second call gives the same maps, and a batch those of its images. Wherever a method needs a baseline
-it is 0, the mean colour of images normalised by mean and standard deviation.
+bear in-place activations run on a copy. A method whose rules are of modules would answer a plain
+gradient for what a model computes elsewhere, and raises `TypeError` for such a model.
+What a method draws by chance depends on the image alone: a second call gives the same maps, and a
+batch those of its images. Wherever a method needs a baseline it is 0, the mean color of images
+normalized by mean and standard deviation.
 
 Axes: B images, C channels, H height, W width.
 """
@@ -24,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.operations import LINEAR, MOVING, find_operation
 
 __all__ = [
     "AttributionFunction",
@@ -153,7 +156,8 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
     """The last convolutional feature layer: where Grad-CAM looks.
 
     It is the module that finishes last among those that hold a convolution and whose output is a
-    map (B, D, h, w) larger than 1x1. A convolution that only cuts the image into patches (stride
+    map (B, D, h, w) larger than 1x1, of the proportions of the image (within a factor of 2: maps with
+    channels last are none). A convolution that only cuts the image into patches (stride
     equal to kernel size, applied to the image's own channels) does not count, so a vision
     transformer has no feature layer. Nor does anything behind a convolution without padding whose
     kernel spans more than half of its map: the fully connected layers of timm's VGG are such. The
@@ -186,14 +190,19 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
         sides = zip(module.kernel_size, x.shape[2:], strict=True)
         return any(1 < kernel > side / 2 for kernel, side in sides)
 
+    def is_map(output: object) -> bool:
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2:].numel() <= 1:
+            return False
+        (height, width), (h, w) = inputs.shape[2:], output.shape[2:]
+        return h * width < 2 * w * height and w * height < 2 * h * width
+
     finished: list[nn.Module] = []
     head_reached = False
 
     def note(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         nonlocal head_reached
         head_reached = head_reached or connects_all(module, args[0])
-        is_map = isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1
-        if is_map and not head_reached:
+        if is_map(output) and not head_reached:
             finished.append(module)
 
     handles = [
@@ -213,6 +222,25 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
             f"but got {type(model).__name__} without one; Grad-CAM needs it."
         )
     return finished[-1]
+
+
+def _require_no_way_around(model: nn.Module, layer: nn.Module, inputs: Tensor) -> None:
+    """Raise where Grad-CAM would see a part only of what the output depends on; `model` is a copy."""
+    model.requires_grad_(False)
+    handle = layer.register_forward_hook(lambda module, args, output: output.detach())
+    try:
+        with torch.enable_grad():
+            output = model(_leaf(inputs[:1]))
+    finally:
+        handle.remove()
+    if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
+        path = next(path for path, module in model.named_modules() if module is layer)
+        raise ValueError(
+            "Expected `model` to have a convolutional feature map that its output depends on the image "
+            f"through, which Grad-CAM needs, but got {type(model).__name__}, whose last one, that of "
+            f"`{path}`, has a way around it. Use Captum's `LayerGradCam` with a layer of your choice, or "
+            "another method, such as 'abslrp'."
+        )
 
 
 @register_method("abslrp")
@@ -235,7 +263,7 @@ def _lrp(model: nn.Module) -> AttributionFunction:
 
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
         separate = _unshare_layers(_hookable_copy(model), inputs)
-        _require_additions_in_modules(separate, inputs)
+        _require_layers(separate, inputs)
         return _maps(LRPOfOperations(separate), inputs, target)
 
     return attribute
@@ -273,6 +301,7 @@ def _deeplift(model: nn.Module) -> AttributionFunction:
 
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
         separate = _unshare_layers(_hookable_copy(model), inputs)
+        _require_rescaled(separate, inputs)
         with _silenced("Setting forward, backward hooks"):
             return _maps(DeepLift(separate), inputs, target)
 
@@ -290,9 +319,10 @@ def _guided_backprop(model: nn.Module) -> AttributionFunction:
         )
 
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
+        separate = _hookable_copy(model)
+        _require_relu_modules(separate, inputs)
         with _silenced("Setting backward hooks"):
-            method = GuidedBackprop(_hookable_copy(model))
-            return _maps(method, inputs, target)
+            return _maps(GuidedBackprop(separate), inputs, target)
 
     return attribute
 
@@ -328,7 +358,9 @@ def _gradcam(model: nn.Module) -> AttributionFunction:
 
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
         separate = _hookable_copy(model)
-        method = LayerGradCam(separate, find_feature_layer(separate, inputs))
+        layer = find_feature_layer(separate, inputs)
+        _require_no_way_around(separate, layer, inputs)
+        method = LayerGradCam(separate, layer)
         coarse = method.attribute(_leaf(inputs), target=target, relu_attributions=True)
         channels, *size = inputs.shape[1:]
         maps: Tensor = LayerAttribution.interpolate(coarse.detach(), tuple(size), "bilinear")
@@ -400,46 +432,92 @@ def _hookable_copy(model: nn.Module) -> nn.Module:
     return separate
 
 
-class _NoteAdditions(TorchFunctionMode):
-    """Sees whether two tensors are added while `inside` is 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside = 0
-        self.seen = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        named_add = getattr(func, "__name__", "") in {"add", "add_", "__iadd__", "__radd__"}
-        if named_add and not self.inside and all(isinstance(arg, Tensor) for arg in args[:2]):
-            self.seen = True
-        return func(*args, **(kwargs or {}))
-
-
-def _require_additions_in_modules(model: nn.Module, inputs: Tensor) -> None:
-    """Captum's LRP would hand all relevance to both summands of ``x + y`` without a word."""
-    with _NoteAdditions() as mode:
-
-        def enter(module: nn.Module, args: object) -> None:
-            mode.inside += 1
-
-        def leave(module: nn.Module, args: object, output: object) -> None:
-            mode.inside -= 1
-
-        leaves = [module for module in model.modules() if not list(module.children())]
-        handles = [leaf.register_forward_pre_hook(enter) for leaf in leaves]
-        handles += [leaf.register_forward_hook(leave) for leaf in leaves]
-        try:
-            with torch.no_grad():
-                model(inputs[:1])
-        finally:
-            for handle in handles:
-                handle.remove()
-    if mode.seen:
+def _require_layers(model: nn.Module, inputs: Tensor) -> None:
+    """Raise where Captum's LRP, whose rules are of layers, would take a gradient for relevance."""
+    leaves = {part for part in model.modules() if part is not model and not list(part.children())}
+    # A ReLU is 0, and so is its relevance, just where its gradient is.
+    found = find_operation(model, inputs, MOVING | {"relu"}, leaves)
+    if found is None:
+        return
+    if found.name == "add":
         raise TypeError(
             "Expected `model` to add tensors in modules only, which is all that Captum's LRP has "
-            f"a rule for, but got {type(model).__name__} with additions outside of modules."
+            f"a rule for, but got {type(model).__name__} with additions outside of modules: {found}."
+        )
+    raise TypeError(
+        "Expected `model` to compute in layers of torch.nn only, which is all that Captum's LRP has "
+        f"rules for, but got {type(model).__name__} with {found}. Use a layer there, or another "
+        "method, such as 'abslrp'."
+    )
+
+
+_RESCALED = (
+    nn.ReLU,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.Softmax,
+)
+"""The nonlinear layers that Captum's DeepLift has a rule for."""
+
+
+def _is_rescaled(module: nn.Module) -> bool:
+    return type(module) in _RESCALED and not getattr(module, "return_indices", False)
+
+
+def _require_rescaled(model: nn.Module, inputs: Tensor) -> None:
+    """Raise where DeepLift, whose rule is of modules, would leave a gradient as it is."""
+    layers = {module for module in model.modules() if _is_rescaled(module)}
+    found = find_operation(model, inputs, LINEAR, layers)
+    if found is not None:
+        known = ", ".join(layer.__name__ for layer in _RESCALED)
+        raise TypeError(
+            f"Expected `model` to be linear outside of the layers that DeepLift has a rule for ({known} "
+            f"of torch.nn), but got {type(model).__name__} with {found}. Use such a layer there, or "
+            "another method, such as 'ig'."
+        )
+
+
+_NOT_GUIDED = LINEAR | {
+    "_native_batch_norm_legit",
+    "_safe_softmax",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_softmax",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "amax",
+    "baddbmm",
+    "bmm",
+    "div",
+    "max",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "mm",
+    "mul",
+    "native_batch_norm",
+    "native_group_norm",
+    "native_layer_norm",
+}
+"""What guided backpropagation leaves to the plain gradient: all but activations."""
+
+
+def _require_relu_modules(model: nn.Module, inputs: Tensor) -> None:
+    """Raise where an activation is none that guided backpropagation changes."""
+    layers = {module for module in model.modules() if isinstance(module, nn.ReLU)}
+    found = find_operation(model, inputs, _NOT_GUIDED, layers, products=True)
+    if found is not None:
+        raise TypeError(
+            "Expected `model` to have no activations but nn.ReLU modules, which guided backpropagation "
+            f"changes, but got {type(model).__name__} with {found}. Use nn.ReLU there, or another "
+            "method, such as 'saliency'."
         )
 
 
@@ -471,17 +549,7 @@ class _SecondName(nn.Module):
         return result
 
 
-_ONCE_ONLY = (
-    nn.Dropout,
-    nn.ELU,
-    nn.LeakyReLU,
-    nn.MaxPool2d,
-    nn.ReLU,
-    nn.Sigmoid,
-    nn.Softmax,
-    nn.Softplus,
-    nn.Tanh,
-)
+_ONCE_ONLY = (nn.Dropout, *_RESCALED)
 """Layers without parameters of which DeepLift or LRP bear one call per forward pass, no more."""
 
 

@@ -169,6 +169,8 @@ class Step:
     """What the call does on the tail of the score."""
     on_tail: bool = False
     """Whether it is on the tail."""
+    rectified: Kept | None = None
+    """The output, if a ReLU has changed it in place: relevance of a score of zero ends there."""
     changes: list[Tensor] = field(default_factory=list)
     """By how much the relevance of each seed changed there, because of signs."""
     logits: Kept | None = None
@@ -184,6 +186,10 @@ class Step:
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
+        if self.rectified is not None and (self.on_tail or self.stabilised):
+            output = self.rectified()
+            seeds = [functional.rectify(in_full_precision(s), output) for s in seeds]
+        self.rectified = None
         if self.on_tail:
             return self._run_tail(seeds)
         self.tail = None

@@ -14,9 +14,15 @@ is that of a mask, here as there. Two things are said of rounding:
 - What is left of two parts of ``R_in`` that cancel to the last digits is no relevance, and neither is an
   ``R_in`` that is less, in all, than the last digits of what it shall be (behind a saturated call). In
   ``sum |R_in| + EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there
-  is relevance.
+  is relevance. The bound is that of :func:`is_rounding`, and nowhere else.
 - Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``; where an ``R_in``
   is not far from those last digits, on what is taken for less. A test asks for others, and knows by how much.
+
+What a network does to its score behind the last layer with weights is the *tail*. A call is on the tail if
+it has a tail rule (one of :data:`TailRule` below) and every path of relevance from its result to the output
+goes through calls on the tail and calls that move elements. A tail rule works on relevance itself, which may
+be negative there, and nothing is rescaled. The first other call gets the rule above. Constants take no part
+in a path: a divisor, a mask, and a tensor with a history of its own that does not depend on the input.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +41,8 @@ from torch import Tensor, nn
 EPS = 1e-9
 ROUNDING = 1e-12
 """Share of a sum's parts, or of a total, that is taken for rounding."""
+TAILS = True
+"""Whether networks with tails are drawn, and the definition has tail rules."""
 LARGEST = 200
 """Elements of a tensor, for one sample."""
 
@@ -43,6 +52,69 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
 # ------------------------------------------------------------------------------------- the definition
+
+
+def is_rounding(amount: Tensor, parts: Any, share: float = ROUNDING) -> Tensor:
+    """Whether an amount of relevance is no more than the rounding of the parts that it is made from.
+
+    This is the one place where the bound is applied: change it here.
+    """
+    return amount <= share * parts
+
+
+Function = Callable[..., Tensor]
+TailRule = Callable[[Function, Tensor, Sequence[Tensor]], list[Tensor]]
+"""From a call as a function of its inputs, relevance ``R`` of its result, and the inputs, to relevance of
+each input."""
+
+
+def by_slope(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """An element-wise function: ``-R`` where it falls, else ``R``, whatever the slope."""
+    (x,) = xs
+    leaf = x.expand(r.shape).clone().requires_grad_()  # an input may be broadcast
+    (slope,) = _gradients(f(leaf), [leaf], torch.ones_like(r))
+    return [torch.where(slope < 0, -r, r).sum_to_size(x.shape)]
+
+
+def whole(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """``R`` of the same element: softmax, log_softmax, division by a norm."""
+    return [r]
+
+
+def by_sign(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """A product with a constant c, or a quotient: ``sign(c) R``; 0 where c is."""
+    (x,) = xs
+    return [(f(torch.ones_like(x)).sign() * r).sum_to_size(x.shape)]
+
+
+def by_magnitude(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """A sum ``a + b`` or ``a - b``: ``|a| / (|a| + |b|) R``, and ``-|b| / (|a| + |b|) R`` of a difference."""
+
+    def alone(i: int, value: Tensor) -> Tensor:
+        return f(*(value if j == i else torch.zeros_like(x) for j, x in enumerate(xs)))
+
+    sizes = [alone(i, x).abs() for i, x in enumerate(xs)]
+    shares = [torch.where(sum(sizes) > 0, size / sum(sizes), 0) for size in sizes]
+    signs = [alone(i, torch.ones_like(x)).sign() for i, x in enumerate(xs)]
+    return [
+        (sign * share * r).sum_to_size(x.shape)
+        for sign, share, x in zip(signs, shares, xs, strict=True)
+    ]
+
+
+def by_share(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """A linear map with coefficients ``a_ij >= 0``: ``sum_j |x_i| a_ij / (sum_k |x_k| a_kj) R_j``."""
+    (x,) = xs
+    leaf = x.abs().requires_grad_()
+    z = f(leaf)
+    (g,) = _gradients(z, [leaf], torch.where(z > 0, r / z, 0).detach())
+    return [x.abs() * g]
+
+
+def by_gradient(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """A maximum, a minimum, logsumexp: ``sum_j dz_j / dx_i R_j``."""
+    leaves = [x.clone().requires_grad_() for x in xs]
+    return _gradients(f(*leaves), leaves, r)
 
 
 class Value:
@@ -60,6 +132,8 @@ class _Entry:
     weights: Sequence[Tensor]
     output: Value
     rule: str
+    tail: TailRule | None
+    """The rule on the tail; a call without one ends the tail."""
 
 
 class Definition:
@@ -68,28 +142,36 @@ class Definition:
     Args:
         eps: the stabiliser.
         least: share of what it shall be that an ``R_in`` has at least; less is none.
+        tails: whether calls on the tail get their tail rule; without, there is no tail.
     """
 
-    def __init__(self, eps: float = EPS, least: float = ROUNDING) -> None:
+    def __init__(self, eps: float = EPS, least: float = ROUNDING, *, tails: bool = TAILS) -> None:
         self.eps = eps
         self.least = least
+        self.tails = tails
         self.entries: list[_Entry] = []
         self.lossless = True
         """Whether no relevance was lost, or negative, on the way back."""
+        self.cancelled = False
+        """Whether relevance of both signs met in one element and left no more than rounding."""
 
     def call(
-        self, function: Callable[..., Tensor], *inputs: Value, weights: Sequence[Tensor] = ()
+        self,
+        function: Callable[..., Tensor],
+        *inputs: Value,
+        weights: Sequence[Tensor] = (),
+        tail: TailRule | None = None,
     ) -> Value:
         """A call that meets the rule; each input gets relevance with the others held fixed."""
-        return self._record("call", function, inputs, weights)
+        return self._record("call", function, inputs, weights, tail)
 
     def moved(self, function: Callable[..., Tensor], *inputs: Value) -> Value:
         """A call that moves elements, and relevance with them."""
         return self._record("moved", lambda weights, *xs: function(*xs), inputs, ())
 
-    def passed(self, function: Callable[..., Tensor], x: Value) -> Value:
+    def passed(self, function: Callable[..., Tensor], x: Value, *, tail: TailRule) -> Value:
         """A call that hands on the relevance of each element as it is."""
-        return self._record("passed", lambda weights, x: function(x), [x], ())
+        return self._record("passed", lambda weights, x: function(x), [x], (), tail)
 
     def _record(
         self,
@@ -97,22 +179,41 @@ class Definition:
         function: Callable[..., Tensor],
         inputs: Sequence[Value],
         weights: Sequence[Tensor],
+        tail: TailRule | None = None,
     ) -> Value:
         weights = [w.detach() for w in weights]
         output = Value(function(weights, *(x.data for x in inputs)))
-        self.entries.append(_Entry(function, inputs, weights, output, rule))
+        self.entries.append(_Entry(function, inputs, weights, output, rule, tail))
         return output
+
+    def on_tail(self, output: Value) -> set[int]:
+        """The calls on the tail, by their place among the entries."""
+        found: set[int] = set()
+        reaching = {output}
+        apart: set[Value] = set()  # some path from these to the output leaves the tail
+        for place, entry in reversed(list(enumerate(self.entries if self.tails else ()))):
+            if entry.output not in reaching:
+                continue
+            reaching.update(entry.inputs)
+            if entry.output in apart or (entry.rule != "moved" and entry.tail is None):
+                apart.update(entry.inputs)
+            elif entry.rule != "moved":
+                found.add(place)
+        return found
 
     def relevance(
         self, output: Value, of: Value, seeds: Sequence[Tensor], *, joint: bool
     ) -> list[Tensor]:
         """Relevance of a value for each seed, relevance of the output."""
         found: dict[Value, list[Tensor]] = {output: list(seeds)}
-        for entry in reversed(self.entries):
+        on_tail = self.on_tail(output)
+        for place, entry in reversed(list(enumerate(self.entries))):
             arrived = found.pop(entry.output, None)
             if arrived is None:
                 continue
-            if entry.rule == "passed":
+            if place in on_tail:
+                shares = self._back_through_tail(entry, arrived)
+            elif entry.rule == "passed":
                 shares = [arrived]
             elif entry.rule == "moved":
                 shares = self._back_through_move(entry, arrived)
@@ -120,16 +221,27 @@ class Definition:
                 shares = self._back_through_call(entry, arrived, joint=joint)
             after = [sum(_totals(share[i]) for share in shares) for i in range(len(seeds))]
             for before, left in zip(arrived, after, strict=True):
-                if not entry.rule == "call" or joint:
+                if entry.rule != "call" or joint or place in on_tail:
                     self.lossless &= torch.allclose(_totals(before), left, rtol=1e-9, atol=0)
                 self.lossless &= bool((before >= 0).all())
             for x, share in zip(entry.inputs, shares, strict=True):
                 self.lossless &= all(bool((part >= 0).all()) for part in share)
                 known = found.get(x)
                 found[x] = share if known is None else [a + b for a, b in zip(known, share)]
+                for a, b in zip(known or (), share):
+                    left = is_rounding((a + b).abs(), a.abs() + b.abs())
+                    self.cancelled |= bool((left & (a != 0)).any())
         result = found.get(of) or [torch.zeros_like(of.data) for _ in seeds]
         self.lossless &= all(bool((r >= 0).all()) for r in result)
         return result
+
+    def _back_through_tail(self, entry: _Entry, arrived: Sequence[Tensor]) -> list[list[Tensor]]:
+        xs = [x.data for x in entry.inputs]
+        assert entry.tail is not None
+        of_seeds = [
+            entry.tail(lambda *v: entry.function(entry.weights, *v), r, xs) for r in arrived
+        ]
+        return [[of_seed[i] for of_seed in of_seeds] for i in range(len(xs))]
 
     def _back_through_move(self, entry: _Entry, arrived: Sequence[Tensor]) -> list[list[Tensor]]:
         leaves = [x.data.clone().requires_grad_() for x in entry.inputs]
@@ -152,7 +264,7 @@ class Definition:
                 s = r / (z.abs() + self.eps)
                 (g,), (g_twin,) = _gradients(plain, [x], s), _gradients(twin, [x], s)
                 both = g + g_twin
-                both[both.abs() <= ROUNDING * (g.abs() + g_twin.abs())] = 0
+                both[is_rounding(both.abs(), g.abs() + g_twin.abs())] = 0
                 of_seeds.append(torch.where(value.data == 0, 0, value.data * both))
             shares.append(of_seeds)
         for k, r in enumerate(arrived):
@@ -166,7 +278,7 @@ class Definition:
         return shares
 
     def _divided(self, total: Any, by: Any) -> Tensor:
-        return torch.where(by > self.least * total, total / by, 0)
+        return torch.where(is_rounding(by, total, self.least), 0, total / by)
 
 
 def _gradients(z: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
@@ -240,6 +352,8 @@ class Kind:
     statistics and divisors are constants."""
     rule: str = "call"
     """``"call"``, ``"moved"``, ``"passed"``; or ``"parts"``, where ``define`` makes several calls."""
+    tail: TailRule | None = field(default=None, kw_only=True)
+    """Its rule on the tail, where it is one call."""
     define: Callable[..., Any] | None = None
     """From a :class:`Definition`, weights and values to the resulting values."""
     ways: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -272,10 +386,14 @@ class Kind:
         if self.define is not None:
             result = self.define(definition, weights, *xs, **o)
         elif self.rule == "call":
-            result = definition.call(lambda w, *v: self.run(w, *v, **o), *xs, weights=weights)
+            result = definition.call(
+                lambda w, *v: self.run(w, *v, **o), *xs, weights=weights, tail=self.tail
+            )
+        elif self.rule == "moved":
+            result = definition.moved(lambda *v: self.run([], *v, **o), *xs)
         else:
-            record = definition.moved if self.rule == "moved" else definition.passed
-            result = record(lambda *v: self.run([], *v, **o), *xs)
+            assert self.tail is not None
+            result = definition.passed(lambda v: self.run([], v, **o), *xs, tail=self.tail)
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
@@ -355,10 +473,17 @@ def defined(
     eps: float = EPS,
     least: float = ROUNDING,
     dtype: torch.dtype = torch.float64,
+    tails: bool = TAILS,
+    noise: float = 0,
 ) -> tuple[Definition, Value, Value]:
-    """The definition's record of a program, with the values of its input and output."""
-    definition = Definition(eps, least)
-    x = Value(program.inputs().to(dtype))
+    """The definition's record of a program, with the values of its input and output.
+
+    Args:
+        noise: relative size of what is added to the input at random.
+    """
+    definition = Definition(eps, least, tails=tails)
+    x = program.inputs()
+    x = Value((x + noise * x * random(program.seed + 1, x.shape)).to(dtype))
     registers = [x]
     for i, step in enumerate(program.steps):
         xs = [registers[r] for r in step.of]
@@ -394,7 +519,7 @@ def _elementwise(
     if in_place is not None:
         ways["in place"] = lambda w, x: in_place(x)
     modules = {} if module is None else {"module": lambda w, o: module()}
-    return Kind(lambda w, x: run(x), ways=ways, modules=modules)
+    return Kind(lambda w, x: run(x), ways=ways, modules=modules, tail=by_slope)
 
 
 def _number(draw: Draw, shape: Shape) -> Options:
@@ -519,7 +644,7 @@ def _soft(x: Tensor, dim: int, seen: Tensor | None = None) -> Tensor:
 def _soft_defined(d: Definition, x: Value, dim: int, seen: Tensor | None = None) -> Value:
     """What has a probability of at most the stabiliser counts as masked, and takes no part."""
     likely = _soft(x.data, dim, seen) > d.eps
-    return d.call(lambda w, v: _soft(v, dim, likely), x)
+    return d.call(lambda w, v: _soft(v, dim, likely), x, tail=whole)
 
 
 def _pool_options(draw: Draw, shape: Shape) -> Options:
@@ -535,6 +660,7 @@ def _pool(name: str, dims: int) -> Kind:
         modules={"module": lambda w, o: module(o["k"], o["stride"], o["padding"])},
         options=_pool_options,
         fits=lambda shape: len(shape) == dims + 1,
+        tail=by_share if name == "avg" else by_gradient,
     )
 
 
@@ -546,15 +672,17 @@ def _adaptive(name: str, dims: int) -> Kind:
         modules={"module": lambda w, o: module(o["size"])},
         options=lambda draw, shape: {"size": draw(st.integers(1, 3))},
         fits=lambda shape: len(shape) == dims + 1,
+        tail=by_share if name == "avg" else by_gradient,
     )
 
 
-def _over(function: Callable[..., Tensor]) -> Kind:
+def _over(function: Callable[..., Tensor], tail: TailRule) -> Kind:
     """A reduction of one dimension."""
     return Kind(
         lambda w, x, dim, keepdim: function(x, dim, keepdim=keepdim),
         options=lambda draw, shape: _dims(1)(draw, shape) | {"keepdim": draw(st.booleans())},
         fits=lambda shape: len(shape) > 1,
+        tail=tail,
     )
 
 
@@ -625,6 +753,7 @@ def _scaling(
         "passed",
         ways={name: lambda w, x, c, _way=way: _way(x, c) for name, way in ways.items()},
         options=_number,
+        tail=by_sign,
     )
 
 
@@ -633,7 +762,11 @@ def _sum(run: Callable[..., Tensor], ways: dict[str, Callable[..., Any]], sign: 
     return Kind(
         lambda w, x, y: run(x, y),
         define=lambda d, w, x, y: d.call(
-            lambda v, x, y: x + v[0] * y, x, y, weights=[torch.tensor(sign, dtype=torch.float64)]
+            lambda v, x, y: x + v[0] * y,
+            x,
+            y,
+            tail=by_magnitude,
+            weights=[torch.tensor(sign, dtype=torch.float64)],
         ),
         ways={name: lambda w, x, y, _way=way: _way(x, y) for name, way in ways.items()},
         operands=2,
@@ -645,7 +778,7 @@ def _added_number(
 ) -> Kind:
     def define(d: Definition, w: Sequence[Tensor], x: Value, c: float) -> Value:
         factor = torch.tensor([of_x, sign * c], dtype=torch.float64)
-        return d.call(lambda v, x: v[0][0] * x + v[0][1], x, weights=[factor])
+        return d.call(lambda v, x: v[0][0] * x + v[0][1], x, weights=[factor], tail=by_slope)
 
     return Kind(
         lambda w, x, c: of_x * x + sign * c,
@@ -659,8 +792,13 @@ def _of_each(shape: Shape, **_: Any) -> list[tuple[Sequence[int], str]]:
     return [(shape, "normal")]
 
 
+def _product(d: Definition, x: Value, y: Value) -> Value:
+    """A product of two tensors of the network, which ends the tail."""
+    return d.call(lambda v, a, b: a * b, x, y)
+
+
 def _gated(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
-    return d.call(lambda v, a, b: a * b, x, d.call(lambda v, b: b.sigmoid(), y))
+    return _product(d, x, d.call(lambda v, b: b.sigmoid(), y, tail=by_slope))
 
 
 def _glu(d: Definition, w: Sequence[Tensor], x: Value, dim: int) -> Value:
@@ -670,12 +808,12 @@ def _glu(d: Definition, w: Sequence[Tensor], x: Value, dim: int) -> Value:
 
 def _divided_by_size(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
     divisor = 1 + y.data.abs()
-    return d.call(lambda v, a: a / v[0], x, weights=[divisor])
+    return d.call(lambda v, a: a / v[0], x, weights=[divisor], tail=by_sign)
 
 
 def _weighted(d: Definition, w: Sequence[Tensor], x: Value, *, out: int) -> Value:
     product = d.call(lambda v, a: a @ v[0], x, weights=[w[0]])
-    return d.call(lambda v, a: a + v[0], product, weights=[w[1]])
+    return d.call(lambda v, a: a + v[0], product, weights=[w[1]], tail=by_slope)
 
 
 def _scores(d: Definition, query: Value, key: Value) -> Value:
@@ -694,7 +832,7 @@ def _seen(scores: Tensor, mask: str) -> Tensor | None:
 
 def _attended(d: Definition, q: Value, k: Value, v: Value, mask: str = "none") -> Value:
     scale = q.data.shape[-1] ** -0.5
-    scores = _scores(d, d.passed(lambda t: t * scale, q), k)
+    scores = _scores(d, d.passed(lambda t: t * scale, q, tail=by_sign), k)
     weights = _soft_defined(d, scores, -1, _seen(scores.data, mask))
     return d.call(lambda w, a, b: a @ b, weights, v)
 
@@ -775,13 +913,13 @@ def _in_slice_defined(change: str) -> Callable[..., Value]:
     def define(d: Definition, w: Sequence[Tensor], x: Value, y: Value, **o: Any) -> Value:
         part, other = (d.moved(lambda t: _sliced(t, **o), value) for value in (x, y))
         if change == "relu_":
-            changed = d.call(lambda v, t: t.relu(), part)
+            changed = d.call(lambda v, t: t.relu(), part, tail=by_slope)
         elif change == "mul_":
-            changed = d.passed(lambda t: t * -2, part)
+            changed = d.passed(lambda t: t * -2, part, tail=by_sign)
         elif change == "add_":
-            changed = d.call(lambda v, a, b: a + b, part, other)
+            changed = d.call(lambda v, a, b: a + b, part, other, tail=by_magnitude)
         elif change == "mul_ by another":
-            changed = d.call(lambda v, a, b: a * b, part, other)
+            changed = _product(d, part, other)
         else:
             changed = other
 
@@ -809,8 +947,9 @@ def _seen_in_view(w: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def _seen_in_view_defined(d: Definition, w: Sequence[Tensor], x: Value) -> Value:
-    base = d.call(lambda v, t: t.relu(), d.passed(lambda t: t * 0.5, x))
-    return d.call(lambda v, t: t + 1, d.moved(lambda t: t.flatten(1)[:, ::2], base))
+    half = d.passed(lambda t: t * 0.5, x, tail=by_sign)
+    base = d.call(lambda v, t: t.relu(), half, tail=by_slope)
+    return d.call(lambda v, t: t + 1, d.moved(lambda t: t.flatten(1)[:, ::2], base), tail=by_slope)
 
 
 def _twice_changed(w: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -824,20 +963,377 @@ def _twice_changed(w: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 
 def _twice_changed_defined(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
-    t = d.call(lambda v, a, b: a + b, x, y)
-    first = d.call(lambda v, a: a.sigmoid(), t)
-    t = d.call(lambda v, a, b: a * b, t, first)
-    second = d.call(lambda v, a: a.tanh(), t)
-    t = d.call(lambda v, a, b: a + b, t, second)
-    return d.call(lambda v, a, b: a + b, d.passed(lambda a: a * 2, t), first)
+    def added(a: Value, b: Value) -> Value:
+        return d.call(lambda v, a, b: a + b, a, b, tail=by_magnitude)
 
-
-def _window(draw: Draw, shape: Shape) -> Options:
-    return {"k": draw(st.integers(1, min(2, *shape[1:])))}
+    t = added(x, y)
+    first = d.call(lambda v, a: a.sigmoid(), t, tail=by_slope)
+    t = _product(d, t, first)
+    second = d.call(lambda v, a: a.tanh(), t, tail=by_slope)
+    t = added(t, second)
+    return added(d.passed(lambda a: a * 2, t, tail=by_sign), first)
 
 
 def _add_scaled(x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y, alpha=2)
+
+
+def _of_positive(run: Callable[[Tensor], Tensor]) -> Kind:
+    """A function of positive numbers, of softplus."""
+
+    def define(d: Definition, w: Sequence[Tensor], x: Value) -> Value:
+        positive = d.call(lambda v, t: F.softplus(t), x, tail=by_slope)
+        shift = torch.full(
+            (), 0.1, dtype=x.data.dtype
+        )  # the logarithm of what is rounded to 0 is infinite
+        positive = d.call(lambda v, t: t + v[0], positive, weights=[shift], tail=by_slope)
+        return d.call(lambda v, t: run(t), positive, tail=by_slope)
+
+    return Kind(lambda w, x: run(F.softplus(x) + 0.1), "parts", define)
+
+
+def _soft_cap(d: Definition, w: Sequence[Tensor], x: Value, c: float) -> Value:
+    divided = d.passed(lambda t: t / c, x, tail=by_sign)
+    bounded = d.call(lambda v, t: t.tanh(), divided, tail=by_slope)
+    return d.passed(lambda t: t * c, bounded, tail=by_sign)
+
+
+def _mean_of_two(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
+    stacked = d.moved(lambda a, b: torch.stack([a, b], 1), x, y)
+    return d.call(lambda v, t: t.mean(1), stacked, tail=by_share)
+
+
+def _normalized(d: Definition, x: Value) -> Value:
+    norm = x.data.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    return d.call(lambda v, t: t / v[0], x, weights=[norm], tail=whole)
+
+
+def _cosine(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
+    product = _product(d, _normalized(d, x), _normalized(d, y))
+    return d.call(lambda v, t: t.sum(-1), product, tail=by_share)
+
+
+def _cosine_to(w: Sequence[Tensor], x: Tensor, out: int) -> Tensor:
+    return F.cosine_similarity(x.unsqueeze(-2), w[0], dim=-1)
+
+
+def _cosine_to_defined(d: Definition, w: Sequence[Tensor], x: Value, out: int) -> Value:
+    repeated = d.moved(lambda t: t.unsqueeze(-2).expand(*t.shape[:-1], out, -1), x)
+    prototypes = F.normalize(w[0], dim=-1)
+    product = d.call(
+        lambda v, t: t * v[0], _normalized(d, repeated), weights=[prototypes], tail=by_sign
+    )
+    return d.call(lambda v, t: t.sum(-1), product, tail=by_share)
+
+
+OPERATORS: dict[str, dict[str, Callable[[Any, Any], Tensor]]] = {
+    "mul": {
+        "operator": lambda x, c: x * c,
+        "reflected": lambda x, c: c * x,
+        "function": torch.mul,
+        "in place": lambda x, c: x.mul_(c),
+        "in place operator": lambda x, c: x.__imul__(c),
+    },
+    "div": {
+        "operator": lambda x, c: x / c,
+        "function": torch.div,
+        "in place": lambda x, c: x.div_(c),
+    },
+    "add": {
+        "operator": lambda x, c: x + c,
+        "reflected": lambda x, c: c + x,
+        "function": torch.add,
+        "in place": lambda x, c: x.add_(c),
+    },
+    "sub": {
+        "operator": lambda x, c: x - c,
+        "method": lambda x, c: x.sub(c),
+        "in place operator": lambda x, c: x.__isub__(c),
+    },
+    "less": {"operator": lambda x, c: c - x, "function": lambda x, c: torch.sub(c, x)},
+}
+"""What a tensor and a constant are combined by, and the ways to write it."""
+
+
+def _with_constant(d: Definition, operator: str, x: Value, constant: Tensor) -> Value:
+    """The definition of an operator of :data:`OPERATORS`, with a constant of the tensor's dtype."""
+    constant = constant.to(x.data.dtype)
+    if operator == "mul":
+        return d.call(lambda v, t: t * v[0], x, weights=[constant], tail=by_sign)
+    if operator == "div":
+        return d.call(lambda v, t: t / v[0], x, weights=[constant], tail=by_sign)
+    if operator == "less":  # the sign is a weight
+        weights = [-torch.ones_like(constant), constant]
+    else:
+        weights = [torch.ones_like(constant), constant if operator == "add" else -constant]
+    return d.call(lambda v, t: v[0] * t + v[1], x, weights=weights, tail=by_slope)
+
+
+def _combined(operator: str, made: Callable[..., Tensor], **kwargs: Any) -> Kind:
+    """A tensor and a constant of another dtype, boolean or integer, which the definition casts to that of
+    the tensor.
+
+    Args:
+        operator: name in :data:`OPERATORS`.
+        made: from the registers and options to the constant.
+    """
+    run = next(iter(OPERATORS[operator].values()))
+
+    def define(d: Definition, w: Sequence[Tensor], x: Value, *others: Value, **o: Any) -> Value:
+        return _with_constant(d, operator, x, made(x.data, *(y.data for y in others), **o))
+
+    return Kind(
+        lambda w, x, *others, **o: run(x, made(x, *others, **o)),
+        define=define,
+        ways={
+            name: lambda w, x, *others, _way=way, **o: _way(x, made(x, *others, **o))
+            for name, way in OPERATORS[operator].items()
+        },
+        **{"fits": lambda shape: math.prod(shape) > 1} | kwargs,  # one element is a number
+    )  # fmt: skip
+
+
+def _positive(x: Tensor, *others: Tensor) -> Tensor:
+    """The mask of what is positive, in the last of some tensors."""
+    return (others[-1] if others else x) > 0
+
+
+def _constant_mask(x: Tensor, every: int, wide: bool) -> Tensor:
+    """A mask of each element, or one that is broadcast along the last dimension."""
+    return _mask(x.shape[1:], every) if wide else (~_mask(x.shape[1:-1], every))[..., None]
+
+
+def _mask_options(draw: Draw, shape: Shape) -> Options:
+    wide = len(shape) == 1 or math.prod(shape[:-1]) == 1 or draw(st.booleans())
+    return {"every": draw(st.sampled_from([2, 3])), "wide": wide}
+
+
+def _integers(x: Tensor, dtype: str, zero: bool = False) -> Tensor:
+    """Integers for each element of a sample."""
+    few = torch.tensor([2, -1, 3, 1, -2, 0] if zero else [2, -1, 3, 1, -2])
+    numbers = few.repeat(x[0].numel())[: x[0].numel()].view(x.shape[1:])
+    return (numbers.abs() if dtype == "uint8" else numbers).to(getattr(torch, dtype))
+
+
+def _integer_options(draw: Draw, shape: Shape) -> Options:
+    return {"dtype": draw(st.sampled_from(["int64", "int32", "int16", "uint8"]))}
+
+
+def _scaled_by_integer(operator: str) -> Kind:
+    """A product or quotient with an integer that all elements share, in a tensor."""
+    ways = OPERATORS[operator]
+    run = next(iter(ways.values()))
+    return Kind(
+        lambda w, x, c: run(x, torch.tensor(c)),
+        "passed",
+        ways={
+            name: lambda w, x, c, _way=way: _way(x, torch.tensor(c)) for name, way in ways.items()
+        },
+        options=lambda draw, shape: {"c": draw(st.sampled_from([2, -3]))},
+        tail=by_sign,
+    )
+
+
+SOURCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda table: table[list(range(len(table) - 1, 0, -1))],
+    "slice": lambda table: table[1:],
+    "embedding": lambda table: F.embedding(
+        torch.arange(len(table) - 1), table.flatten(1)
+    ).unflatten(1, table.shape[1:]),
+    "normalized": lambda table: F.normalize(table[1:], dim=-1),
+    "fast weights": lambda table: table[1:] - 0.1 * table[:1].tanh(),
+    "leaf": lambda table: table[1:].detach().requires_grad_(),
+}
+"""How a constant with a history of its own is made, from a parameter with one row more."""
+
+
+class Stored(nn.Module):
+    """A call with a constant that was made before the forward pass, with its history."""
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        made: Callable[[Tensor], Tensor],
+        weights: Sequence[Tensor],
+        options: Options,
+    ) -> None:
+        super().__init__()
+        self.run, self.options = run, options
+        self.table = nn.Parameter(weights[0].clone())
+        with torch.enable_grad():
+            self.constant = made(self.table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.constant = fn(self.constant)
+        return self
+
+    def forward(self, *xs: Tensor) -> Any:
+        return self.run(*xs, self.constant, **self.options)
+
+
+def _foreign(
+    run: Callable[..., Tensor],
+    size: Callable[..., Sequence[int]],
+    define: Callable[..., Value],
+    *,
+    options: Callable[[Draw, Shape], Options] = lambda draw, shape: {},
+    finish: Callable[[Tensor], Tensor] = lambda rows: rows,
+    fits: Callable[[Shape], bool] = lambda shape: True,
+) -> Kind:
+    """A call of a tensor and a constant with a history of its own, which does not depend on the input.
+
+    Args:
+        run: from the tensor, the constant and options to the output.
+        size: of the rows that the constant is made of, from the shape of a sample and options.
+        define: from a definition, the constant without history, the value and options.
+        finish: from the rows to the constant.
+    """
+
+    def made(table: Tensor, source: str) -> Tensor:
+        return finish(SOURCES[source](table))
+
+    def drawn(draw: Draw, shape: Shape) -> Options:
+        return {"source": draw(st.sampled_from(list(SOURCES)))} | options(draw, shape)
+
+    def weights(shape: Shape, source: str, **o: Any) -> list[tuple[Sequence[int], str]]:
+        rows, *rest = size(shape, **o)
+        return [((rows + 1, *rest), "weight" if "out" in o else "normal")]
+
+    def stored(w: Sequence[Tensor], o: Options) -> nn.Module:
+        others = {name: value for name, value in o.items() if name != "source"}
+        return Stored(run, lambda table: made(table, o["source"]), w, others)
+
+    def inside(w: Sequence[Tensor], x: Tensor, source: str, **o: Any) -> Tensor:
+        return run(x, made(w[0], source), **o)
+
+    def defined(d: Definition, w: Sequence[Tensor], x: Value, source: str, **o: Any) -> Value:
+        return define(d, made(w[0], source).detach(), x, **o)
+
+    return Kind(inside, "parts", defined, ways={"inside": inside}, modules={"stored": stored},
+                options=drawn, weights=weights, fits=fits)  # fmt: skip
+
+
+def _called(run: Callable[..., Tensor]) -> Callable[..., Value]:
+    """The definition of one call of a value and a constant."""
+
+    def define(d: Definition, constant: Tensor, x: Value, **o: Any) -> Value:
+        return d.call(lambda w, t: run(t, w[0], **o), x, weights=[constant])
+
+    return define
+
+
+def _two_rows(shape: Shape) -> Sequence[int]:
+    return (2, shape[-1])
+
+
+def _mean_of_rows(rows: Tensor) -> Tensor:
+    return rows.mean(0)
+
+
+def _out(draw: Draw, shape: Shape) -> Options:
+    return {"out": draw(st.integers(2, 4))}
+
+
+def _foreign_linear() -> Kind:
+    def run(x: Tensor, c: Tensor, out: int) -> Tensor:
+        return F.linear(x, c)
+
+    return _foreign(run, lambda shape, out: (out, shape[-1]), _called(run), options=_out)
+
+
+def _foreign_matmul() -> Kind:
+    def run(x: Tensor, c: Tensor, out: int) -> Tensor:
+        return x @ c.T
+
+    return _foreign(
+        run,
+        lambda shape, out: (out, shape[-1]),
+        _called(run),
+        options=_out,
+        fits=lambda shape: shape[-1] > 1,
+    )
+
+
+def _foreign_bias() -> Kind:
+    def run(x: Tensor, c: Tensor) -> Tensor:
+        return F.linear(x, torch.eye(x.shape[-1], dtype=x.dtype) + 0.5, c)
+
+    return _foreign(run, _two_rows, _called(run), finish=_mean_of_rows)
+
+
+def _foreign_convolution() -> Kind:
+    def run(x: Tensor, c: Tensor, out: int) -> Tensor:
+        return F.conv1d(x, c)
+
+    return _foreign(
+        run,
+        lambda shape, out: (out, shape[0], 2),
+        _called(run),
+        options=_out,
+        fits=lambda shape: len(shape) == 2 and shape[1] > 1,
+    )
+
+
+def _foreign_norm() -> Kind:
+    def run(x: Tensor, c: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], c, c)
+
+    def define(d: Definition, constant: Tensor, x: Value) -> Value:
+        return d.call(lambda w, t: _layer_norm([w[0], w[0]], t), x, weights=[constant])
+
+    return _foreign(run, _two_rows, define, finish=_mean_of_rows, fits=lambda shape: shape[-1] > 1)
+
+
+def _foreign_combined(operator: str) -> Kind:
+    """An operator with a constant for each place along the last dimension."""
+    run = next(iter(OPERATORS[operator].values()))
+    return _foreign(
+        run,
+        _two_rows,
+        lambda d, constant, x: _with_constant(d, operator, x, constant),
+        finish=(lambda c: c.mean(0).abs() + 0.5) if operator == "div" else _mean_of_rows,
+        fits=lambda shape: shape[-1] > 1,
+    )
+
+
+def _foreign_scale(operator: str) -> Kind:
+    """A product or quotient with one number, as with the scale of the logits."""
+    run = next(iter(OPERATORS[operator].values()))
+
+    def define(d: Definition, constant: Tensor, x: Value) -> Value:
+        return d.passed(lambda t: run(t, constant), x, tail=by_sign)
+
+    return _foreign(run, lambda shape: (1, 1), define, finish=lambda c: c[0, 0])
+
+
+def _foreign_cat() -> Kind:
+    """Tokens of the model's own beside those of the input."""
+
+    def run(x: Tensor, c: Tensor) -> Tensor:
+        return torch.cat([c.expand(len(x), -1, -1), x], 1)
+
+    def define(d: Definition, constant: Tensor, x: Value) -> Value:
+        return d.moved(lambda t: run(t, constant), x)
+
+    return _foreign(
+        run,
+        lambda shape: (1, shape[1]),
+        define,
+        fits=lambda shape: len(shape) == 2 and math.prod(shape) < 100,
+    )
+
+
+def _foreign_where() -> Kind:
+    """Masked elements that are replaced by a token of the model's own."""
+
+    def run(x: Tensor, c: Tensor) -> Tensor:
+        return torch.where(_mask(x.shape[1:], 3), c, x)
+
+    def define(d: Definition, constant: Tensor, x: Value) -> Value:
+        return d.moved(lambda t: run(t, constant), x)
+
+    return _foreign(run, _two_rows, define, finish=_mean_of_rows)
 
 
 KINDS: dict[str, Kind] = {
@@ -875,15 +1371,18 @@ KINDS: dict[str, Kind] = {
     "max_pool1d": _pool("max", 1),
     "max_pool2d": _pool("max", 2),
     "adaptive_max_pool2d": _adaptive("max", 2),
-    "mean": _over(torch.mean),
-    "sum": _over(torch.sum),
-    "amax": _over(torch.amax),
-    "logsumexp": _over(torch.logsumexp),
-    "cumsum": Kind(lambda w, x, dim: x.cumsum(dim), options=_dims(1)),
+    "mean": _over(torch.mean, by_share),
+    "sum": _over(torch.sum, by_share),
+    "amax": _over(torch.amax, by_gradient),
+    "amin": _over(torch.amin, by_gradient),
+    "logsumexp": _over(torch.logsumexp, by_gradient),
+    "cumsum": Kind(lambda w, x, dim: x.cumsum(dim), options=_dims(1), tail=by_share),
     "interpolate": Kind(
         lambda w, x, mode: F.interpolate(x, scale_factor=2, mode=mode),
+        modules={"module": lambda w, o: nn.Upsample(scale_factor=2, mode=o["mode"])},
         options=lambda draw, shape: {"mode": draw(st.sampled_from(["nearest", "bilinear"]))},
         fits=lambda shape: len(shape) == 3,
+        tail=by_share,
     ),
     # normalisation
     "batch_norm": Kind(
@@ -933,6 +1432,7 @@ KINDS: dict[str, Kind] = {
     "normalize": Kind(
         lambda w, x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12).detach(),
         ways={"function": lambda w, x: F.normalize(x, dim=-1)},
+        tail=whole,
     ),
     "softmax": Kind(
         lambda w, x, dim: _soft(x, dim),
@@ -953,6 +1453,7 @@ KINDS: dict[str, Kind] = {
         lambda w, x: x.relu(),
         ways={"in place": lambda w, x: F.relu(x, inplace=True)},
         modules={"module in place": lambda w, o: nn.ReLU(inplace=True)},
+        tail=by_slope,
     ),
     "clamp at 0": _elementwise(lambda x: x.clamp(min=0), in_place=lambda x: x.clamp_(min=0)),
     "clamp": _elementwise(lambda x: x.clamp(-0.5, 0.7), in_place=lambda x: x.clamp_(-0.5, 0.7)),
@@ -984,8 +1485,15 @@ KINDS: dict[str, Kind] = {
     "log1p of square": Kind(
         lambda w, x: torch.log1p(x.square()),
         "parts",
-        lambda d, w, x: d.call(lambda v, t: torch.log1p(t), d.call(lambda v, t: t.square(), x)),
+        define=lambda d, w, x: d.call(
+            lambda v, t: torch.log1p(t),
+            d.call(lambda v, t: t.square(), x, tail=by_slope),
+            tail=by_slope,
+        ),
     ),
+    "log of softplus": _of_positive(torch.log),
+    "sqrt of softplus": _of_positive(torch.sqrt),
+    "power of softplus": _of_positive(lambda x: x**1.5),
     # sums, products, quotients
     "add": _sum(
         torch.add,
@@ -1015,9 +1523,11 @@ KINDS: dict[str, Kind] = {
         lambda w, x: x + w[0],
         ways={"operator": lambda w, x: x + w[0], "in place": lambda w, x: x.add_(w[0])},
         weights=_of_each,
+        tail=by_slope,
     ),
     "mul": Kind(
         lambda w, x, y: x * y,
+        define=lambda d, w, x, y: _product(d, x, y),
         ways={"operator": lambda w, x, y: x * y, "in place": lambda w, x, y: x.mul_(y)},
         operands=2,
     ),
@@ -1046,6 +1556,7 @@ KINDS: dict[str, Kind] = {
         ways={"operator": lambda w, x: w[0] * x, "in place": lambda w, x: x.mul_(w[0])},
         weights=_of_each,
         fits=lambda shape: math.prod(shape) > 1,
+        tail=by_sign,
     ),
     "mul number": _scaling(
         torch.mul,
@@ -1064,8 +1575,27 @@ KINDS: dict[str, Kind] = {
         lambda w, x: -x,
         "passed",
         ways={"operator": lambda w, x: -x, "in place": lambda w, x: x.neg_()},
+        tail=by_slope,
     ),
-    "log_softmax": Kind(lambda w, x, dim: F.log_softmax(x, dim), "passed", options=_dims(1)),
+    "log_softmax": Kind(
+        lambda w, x, dim: F.log_softmax(x, dim), "passed", options=_dims(1), tail=whole
+    ),
+    "nan_to_num": Kind(
+        lambda w, x: x.nan_to_num(),
+        "passed",
+        ways={"method": lambda w, x: x.nan_to_num(), "in place": lambda w, x: x.nan_to_num_()},
+        tail=whole,
+    ),
+    "soft cap": Kind(
+        lambda w, x, c: torch.tanh(x / c) * c,
+        "parts",
+        define=_soft_cap,
+        ways={
+            "operator": lambda w, x, c: torch.tanh(x / c) * c,
+            "in place": lambda w, x, c: x.div_(c).tanh_().mul_(c),
+        },
+        options=_number,
+    ),
     "divided": Kind(
         lambda w, x, y: x / (1 + y.abs()),
         "parts",
@@ -1076,8 +1606,62 @@ KINDS: dict[str, Kind] = {
         },
         operands=2,
     ),
-    "maximum": Kind(lambda w, x, y: torch.maximum(x, y), operands=2),
-    "minimum": Kind(lambda w, x, y: torch.minimum(x, y), operands=2),
+    "maximum": Kind(lambda w, x, y: torch.maximum(x, y), operands=2, tail=by_gradient),
+    "minimum": Kind(lambda w, x, y: torch.minimum(x, y), operands=2, tail=by_gradient),
+    # masks, and factors and summands of other dtypes
+    "times what is positive": _combined("mul", _positive),
+    "times where another is positive": _combined("mul", _positive, operands=2),
+    "times a mask": _combined("mul", _constant_mask, options=_mask_options),
+    "plus a mask": _combined("add", _constant_mask, options=_mask_options),
+    "times integers": _combined("mul", partial(_integers, zero=True), options=_integer_options),
+    "divided by integers": _combined("div", _integers, options=_integer_options),
+    "plus integers": _combined("add", _integers, options=_integer_options),
+    "minus integers": _combined("sub", _integers, options=_integer_options),
+    "integers less": _combined("less", _integers, options=_integer_options),
+    "times an integer": _scaled_by_integer("mul"),
+    "divided by an integer": _scaled_by_integer("div"),
+    # constants with a history of their own
+    "foreign linear": _foreign_linear(),
+    "foreign matmul": _foreign_matmul(),
+    "foreign bias": _foreign_bias(),
+    "foreign convolution": _foreign_convolution(),
+    "foreign norm": _foreign_norm(),
+    **{f"foreign {operator}": _foreign_combined(operator) for operator in OPERATORS},
+    "foreign scale": _foreign_scale("mul"),
+    "foreign temperature": _foreign_scale("div"),
+    "foreign cat": _foreign_cat(),
+    "foreign where": _foreign_where(),
+    # heads, and similarities
+    "mean of two": Kind(
+        lambda w, x, y: torch.stack([x, y], 1).mean(1),
+        "parts",
+        _mean_of_two,
+        ways={
+            "beside": lambda w, x, y: torch.stack([x, y], 1).mean(1),
+            "behind": lambda w, x, y: torch.stack([x, y], -1).mean(-1),
+        },
+        operands=2,
+        fits=lambda shape: math.prod(shape) < 100,
+    ),
+    "cosine": Kind(
+        lambda w, x, y: F.cosine_similarity(x, y, dim=-1),
+        "parts",
+        _cosine,
+        ways={
+            "function": lambda w, x, y: F.cosine_similarity(x, y, dim=-1),
+            "by hand": lambda w, x, y: (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1),
+        },
+        operands=2,
+        fits=lambda shape: len(shape) > 1 and shape[-1] > 1,
+    ),
+    "cosine to prototypes": Kind(
+        _cosine_to,
+        "parts",
+        _cosine_to_defined,
+        options=_out,
+        weights=lambda shape, out: [((out, shape[-1]), "normal")],
+        fits=lambda shape: shape[-1] > 1 and len(shape) < 3,
+    ),
     # products of tensors
     "matmul": Kind(
         lambda w, x, y: x @ y.mT,
@@ -1246,9 +1830,27 @@ def _may_be_in_place(registers: _Registers, of: Sequence[int]) -> bool:
     return registers.owns[target] and apart
 
 
+TAIL_KINDS = [
+    *(name for name, kind in KINDS.items() if kind.tail is not None or kind.rule == "moved"),
+    *("add", "add alpha", "sub", "add number", "sub number", "number less", "mean of two"),
+    *("softmax", "log1p of square", "log of softplus", "sqrt of softplus", "power of softplus"),
+    *("times what is positive", "times a mask", "plus a mask", "times integers", "integers less"),
+    *("divided by integers", "plus integers", "minus integers", "divided", "soft cap"),
+    *(f"foreign {operator}" for operator in OPERATORS),
+    *("foreign scale", "foreign temperature", "cosine", "cosine to prototypes"),
+    *(f"{change} in a slice" for change in ("relu_", "mul_", "add_", "mul_ by another")),
+    *("seen in a view", "changed twice", "foreign where", "mul", "gate", "layer_norm", "matmul"),
+]  # fmt: skip
+"""What is drawn behind the last layer with weights: calls with a tail rule, and some that end the tail."""
+JOINED = ["add", "sub", "mean of two", "maximum", "add alpha", "mul", "divided", "cat", "where"]
+"""What is made of two heads, or of two crops."""
+REDUCED = ["mean", "sum", "logsumexp", "amax", "amin", "cumsum"]
+"""What is made of the scores of several places."""
+
+
 @st.composite
-def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
-    """Programs that end with a row of numbers for each sample."""
+def programs(draw: Draw, longest: int = 8, classes: int = 4, tails: bool = TAILS) -> Program:
+    """Programs that end with scores for each sample: a row, or with ``tails`` also a map of each class."""
     shapes = st.sampled_from([(5,), (3, 4), (4, 6), (2, 5, 5), (3, 4, 6), (1, 6, 6), (2,)])
     shape, seed, batch = draw(shapes), draw(st.integers(0, 2**16)), draw(st.integers(1, 3))
     joint = draw(st.booleans())
@@ -1270,13 +1872,16 @@ def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
         registers.add(step, made)
         return True
 
-    for _ in range(draw(st.integers(0, longest))):
-        alive = registers.alive()[::-1]
-        target = draw(st.sampled_from(alive[:4]))
+    def draw_step(names: Sequence[str], targets: Sequence[int], others: Sequence[int] = ()) -> None:
+        """A step of one of these kinds; its other operands are drawn unless they are given."""
+        target = draw(st.sampled_from(targets))
         of_shape = registers.shapes[target]
-        name = draw(st.sampled_from([name for name in KINDS if KINDS[name].fits(of_shape)]))
+        fitting = [name for name in names if KINDS[name].fits(of_shape)]
+        if not fitting:
+            return
+        name = draw(st.sampled_from(fitting))
         kind = KINDS[name]
-        alike = [r for r in alive if registers.shapes[r] == of_shape]
+        alike = others or [r for r in registers.alive()[::-1] if registers.shapes[r] == of_shape]
         of = (target, *(draw(st.sampled_from(alike)) for _ in range(kind.operands - 1)))
         again = [
             i
@@ -1289,7 +1894,7 @@ def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
         if again and draw(st.integers(0, 3)):
             before = steps[again[-1]]
             append(Step(name, of, before.way, before.options, again[-1]))
-            continue
+            return
         ways = [
             way
             for way in kind.all_ways()
@@ -1298,17 +1903,72 @@ def programs(draw: Draw, longest: int = 8, classes: int = 4) -> Program:
         if ways:
             options = kind.options(draw, of_shape)
             append(Step(name, of, draw(st.sampled_from(ways)), options))
-    last = registers.alive()[-1]
-    if len(registers.shapes[last]) > 1:
-        append(Step("flatten", (last,), "flatten"))
-        last = len(registers.shapes) - 1
-    width = draw(st.integers(2, classes))
-    append(Step("linear", (last,), "module", {"out": width, "bias": draw(st.booleans())}))
-    last = len(registers.shapes) - 1
-    ending = draw(
-        st.sampled_from(["none", "none", "none", "log_softmax", "softmax", "relu in place"])
-    )
-    if ending != "none":
-        options = {"dim": 1} if "softmax" in ending else {}
-        append(Step(ending, (last,), KINDS[ending].all_ways()[0], options))
+
+    def last() -> int:
+        return registers.alive()[-1]
+
+    def flat() -> int:
+        if len(registers.shapes[last()]) > 1:
+            append(Step("flatten", (last(),), "flatten"))
+        return last()
+
+    def linear(of: int, layer: int | None = None) -> int:
+        options = {"out": width, "bias": bias}
+        append(Step("linear", (of,), "module", options, layer))
+        return last()
+
+    for _ in range(draw(st.integers(0, longest))):
+        draw_step(list(KINDS), registers.alive()[::-1][:4])
+    width, bias = draw(st.integers(2, classes)), draw(st.booleans())
+    if not tails:
+        linear(flat())
+        ending = draw(
+            st.sampled_from(["none", "none", "none", "log_softmax", "softmax", "relu in place"])
+        )
+        if ending != "none":
+            options = {"dim": 1} if "softmax" in ending else {}
+            append(Step(ending, (last(),), KINDS[ending].all_ways()[0], options))
+        return partial_program()
+    of_last = registers.shapes[last()]
+    heads = ["one", "one", "two", "crops"]
+    heads += {1: [], 2: ["places", "places"], 3: ["map", "map", "map"]}[len(of_last)]
+    head = draw(st.sampled_from(heads))
+    if head == "places":
+        first = linear(last())
+        append(Step("transpose", (first,), "transpose"))
+        draw_step(["sigmoid", "clone", "neg", "tanh"], [last()])
+        append(
+            Step(
+                draw(st.sampled_from(REDUCED[:-1])),
+                (last(),),
+                "function",
+                {"dim": 2, "keepdim": False},
+            )
+        )
+    elif head == "map":
+        kernel = tuple(min(3, extent) for extent in of_last[1:])
+        options = {"out": 2, "kernel": kernel, "stride": 1, "padding": 0, "dilation": 1,
+                   "groups": 1, "bias": bias}  # fmt: skip
+        append(Step("conv2d", (last(),), "module", options))
+        first = last()
+        draw_step(["interpolate", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"], [first])
+    else:
+        features = flat()
+        (count,) = registers.shapes[features]
+        if head == "crops" and count > 1:
+            half = {"dim": 1, "step": 1, "start": 0, "stop": count // 2}
+            append(Step("slice", (features,), "function", half))
+            first = linear(last())
+            layer = len(steps) - 1
+            half = {"dim": 1, "step": 1, "start": count - count // 2, "stop": count}
+            append(Step("slice", (features,), "function", half))
+            draw_step(JOINED, [first], [linear(last(), layer)])
+        elif head == "two":
+            first = linear(features)
+            draw_step(JOINED, [first], [linear(features)])
+        else:
+            first = linear(features)
+    for _ in range(draw(st.integers(0, 3))):
+        behind = [r for r in registers.alive()[::-1] if r >= first]
+        draw_step(TAIL_KINDS, behind[:3])
     return partial_program()

@@ -233,7 +233,7 @@ def test_fewer_indices_explain_the_sum_over_the_rest(
     assert bool((relevance != 0).any())
 
 
-@pytest.mark.parametrize("contrast", [None, "others", (0,)])
+@pytest.mark.parametrize("contrast", [None, "others", "softmax", (0,)])
 @pytest.mark.parametrize("name", [name for name in SUMS if "row" not in name])
 def test_parts_of_a_sum_of_both_signs_count_by_their_magnitude(name: str, contrast: Any) -> None:
     make, shape, target, summed = SUMS[name]
@@ -241,11 +241,21 @@ def test_parts_of_a_sum_of_both_signs_count_by_their_magnitude(name: str, contra
         contrast = [1, 2]
     model, x = make(), batch(*shape)
     assert bool((model(x) < 0).any())
-    # Magnitudes as the model's own: their sum has the shares that the sum has.
-    magnitudes = Applied(model, lambda z: summed(z.abs()))
-    expected = AbsLRP(magnitudes).attribute(x, target, contrast=contrast)
+    expected = AbsLRP(Applied(model, summed)).attribute(x, target, contrast=contrast)
     relevance = AbsLRP(model).attribute(x, target, contrast=contrast)
     torch.testing.assert_close(relevance, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("target", [(1, 4), [(3, 0), (2, 8)]])
+@pytest.mark.parametrize("contrast", ["others", "softmax"])
+def test_probabilities_of_positions_have_the_map_of_their_logits(
+    contrast: str, target: Any
+) -> None:
+    model, x = along_line(), batch(2, 1, 9)
+    expected = AbsLRP(model).attribute(x, target, contrast=contrast)
+    probabilities = Applied(model, lambda z: z.softmax(1))
+    relevance = AbsLRP(probabilities).attribute(x, target, contrast=contrast)
+    torch.testing.assert_close(relevance, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_seed_of_a_sum() -> None:

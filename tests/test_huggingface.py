@@ -5,16 +5,20 @@ Their outputs are taken as they come: a ``ModelOutput`` with ``logits`` or ``log
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from captum_abslrp import AbsLRP
 from captum_abslrp.mappings import find_mapping, get_mapping
 from tests.conftest import realistic, relative_error
 from tests.test_no_trace import no_trace
+from tests.test_state import state_of
 
 transformers = pytest.importorskip("transformers", reason="the models come from transformers")
 
@@ -30,7 +34,7 @@ DRAWN = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 def made(architecture: str, attention: str, **options: Any) -> nn.Module:
     """A model of transformers; its family, in front of ``For`` or ``Model``, names its configuration."""
-    family = architecture.split("For")[0].removesuffix("Model")
+    family = re.split("For(?=[A-Z])", architecture)[0].removesuffix("Model")
     config = getattr(transformers, f"{family}Config")(num_labels=CLASSES, **options)
     try:
         model: nn.Module = getattr(transformers, architecture)._from_config(
@@ -204,3 +208,84 @@ def test_the_two_heads_of_a_distilled_model_are_one_layer() -> None:
     sample, target = below.nonzero()[0].tolist()
     relevance = AbsLRP(model).attribute(x[[sample]], target, contrast=None)
     assert bool(relevance.any())
+
+
+# Models that install hooks the first time that they are asked for attention maps.
+
+HEADS = {"num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16}
+LAZY: dict[str, dict[str, Any]] = {
+    "ViTForImageClassification": {**ENCODER, **PATCHES},
+    "BeitForImageClassification": {**ENCODER, **PATCHES, "vocab_size": 20},
+    "SegformerForImageClassification": {
+        "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], **HEADS, **SCALE,
+    },
+    "SegformerForSemanticSegmentation": {
+        "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], **HEADS, **SCALE,
+    },
+    "DPTForSemanticSegmentation": {
+        **ENCODER, **PATCHES, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "is_hybrid": False,
+    },
+}  # fmt: skip
+
+
+def lazy_case(name: str) -> tuple[nn.Module, Tensor, Callable[[Any], Tensor] | None]:
+    """Model, input, and what picks one score per class; equal each time."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    if name == "MaskFormerForInstanceSegmentation":
+        half = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2}
+        widths = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_attention_heads": 2}
+        backbone = transformers.SwinConfig(
+            image_size=32,
+            patch_size=4,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=2,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )
+        decoder = transformers.DetrConfig(d_model=32, num_queries=3, **half, **widths)
+        options: dict[str, Any] = {
+            "backbone_config": backbone,
+            "decoder_config": decoder,
+            "fpn_feature_size": 32,
+            "mask_feature_size": 32,
+        }
+        model = made(name, "eager", **options)
+        return model.eval(), torch.randn(2, 3, 32, 32, generator=generator), _queries
+    model = made(name, "eager", **LAZY[name]).eval()
+    output = _pixels if name.endswith("SemanticSegmentation") else None
+    return model, torch.randn(2, 3, 32, 32, generator=generator), output
+
+
+def _queries(output: Any) -> Tensor:
+    scores: Tensor = output.class_queries_logits
+    return scores.mean(1)
+
+
+def _pixels(output: Any) -> Tensor:
+    scores: Tensor = output.logits
+    return scores.mean((2, 3))
+
+
+@pytest.mark.parametrize("asked", ["attentions", "hidden_states", "nothing"])
+@pytest.mark.parametrize("name", [*LAZY, "MaskFormerForInstanceSegmentation"])
+def test_models_that_install_hooks_are_left_without_them(name: str, asked: str) -> None:
+    (model, x, output), (untouched, *_) = lazy_case(name), lazy_case(name)
+    if asked != "nothing":
+        setattr(model.config, f"output_{asked}", True)
+        setattr(untouched.config, f"output_{asked}", True)
+    before = state_of(model)
+    relevance = AbsLRP(model, output=output).attribute(x, 1)
+    after = state_of(model)
+    assert [key for key in {**before, **after} if before.get(key) != after.get(key)] == []
+    assert torch.equal(AbsLRP(model, output=output).attribute(x, 1), relevance)
+    assert bool(relevance.any())
+    for options in ({"output_attentions": True}, {}, {"output_hidden_states": True}):
+        with torch.no_grad():
+            got, expected = model(x, **options), untouched(x, **options)
+        assert got.keys() == expected.keys()
+        pairs = zip(tree_leaves(dict(got)), tree_leaves(dict(expected)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(model(x, output_attentions=True).attentions) > 1

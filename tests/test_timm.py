@@ -71,6 +71,9 @@ def test_every_family_is_explained(representative: Representative) -> None:
     assert bool(torch.isfinite(relevance).all())
     assert bool(relevance.flatten(1).any(1).all())
     assert relative_error(attribute(x[:1], target[:1]), relevance[:1]) < 1e-3
+    with torch.no_grad():
+        least = model(x).argmin(1)
+    assert bool(attribute(x, least, contrast=None).flatten(1).any(1).all())
     assert relative_error(attribute(x, target.flip(0)), relevance) > 1e-3
     single = AbsLRP(model.float()).attribute(x.float(), target)
     assert bool(torch.isfinite(single).all())

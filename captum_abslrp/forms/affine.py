@@ -159,11 +159,22 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
     def share(relevance: Tensor) -> list[Tensor]:
         return [functional.shares(x(), spread if bicubic else run, relevance)]
 
+    nonnegative = call.is_nonnegative(input)
+
+    @once
+    def noise() -> Tensor:
+        """Outputs that are rounding errors: the mean of what has been centered, say."""
+        return z().abs() <= functional.rounding(output.dtype) * run(functional.magnitude(x()))
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        s = s if nonnegative else s.masked_fill(noise(), 0)
+        return [functional.linear_map(x(), run, s)]
+
     return Answer(
         output,
         [input],
-        lambda s: [functional.linear_map(x(), run, s)],
-        nonnegative=call.is_nonnegative(input) and not bicubic,
+        propagate,
+        nonnegative=nonnegative and not bicubic,
         keeps_sign=not bicubic,
         tail=tail_of(z, [x], share, keeps_sign=True),
     )

@@ -155,7 +155,7 @@ def answer_passed(call: Call) -> Any:
         # Zeros have relevance, too: that of a class whose log-probability is rounded to 0, say.
         relevance = functional.relevance(z().abs().clamp(min=LEAST), s)
         return [
-            (relevance / x().abs().clamp(min=EPS)).clamp(-largest, largest)
+            (relevance / x().abs().clamp(min=LEAST)).clamp(-largest, largest)
             for x, largest in zip(kept, limits, strict=True)
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
@@ -25,7 +26,7 @@ from captum_abslrp.forms.base import (
     tail_of,
 )
 from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer, Kept, Step, Tail
+from captum_abslrp.steps import Answer, Kept, Step
 
 
 def answer_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
@@ -106,28 +107,21 @@ def answer_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     Where the output is zero, so is the relevance that arrives there: the call that handed it over has
     multiplied by that zero. So nothing is left to do on the way back.
     """
-    is_map = input.dim() > 2  # a score keeps what it was before, see `_tail_of_relu`
-    if is_map and call.target is input and call.interception.is_fresh(input):
+    if call.target is input and call.interception.is_fresh(input):
         call.interception.release(input)
         torch.relu_(input)  # its history stays what it is, but that it hands on less
         step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: a call has made it
         if step.output is not None:
             step.output = Kept(remake=partial(_rectified, step.output))
-        if step.tail is not None:
-            step.tail = _tail_of_relu(step.tail, call.keep(input))
+        step.rectified = call.keep(input)
         call.interception.mark_nonnegative(input)
         return input
     output = call.run(lambda: torch.relu(input))
     x = call.keep(input)
-    tail = passed_on(call.keep_output(output, lambda: torch.relu(x())), x)
+    z = call.keep_output(output, lambda: torch.relu(x()))
+    # A score of zero does not depend on what is negative.
+    tail = tail_of(z, [x], lambda r: [functional.rectify(r, x())], keeps_sign=True)
     return Answer(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True, tail=tail)
-
-
-def _tail_of_relu(tail: Tail, output: Kept) -> Tail:
-    """The tail of a call whose output was rectified in place: what was negative has no part in the score."""
-    return tail._replace(
-        propagate=lambda s: tail.propagate(functional.rectify(s, output())), output=output
-    )
 
 
 def _rectified(kept: Kept) -> Tensor:
@@ -171,12 +165,27 @@ def _answer_summands(
         k if argument is summand else call.keep(argument)
         for k, (argument, summand) in zip(kept, sources, strict=True)
     ]
+    constant = [call.keep(c) if isinstance(c, Tensor) else partial(float, c) for c in constants]
     overwritten = _add_in_place(call, *summands)
     output = call.run(lambda: summands[0] + summands[1]) if overwritten is None else overwritten
+
+    def values() -> list[Any]:
+        return [value() for value in (*kept, *constant)]
+
+    z = call.keep_output(output, lambda: operator.add(*values()))
+    cancels = call.name == "sub" or any(c < 0 for c in constants if not isinstance(c, Tensor))
+
+    @once
+    def noise() -> Tensor:
+        """Elements of a difference that are rounding errors of the two."""
+        largest = torch.maximum(*(torch.as_tensor(v).abs() for v in values()))
+        return z().abs() <= functional.rounding(output.dtype) * largest
 
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
             return [torch.where(is_mask, s, functional.rectify(s, kept[0]()))]
+        if cancels:
+            s = s.masked_fill(noise(), 0)
         seeds = [s.sum_to_size(x().shape) for x in kept]
         if factor != 1:
             seeds[-1] = seeds[-1] * factor
@@ -193,7 +202,6 @@ def _answer_summands(
             for size, sign in zip(sizes, signs, strict=True)
         ]
 
-    z = call.keep_output(output, lambda: _sum_of([k() for k in kept], constants))
     return Answer(
         output,
         [argument for argument, _ in sources],
@@ -203,13 +211,6 @@ def _answer_summands(
         kept_sources=kept_sources,
         tail=tail_of(z, kept_sources, share, keeps_sign=min(signs) > 0),
     )
-
-
-def _sum_of(summands: Sequence[Tensor], constants: Sequence[Any]) -> Tensor:
-    """The sum of one or two tensors, and of a constant in place of the second."""
-    first, second = [*list[Any](summands), *constants]
-    result: Tensor = first + second
-    return result
 
 
 def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
@@ -269,9 +270,10 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
     z = call.keep(output)
     if len(sources) == 1:
         tail = scaled_tail(z, b if is_source(input) else a)
-    else:  # half for each factor, with the sign of the other one: what raises it raises the product
+    else:  # half for each factor, also where the product is negative
+        shapes = [t.shape for t in (input, other)]
         tail = tail_of(
-            z, [a, b], lambda relevance: [relevance / 2 * other().sign() for other in (b, a)]
+            z, [a, b], lambda r: [(r / 2).sum_to_size(shape) for shape in shapes], keeps_sign=True
         )
     return Answer(output, sources, propagate, nonnegative=nonnegative, tail=tail)
 
