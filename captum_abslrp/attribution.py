@@ -9,8 +9,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from captum._utils.common import _format_additional_forward_args
@@ -24,9 +24,11 @@ from captum_abslrp.calls import on_host
 from captum_abslrp.contrast import (
     Contrast,
     Target,
+    check_class_dim,
     check_contrast,
     contrast_seed,
     expand_target,
+    repeated,
     target_seed,
 )
 from captum_abslrp.diagnostics import Watch
@@ -46,8 +48,31 @@ Forward = Callable[
 """From inputs, further arguments and who looks at the calls, to the output and the tensors that relevance is
 asked for."""
 
-Chunk = tuple[list[Tensor], Tensor | float]
-"""Relevance of what is explained, and the sum that the relevance of each sample started with."""
+Chunk = tuple[list[Tensor], Tensor]
+"""Relevance of what is explained, and the sum that the relevance of each sample started with, (B,)."""
+
+
+def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a method what Captum expects of ``attribute``: its calls are logged, unless they are Captum's own.
+
+    Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, but hands
+    over all other arguments as they are. There, and only there, a contrast per sample is repeated as well.
+    """
+
+    @wraps(attribute)
+    def unlogged(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+        if "contrast" in kwargs and isinstance(first, Tensor) and first.dim() > 0:
+            kwargs["contrast"] = repeated(kwargs["contrast"], len(first))
+        return attribute(self, inputs, *args, **kwargs)
+
+    logged = log_usage()(attribute)
+    logged.__wrapped__ = unlogged
+    return logged
+
+
+class IndependentOutput(ValueError):
+    """The output of a model does not depend on what is explained."""
 
 
 class _Maps(NamedTuple):
@@ -101,6 +126,9 @@ class AbsLRP(GradientAttribution):
         torch.Size([2, 3, 160, 160])
     """
 
+    _takes_integers: ClassVar[bool] = False
+    """Whether relevance may start behind inputs of integers."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -136,7 +164,7 @@ class AbsLRP(GradientAttribution):
         self.normalization = normalization
         self.output = output
 
-    @log_usage()  # NoiseTunnel looks for what this decorator leaves on a method
+    @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only
         self,
         inputs: Any,
@@ -145,6 +173,7 @@ class AbsLRP(GradientAttribution):
         *,
         contrast: Contrast = "others",
         combine: str = "difference",
+        class_dim: int | None = None,
         internal_batch_size: int | str | None = None,
         return_convergence_delta: bool = False,
         check_finite: bool = False,
@@ -157,16 +186,23 @@ class AbsLRP(GradientAttribution):
             inputs: floating-point tensor of shape (B, ...), or a tuple of such tensors.
             target: index of the output to explain, in any form that Captum takes: an int or a tensor
                 of one element for all samples; a list or 1-d tensor of B ints; for outputs of more
-                than two dimensions a tuple, or a list of B tuples. None explains the predicted
-                class, or the only output.
+                than two dimensions a tuple, or a list of B tuples. With fewer indices than the output
+                has dimensions, the sum over the other dimensions is explained: ``k`` is class k of all
+                positions of an output (B, K, H, W). None explains the predicted class, or the only
+                output.
             additional_forward_args: what the model is given after the inputs, one argument or a tuple.
             contrast: what the target is held against: ``"others"``, all other classes alike (as
                 published); ``"softmax"``, the other classes by their probability; classes in any
                 form of ``target``: why this rather than that? None returns the map of the target
-                alone. With one output per sample there is nothing to hold it against.
+                alone. With one output per sample there is nothing to hold it against. Classes are
+                compared at the position of the target, or as sums where the target is one. In Captum's
+                ``NoiseTunnel`` one class per sample is taken for all of the sample's copies.
             combine: how the map of the target and that of the contrast make one: ``"difference"`` (as
                 published), or ``"gated"``: the target's map where it exceeds the contrast's, and 0
                 elsewhere.
+            class_dim: the dimension of the output that classes are in, for ``"others"``, ``"softmax"``
+                and the predicted class. None is dimension 1, as in (B, K), (B, K, L), (B, K, H, W); pass
+                2 or -1 for (B, L, K).
             internal_batch_size: how many samples are run at a time, at most; None runs all at once,
                 ``"auto"`` as many as fit into half of the free memory, by what one sample keeps.
             return_convergence_delta: whether to return the delta, too.
@@ -190,8 +226,9 @@ class AbsLRP(GradientAttribution):
             TypeError: if inputs or target are not of a type that is listed here, or the model does
                 not return a tensor.
             ValueError: if inputs are not finite (on the host; elsewhere their maps are not either) or
-                have no batch dimension, or the target does not fit the output.
-            IndexError: if the target is out of range.
+                have no batch dimension, or the target does not fit the output; if classes are to be
+                compared, but the target is a sum over them.
+            IndexError: if the target or ``class_dim`` is out of range.
             FloatingPointError: if a map is not finite (on the host, or with ``check_finite``); the call
                 that made the first value that is not is named.
             UnsupportedCallError: if the model makes a call that has no rule; it is named.
@@ -201,6 +238,13 @@ class AbsLRP(GradientAttribution):
             >>> x = torch.rand(2, 3)
             >>> why_2 = AbsLRP(model).attribute(x, target=2)
             >>> why_2_rather_than_0 = AbsLRP(model).attribute(x, target=2, contrast=0)
+
+            Of a model that returns classes at positions, (B, K, H, W), one position or all of them:
+
+            >>> model = nn.Conv2d(3, 5, 3, padding=1).eval()
+            >>> x = torch.rand(2, 3, 8, 8)
+            >>> class_2_in_the_corner = AbsLRP(model).attribute(x, target=(2, 0, 0))
+            >>> class_2_anywhere = AbsLRP(model).attribute(x, target=2)
         """
         chunks = self._explain(
             inputs,
@@ -209,6 +253,7 @@ class AbsLRP(GradientAttribution):
             contrast,
             combine,
             internal_batch_size,
+            class_dim=class_dim,
             forward=self._to_inputs,
             watch=Watch(finite=True) if check_finite else None,
         )
@@ -216,20 +261,43 @@ class AbsLRP(GradientAttribution):
         attributions = relevances if isinstance(inputs, tuple) else relevances[0]
         if not return_convergence_delta:
             return attributions
-        exact = torch.promote_types(relevances[0].dtype, torch.float32)
-        arrived = [r.to(exact).reshape(len(r), -1).sum(1) for r in relevances]
-        started = [torch.as_tensor(s).expand(len(r[0])) for r, s in chunks]
-        return attributions, torch.stack(arrived).sum(0) - torch.cat(started).to(arrived[0])
+        return attributions, delta_of(relevances, torch.cat([started for _, started in chunks]))
 
     def has_convergence_delta(self) -> bool:
+        """Yes: ``attribute(..., return_convergence_delta=True)`` returns it."""
         return True
+
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: what Captum makes of given attributions has no meaning for shares of relevance.
+
+        Raises:
+            NotImplementedError: always.
+
+        Example:
+            >>> model, x = nn.Linear(3, 4).eval(), torch.rand(2, 3)
+            >>> relevance, delta = AbsLRP(model).attribute(x, 1, return_convergence_delta=True)
+            >>> delta.shape
+            torch.Size([2])
+        """
+        raise NotImplementedError(
+            "Expected the delta to be asked for with `attribute(..., return_convergence_delta=True)`, but "
+            "got a call of `compute_convergence_delta`. That compares the sum of an attribution with the "
+            "difference of two outputs of the model; relevance is a share of the sample's total, not of "
+            "the output."
+        )
 
     @property
     def multiplies_by_inputs(self) -> bool:
         return True
 
     def explain_watched(
-        self, inputs: Any, target: Target, additional_forward_args: Any, watch: Watch
+        self,
+        inputs: Any,
+        target: Target,
+        additional_forward_args: Any,
+        watch: Watch,
+        *,
+        class_dim: int | None = None,
     ) -> None:
         """Explain the target alone while every call is looked at; arguments as for :meth:`attribute`."""
         self._explain(
@@ -239,6 +307,7 @@ class AbsLRP(GradientAttribution):
             None,
             "difference",
             None,
+            class_dim=class_dim,
             forward=self._to_inputs,
             watch=watch,
         )
@@ -257,6 +326,7 @@ class AbsLRP(GradientAttribution):
         combine: str,
         internal_batch_size: int | str | None,
         *,
+        class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
     ) -> list[Chunk]:
@@ -269,6 +339,7 @@ class AbsLRP(GradientAttribution):
                 contrast,
                 combine,
                 internal_batch_size,
+                class_dim=class_dim,
                 forward=forward,
                 watch=watch,
             )
@@ -282,12 +353,14 @@ class AbsLRP(GradientAttribution):
         combine: str,
         internal_batch_size: int | str | None,
         *,
+        class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
     ) -> list[Chunk]:
         """:meth:`_explain` of plain tensors, without the handlers of subclasses of ``Tensor``."""
-        batch_size = _check_inputs(given)
+        batch_size = _check_inputs(given, None if self._takes_integers else self.model)
         check_contrast(contrast)
+        check_class_dim(class_dim)
         if combine not in ("difference", "gated"):
             raise ValueError(
                 f'Expected `combine` to be "difference" or "gated", but got {combine!r}.'
@@ -321,7 +394,14 @@ class AbsLRP(GradientAttribution):
                 leaves, others = tuple(map(part, given)), tuple(map(part, extra))
                 try:
                     chunk = self._explain_chunk(
-                        leaves, part(targets), others, part(contrasts), combine, forward, watch
+                        leaves,
+                        part(targets),
+                        others,
+                        part(contrasts),
+                        combine,
+                        class_dim,
+                        forward,
+                        watch,
                     )
                 except Exception as error:  # raised again, unless it says that memory was short
                     if not (automatic and step > 1 and is_out_of_memory(error)):
@@ -334,17 +414,25 @@ class AbsLRP(GradientAttribution):
 
         if automatic and batch_size > 1:
             one = partial(rows_of, rows=slice(0, 1))
-            step = self._fitting(tuple(map(one, given)), tuple(map(one, extra)), batch_size)
+            step = self._fitting(
+                tuple(map(one, given)), tuple(map(one, extra)), batch_size, forward
+            )
         try:
             return run(step)
         except Misaligned:  # samples are not kept apart in the leading dimension somewhere
             return run(1)
 
-    def _fitting(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...], batch_size: int) -> int:
+    def _fitting(
+        self,
+        inputs: tuple[Tensor, ...],
+        extra: tuple[Any, ...],
+        batch_size: int,
+        forward: Forward,
+    ) -> int:
         """How many samples fit into memory at a time, by the first of them."""
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-            leaves = [x.clone().detach().requires_grad_() for x in inputs]
-            return fitting(self._forward(leaves, extra), batch_size)
+            output, _ = forward([_leaf(x) for x in inputs], extra, None)
+            return fitting(output, batch_size)
 
     def _explain_chunk(
         self,
@@ -353,6 +441,7 @@ class AbsLRP(GradientAttribution):
         extra: tuple[Any, ...],
         contrast: Any,
         combine: str,
+        class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
     ) -> Chunk:
@@ -361,7 +450,7 @@ class AbsLRP(GradientAttribution):
 
         def relevance(watch: Watch | None) -> _Maps:
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-                return self._maps(inputs, target, extra, contrast, forward, watch)
+                return self._maps(inputs, target, extra, contrast, class_dim, forward, watch)
 
         maps = relevance(watch)
         finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
@@ -377,15 +466,18 @@ class AbsLRP(GradientAttribution):
             again = Watch(traced=True, repeated=True)
             relevance(again)
             _warn_of_zeros(zero, again, of_inputs=maps.of_inputs)
-        started: Any = 1 + sum(maps.changes)  # of each seed and sample
-        of_seeds = [started] * 2 if isinstance(started, int) else started
-        if len(maps.relevances[0]) == 1:
-            return [r[0] for r in maps.relevances], of_seeds[0]
+        started = torch.ones(
+            len(maps.relevances[0]), len(inputs[0]), device=maps.relevances[0].device
+        )
+        for change in maps.changes:
+            started = started + change
+        if len(started) == 1:
+            return [r[0] for r in maps.relevances], started[0]
         pairs = [(of_target, of_contrast) for of_target, of_contrast in maps.relevances]
         _warn_of_noise(pairs)
         if combine == "difference":
-            return [r - o for r, o in pairs], of_seeds[0] - of_seeds[1]
-        return [r.where(r > o, 0) for r, o in pairs], of_seeds[0]
+            return [r - o for r, o in pairs], started[0] - started[1]
+        return [r.where(r > o, 0) for r, o in pairs], started[0]
 
     def _maps(
         self,
@@ -393,14 +485,18 @@ class AbsLRP(GradientAttribution):
         target: Tensor | None,
         extra: tuple[Any, ...],
         contrast: Any,
+        class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
-        leaves = [x.clone().detach().requires_grad_() for x in inputs]
+        leaves = [_leaf(x) for x in inputs]
         output, explained = forward(leaves, extra, watch)
-        seed = target_seed(output.detach(), target)
-        held_against = contrast_seed(logits(output), seed, contrast)
+        values = output.detach()
+        seed = target_seed(values, target, class_dim=class_dim)
+        held_against = contrast_seed(
+            values, target, contrast, class_dim=class_dim, logits=logits(output)
+        )
         seeds = [seed] if held_against is None else [seed, held_against]
         changes: list[Tensor] = []
         relevances = propagate(
@@ -414,7 +510,7 @@ class AbsLRP(GradientAttribution):
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
         interception = Interception(
             None if self.mapping is None else self.mapping.rule_of_call,
-            inputs=leaves,
+            inputs=[leaf for leaf in leaves if leaf.requires_grad],
             batch_size=len(leaves[0]),
             model=self.model,
             joint=self.normalization == "joint",
@@ -466,7 +562,7 @@ class AbsLRP(GradientAttribution):
                 f"`x.unsqueeze(0)`."
             )
         if not carries_relevance(output):
-            raise ValueError(
+            raise IndependentOutput(
                 "Expected the output of the model to depend on `inputs`, but got one that does not: "
                 "the model detaches it, or runs under `torch.no_grad()` inside."
             )
@@ -523,6 +619,13 @@ def _warn_of_zeros(zero: Tensor, watch: Watch, *, of_inputs: bool) -> None:
             f"what the score depends on. Explain another class, or give the call another rule: "
             f"`AbsLRP(model, get_mapping().extended({{...}}))`."
         )
+
+
+def delta_of(relevances: Sequence[Tensor], started: Tensor) -> Tensor:
+    """The sum over each sample of tensors of relevance, (B, ...), less what it started with, (B,)."""
+    exact = torch.promote_types(relevances[0].dtype, torch.float32)
+    arrived = [r.to(exact).reshape(len(started), -1).sum(1) for r in relevances]
+    return torch.stack(arrived).sum(0) - started.to(arrived[0])
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -666,8 +769,14 @@ def _has_no_memory(x: Tensor) -> bool:
     return own is not torch._C._disabled_torch_dispatch_impl and type(x) is not Tensor
 
 
-def _check_inputs(inputs: tuple[Any, ...]) -> int:
-    """The batch size; raises where inputs cannot be explained."""
+def _leaf(x: Tensor) -> Tensor:
+    """What stands for an input: a leaf of the history, where the input is not of integers."""
+    leaf = x.clone().detach()
+    return leaf.requires_grad_() if leaf.is_floating_point() else leaf
+
+
+def _check_inputs(inputs: tuple[Any, ...], model: nn.Module | None) -> int:
+    """The batch size; raises where inputs cannot be explained, or are integers of a given model."""
     if not inputs:
         raise ValueError("Expected `inputs` to hold at least one tensor, but got an empty tuple.")
     for x in inputs:
@@ -681,10 +790,10 @@ def _check_inputs(inputs: tuple[Any, ...]) -> int:
                 f"Expected `inputs` to be dense tensors with values, but got {kind}. Convert it first, "
                 f"`x.to_dense()`; without values `inspect_rules` tells which rules a model gets."
             )
-        if not x.is_floating_point():
+        if x.is_complex() or (model is not None and not x.is_floating_point()):
             raise TypeError(
                 f"Expected `inputs` to be of a floating-point dtype, but got {x.dtype}. Convert images "
-                f"with the model's own preprocessing; explain the embeddings of token indices."
+                f"with the model's own preprocessing. {_EXPLAIN_TOKENS.format(_embedding_of(model))}"
             )
         if x.dim() == 0 or len(x) == 0:
             raise ValueError(
@@ -699,6 +808,21 @@ def _check_inputs(inputs: tuple[Any, ...]) -> int:
                 f"{[len(i) for i in inputs]}."
             )
     return len(inputs[0])
+
+
+_EXPLAIN_TOKENS = (
+    "Of token indices explain the embeddings: "
+    "`LayerAbsLRP(model, model{}).attribute(token_ids, target)`."
+)
+
+
+def _embedding_of(model: nn.Module | None) -> str:
+    """Where a model has an embedding, to be read behind its name."""
+    modules = model.named_modules() if model is not None else ()
+    paths = [path for path, m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    if paths == [""]:
+        return ""
+    return f'.get_submodule("{paths[0]}")' if paths else ".embedding"
 
 
 def _explain_missing_batch_dimension(model: nn.Module, x: Tensor, error: Exception) -> None:

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from captum_abslrp.calls import on_host
+from captum_abslrp.steps import in_full_precision
 
-__all__ = ["Contrast", "Target", "contrast_seed", "expand_target", "target_seed"]
+__all__ = [
+    "Contrast",
+    "Target",
+    "class_dimension",
+    "contrast_seed",
+    "expand_target",
+    "repeated",
+    "target_seed",
+]
 
 Target = None | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]]
 """Target in every form that Captum takes."""
@@ -28,13 +37,13 @@ def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tens
 
     Args:
         target: None; an int or a tensor of one element (for all samples); a list or 1-d tensor of B
-            ints; a tuple of ints (one index for all samples of an output of more than two
-            dimensions); a list of B such tuples.
+            ints; a tuple of ints (one index for each dimension of all samples of an output of more
+            than two dimensions); a list of B such tuples.
         batch_size: B.
         name: name of the argument, for messages.
 
     Returns:
-        Integer tensor of shape (B, number of output dimensions - 1), or None.
+        Integer tensor of shape (B, number of indices of each sample), or None.
 
     Raises:
         TypeError: if it is none of these.
@@ -86,29 +95,46 @@ def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tens
     return rows.expand(batch_size, -1)
 
 
-def target_seed(output: Tensor, target: Tensor | None, *, name: str = "target") -> Tensor:
-    """The seed that is one at the target.
+def target_seed(
+    output: Tensor, target: Tensor | None, *, class_dim: int | None = None, name: str = "target"
+) -> Tensor:
+    """The seed of the target: one at one element, or spread over the elements of a sum.
 
     Args:
         output: (B, K), (B,), or (B, ...) with more dimensions.
-        target: indices as returned by :func:`expand_target`, or None: the predicted class of an
-            output (B, K), or the only output of each sample.
+        target: indices as returned by :func:`expand_target`, (B, I): those of the first I dimensions
+            behind the samples. Where the output has more dimensions, the target is the sum over the
+            rest; the seed spreads over it by the share of the magnitudes, ``|x_i| / sum |x_j|``, and
+            evenly where all are zero. None: the predicted class of an output with one value per
+            class, or the only output of each sample.
+        class_dim: as for :func:`class_dimension`.
         name: name of the argument, for messages.
 
     Returns:
-        Tensor shaped like ``output``.
+        Tensor shaped like ``output``, in float32 where that is of half precision.
 
     Raises:
-        ValueError: if no target was given for an output of more than two dimensions, or if it has
-            another number of indices than the output has dimensions.
-        IndexError: if an index is out of range.
+        ValueError: if no target was given for an output of more than one value per class, if the target
+            has more indices than the output has dimensions, if the output is empty, or if the class
+            dimension is that of the samples.
+        IndexError: if an index or the class dimension is out of range.
 
     Example:
         >>> target_seed(torch.tensor([[0.1, 0.9]]), None)
         tensor([[0., 1.]])
+        >>> target_seed(torch.tensor([[[1.0, -3.0], [5.0, 5.0]]]), torch.tensor([[0]]))
+        tensor([[[0.2500, 0.7500],
+                 [0.0000, 0.0000]]])
     """
-    seed = torch.zeros_like(output)
-    if output[0].numel() == 1:
+    classes = class_dimension(output, class_dim)
+    output = in_full_precision(output)
+    values = output[0].numel()
+    if values == 0:
+        raise ValueError(
+            f"Expected the model to return at least one value per sample, but got an output of shape "
+            f"{tuple(output.shape)}."
+        )
+    if values == 1:
         if target is not None and on_host(((target != 0) & (target != -1)).any()):
             raise IndexError(
                 f"Expected `{name}` to be 0 or None for a model with one output per sample, but got "
@@ -116,77 +142,194 @@ def target_seed(output: Tensor, target: Tensor | None, *, name: str = "target") 
             )
         return torch.ones_like(output)
     if target is None:
-        if output.dim() != 2:
+        if values != output.shape[classes]:
             raise ValueError(
                 f"Expected `{name}` to be a tuple of {output.dim() - 1} indices for an output of shape "
-                f"{tuple(output.shape)}, but got None."
+                f"{tuple(output.shape)}, which has more than one value per class (dimension {classes}), "
+                f"but got None. Fewer indices explain the sum over the other dimensions."
             )
-        return seed.scatter(1, output.argmax(1, keepdim=True), 1.0)
-    sizes = torch.tensor(output.shape[1:])
-    if target.shape[1] != len(sizes):
+        return torch.zeros_like(output).scatter(classes, output.argmax(classes, keepdim=True), 1.0)
+    indexed = target.shape[1]
+    if indexed > output.dim() - 1:
         raise ValueError(
-            f"Expected `{name}` to have {len(sizes)} indices per sample for an output of shape "
-            f"{tuple(output.shape)}, but got {target.shape[1]}."
+            f"Expected `{name}` to have at most {output.dim() - 1} indices per sample for an output of "
+            f"shape {tuple(output.shape)}, but got {indexed}."
         )
-    # Targets are on the host, see `expand_target`: nothing has to be waited for.
-    outside = ((target < -sizes) | (target >= sizes)).any(1)
-    if on_host(outside.any()):
-        raise IndexError(
-            f"Expected `{name}` to lie within the output shape {tuple(output.shape[1:])} of each "
-            f"sample, but got {target[outside][0].squeeze().tolist()}."
-        )
-    samples = torch.arange(len(output), device=output.device)
-    at = (target % sizes).to(output.device, non_blocking=True)
-    one = torch.ones((), dtype=seed.dtype, device=seed.device)
-    return seed.index_put((samples, *at.unbind(1)), one)
+    return _spread(_one_hot(_sums_behind(output, indexed), target, name), output, indexed)
 
 
-def contrast_seed(output: Tensor, target: Tensor, contrast: Contrast) -> Tensor | None:
+def contrast_seed(
+    output: Tensor,
+    target: Tensor | None,
+    contrast: Contrast,
+    *,
+    class_dim: int | None = None,
+    logits: Tensor | None = None,
+) -> Tensor | None:
     """The seed that the target's is held against.
 
     Args:
-        output: as for :func:`target_seed`.
-        target: seed of the target.
+        output, target, class_dim: as for :func:`target_seed`.
         contrast: ``"others"``: uniform over all other classes, as published; ``"softmax"``: the
             other classes weighted by their softmax probability; indices as returned by
-            :func:`expand_target`: one other class; None: no contrast. Classes are the last
-            dimension of an output of two or three dimensions, and dimension 1 of one with more
-            (dense prediction).
+            :func:`expand_target`: one other class; None: no contrast. Where the target is a sum over
+            some dimensions, so is each class.
+        logits: what the output has the probabilities of; by default the output itself.
 
     Returns:
-        Tensor shaped like ``output``, or None where there is no contrast or only one class.
+        Tensor as from :func:`target_seed`, or None where there is no contrast or only one class.
 
     Raises:
-        ValueError: if ``contrast`` is an unknown word, or the target itself.
+        ValueError: if ``contrast`` is an unknown word, or the target itself, or if classes are to be
+            compared though the target is a sum over them.
+        IndexError: as :func:`target_seed`.
 
     Example:
         >>> output = torch.tensor([[0.0, 1.0, 1.0]])
-        >>> contrast_seed(output, target_seed(output, None), "others")
+        >>> contrast_seed(output, torch.tensor([[1]]), "others")
         tensor([[0.5000, 0.0000, 0.5000]])
     """
     check_contrast(contrast)
     if contrast is None or output[0].numel() == 1:
         return None
     if isinstance(contrast, Tensor):
-        seed = target_seed(output, contrast, name="contrast")
-        same = (seed * target).flatten(1).any(1)
+        seed = target_seed(output, contrast, class_dim=class_dim, name="contrast")
+        same = (seed == target_seed(output, target, class_dim=class_dim)).flatten(1).all(1)
         if on_host(same.any()):
             raise ValueError(
                 "Expected `contrast` to be another class than `target`, but got the same one for "
                 f"sample {same.tolist().index(True)}."
             )
         return seed
-    classes = 1 if output.dim() > 3 else -1
-    if output.shape[classes] == 1:
+    classes = class_dimension(output, class_dim)
+    indexed = output.dim() - 1 if target is None else target.shape[1]
+    if classes > indexed:
+        raise ValueError(
+            f"Expected `target` to name a class where `contrast` is {contrast!r}, but got "
+            f"{indexed} of the {output.dim() - 1} indices of an output of shape {tuple(output.shape)}, whose "
+            f"classes are dimension {classes}: the sum over all classes has no others. Pass "
+            f"`contrast=None`, or tell by `class_dim` where the classes are."
+        )
+    scores = _sums_behind(in_full_precision(output), indexed)
+    if scores.shape[classes] == 1:
         return None
+    chosen = target_seed(scores, target, class_dim=classes)
     # 1 at every class of the position that the target is in, and 0 elsewhere.
-    position = target.sum(classes, keepdim=True)
-    others = position - target
+    others = chosen.sum(classes, keepdim=True) - chosen
     if contrast == "softmax":
-        wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-        others = others * (wide.masked_fill(target > 0, -torch.inf)).softmax(classes)
-        return others.to(output.dtype)
-    return others / (output.shape[classes] - 1)
+        if logits is not None:
+            scores = _sums_behind(in_full_precision(logits), indexed)
+        others = others * scores.masked_fill(chosen > 0, -torch.inf).softmax(classes)
+    else:
+        others = others / (scores.shape[classes] - 1)
+    return _spread(others, output, indexed)
+
+
+def class_dimension(output: Tensor, class_dim: int | None) -> int:
+    """The dimension of an output that its classes are in.
+
+    Args:
+        output: (B, ...).
+        class_dim: a dimension by its number, counted from the end if it is negative; None: 1, which is
+            the convention of Captum and PyTorch and the last of (B, K).
+
+    Raises:
+        IndexError: if the output has no such dimension.
+        ValueError: if it is that of the samples.
+
+    Example:
+        >>> class_dimension(torch.rand(2, 5, 7, 7), None), class_dimension(torch.rand(2, 9, 5), -1)
+        (1, 2)
+    """
+    if class_dim is None:
+        return 1
+    dims = output.dim()
+    has = f"has dimensions 1 to {dims - 1}" if dims > 1 else "has none"
+    message = (
+        f"Expected `class_dim` to be a dimension of each sample of an output of shape "
+        f"{tuple(output.shape)}, which {has}, but got {class_dim}"
+    )
+    if not -dims <= class_dim < dims:
+        raise IndexError(f"{message}.")
+    if class_dim % dims == 0:
+        raise ValueError(f"{message}, which is that of the samples.")
+    return class_dim % dims
+
+
+def _sums_behind(output: Tensor, indexed: int) -> Tensor:
+    """The sums of an output (B, ...) over all dimensions behind the first `indexed` of each sample."""
+    return output if indexed == output.dim() - 1 else output.flatten(indexed + 1).sum(-1)
+
+
+def _one_hot(scores: Tensor, target: Tensor, name: str) -> Tensor:
+    """One at the target of each sample; there is an index for each dimension of the scores."""
+    sizes = torch.tensor(scores.shape[1:])
+    # Targets are on the host, see `expand_target`: nothing has to be waited for.
+    outside = ((target < -sizes) | (target >= sizes)).any(1)
+    if on_host(outside.any()):
+        raise IndexError(
+            f"Expected `{name}` to lie within the output shape {tuple(scores.shape[1:])} of each "
+            f"sample, but got {target[outside][0].squeeze().tolist()}."
+        )
+    samples = torch.arange(len(scores), device=scores.device)
+    at = (target % sizes).to(scores.device, non_blocking=True)
+    one = torch.ones((), dtype=scores.dtype, device=scores.device)
+    return torch.zeros_like(scores).index_put((samples, *at.unbind(1)), one)
+
+
+def _spread(seed: Tensor, output: Tensor, indexed: int) -> Tensor:
+    """A seed of the output, from one of its sums: see :func:`_sums_behind`."""
+    if indexed == output.dim() - 1:
+        return seed
+    parts = in_full_precision(output).abs().flatten(indexed + 1)
+    total = parts.sum(-1, keepdim=True)
+    shares = (parts / total).masked_fill(total == 0, 1 / parts.shape[-1])
+    return (seed.unsqueeze(-1) * shares).reshape(output.shape)
+
+
+def check_class_dim(class_dim: Any) -> None:
+    """Raise where a class dimension cannot be one of any output."""
+    if class_dim is None:
+        return
+    if isinstance(class_dim, bool) or not isinstance(class_dim, numbers.Integral):
+        raise TypeError(
+            f"Expected `class_dim` to be the number of a dimension, an int, or None, but got {class_dim!r}."
+        )
+    if class_dim == 0:
+        raise ValueError(
+            "Expected `class_dim` to be a dimension of each sample, 1 or more, or counted from the end, "
+            "but got 0, which is that of the samples."
+        )
+
+
+def repeated(classes: Any, batch_size: int) -> Any:
+    """Classes for samples that Captum has repeated, one behind the other, for noise to be added to each.
+
+    Args:
+        classes: a contrast as ``attribute`` takes it.
+        batch_size: how many samples there are now.
+
+    Returns:
+        One class per sample, where ``classes`` has one for every n of them; else the same as given.
+
+    Example:
+        >>> repeated([3, 1], 4)
+        [3, 3, 1, 1]
+        >>> repeated("others", 4)
+        'others'
+    """
+    count = 1
+    if isinstance(classes, list) or (isinstance(classes, Tensor) and classes.dim() == 1):
+        count = len(classes)
+    per_sample = (
+        isinstance(classes, list) or count > 1
+    )  # a tensor of one element is for all samples
+    if not per_sample or count == 0 or batch_size % count:
+        return classes
+    times = batch_size // count
+    if isinstance(classes, Tensor):
+        return classes.repeat_interleave(times)
+    return [entry for entry in classes for _ in range(times)]
 
 
 def check_contrast(contrast: Any) -> None:

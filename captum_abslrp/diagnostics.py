@@ -209,6 +209,7 @@ def trace_relevance(
     mapping: Mapping | str | None = None,
     normalization: str = "separate",
     output: Callable[[Any], Tensor] | None = None,
+    class_dim: int | None = None,
 ) -> RelevanceTrace:
     """Explain a target and tell how much relevance went through each call: where it is lost, or grows.
 
@@ -216,7 +217,7 @@ def trace_relevance(
 
     Args:
         model, mapping, normalization, output: as for :class:`~captum_abslrp.AbsLRP`.
-        inputs, target, additional_forward_args: as for :meth:`AbsLRP.attribute
+        inputs, target, additional_forward_args, class_dim: as for :meth:`AbsLRP.attribute
             <captum_abslrp.AbsLRP.attribute>`; the map is that of the target alone.
 
     Returns:
@@ -241,6 +242,6 @@ def trace_relevance(
 
     watch = Watch(traced=True)
     AbsLRP(model, mapping, normalization=normalization, output=output).explain_watched(
-        inputs, target, additional_forward_args, watch
+        inputs, target, additional_forward_args, watch, class_dim=class_dim
     )
     return RelevanceTrace(tuple(call.traced(TOTAL) for call in watch.calls))

@@ -808,6 +808,11 @@ def carries_relevance(tensor: Tensor) -> bool:
     return not running or running[-1].depends(tensor.grad_fn)
 
 
+def add_input(tensor: Tensor) -> None:
+    """Let the running :class:`Interception` explain one more tensor, see :meth:`Interception.add_input`."""
+    _running()[-1].add_input(tensor)
+
+
 _LOCAL = threading.local()
 
 

@@ -7,21 +7,27 @@ import dataclasses
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from captum.attr._utils.attribution import LayerAttribution
-from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp.alignment import Misaligned, check_aligned
-from captum_abslrp.attribution import AbsLRP, unwrapped
+from captum_abslrp.attribution import (
+    AbsLRP,
+    IndependentOutput,
+    delta_of,
+    for_captum,
+    unwrapped,
+)
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.contrast import Contrast, Target
 from captum_abslrp.diagnostics import Watch
+from captum_abslrp.integers import IntegerInputs, new_leaf
 from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.state import own_hooks
@@ -52,14 +58,20 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
     The weights of the model are never changed. While the forward pass runs, the layer has hooks that
     let the calls of other threads through; they are removed whatever happens.
 
+    Where the inputs are integers (token indices), relevance ends at the tensors of the layer: an
+    embedding, or a layer behind one. Of these tensors those are explained that depend on the inputs and on
+    parameters of the model, not masks and the like; where there is none, all floating-point ones, so that a
+    table of positions can be explained as well. Several such layers are explained together: with
+    ``normalization="joint"`` a sum of what they return divides relevance among them.
+
     Args:
         model: as for :class:`AbsLRP`.
-        layer: a module of the model, or the model itself.
+        layer: a module of the model, or the model itself; or a list of such modules, in any order.
         mapping, normalization, output: as for :class:`AbsLRP`.
 
     Raises:
-        TypeError: as for :class:`AbsLRP`, or if ``layer`` is no module.
-        ValueError: as for :class:`AbsLRP`, or if ``layer`` is not part of the model.
+        TypeError: as for :class:`AbsLRP`, or if ``layer`` is no module and no list of modules.
+        ValueError: as for :class:`AbsLRP`, or if ``layer`` is not part of the model, or an empty list.
 
     Example:
         >>> model = timm.create_model("test_vit").eval()
@@ -67,21 +79,36 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         >>> relevance = LayerAbsLRP(model, model.blocks[0]).attribute(x, target=3)
         >>> relevance.shape  # samples, tokens, features
         torch.Size([2, 101, 64])
+        >>> every_block = LayerAbsLRP(model, list(model.blocks)).attribute(x, target=3)
+        >>> len(every_block) == len(model.blocks)
+        True
     """
+
+    _takes_integers = True
 
     def __init__(
         self,
         model: nn.Module,
-        layer: nn.Module,
+        layer: nn.Module | Sequence[nn.Module],
         mapping: Mapping | str | None = None,
         *,
         normalization: str = "separate",
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__(model, mapping, normalization=normalization, output=output)
+        several = isinstance(layer, (list, tuple))
+        given: Sequence[Any] = layer if isinstance(layer, (list, tuple)) else [layer]
+        layers = [self._part_of_model(part) for part in given]
+        if not layers:
+            raise ValueError("Expected `layer` to hold at least one module, but got an empty list.")
+        LayerAttribution.__init__(self, self.model, layers if several else layers[0])
+
+    def _part_of_model(self, layer: Any) -> nn.Module:
+        """A layer as it was given, without wrappers; raises where it cannot be explained."""
         if not isinstance(layer, nn.Module):
             raise TypeError(
-                f"Expected `layer` to be a torch.nn.Module, but got {type(layer).__name__}."
+                f"Expected `layer` to be a torch.nn.Module, but got {type(layer).__name__}. Several are "
+                f"given as a list of modules."
             )
         layer = unwrapped(layer)
         if not any(module is layer for module in self.model.modules()):
@@ -89,10 +116,10 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                 f"Expected `layer` to be a module of `model`, but got a {type(layer).__name__} that "
                 f"is none of them."
             )
-        LayerAttribution.__init__(self, self.model, layer)
+        return layer
 
-    @log_usage()
-    def attribute(  # type: ignore[override]  # returns no delta
+    @for_captum
+    def attribute(  # type: ignore[override]  # options are keyword-only
         self,
         inputs: Any,
         target: Target = None,
@@ -100,20 +127,25 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         *,
         contrast: Contrast = "others",
         combine: str = "difference",
+        class_dim: int | None = None,
         attribute_to_layer_input: bool = False,
-        call_index: int | None = None,
+        call_index: int | Sequence[int | None] | None = None,
         internal_batch_size: int | str | None = None,
+        return_convergence_delta: bool = False,
         check_finite: bool = False,
     ) -> Any:
         r"""Attribute the target's output to the elements of the layer's output or input.
 
         Args:
-            inputs, target, additional_forward_args, contrast, combine, internal_batch_size, check_finite:
+            inputs: as for :meth:`AbsLRP.attribute`, or integers such as token indices.
+            target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
                 as for :meth:`AbsLRP.attribute`.
             attribute_to_layer_input: explain what the layer is given instead of what it returns.
                 That is what goes through the layer: what a shortcut takes past it is not counted.
             call_index: which call of the layer to explain, counted from 0 in the order of the forward
-                pass (of the calls' ends for outputs), where the model calls it more than once.
+                pass (of the calls' ends for outputs), where the model calls it more than once. Of several
+                layers an int for all, or a list with an entry for each.
+            return_convergence_delta: whether to return the delta, too.
 
         Returns:
             Relevance shaped like the layer's output (or input), same dtype and device, without
@@ -122,11 +154,17 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             A tensor that is given twice is counted once. Zeros where the output of the model does
             not depend on the tensor.
 
+            For a list of layers a list with one entry for each, in its order, all from one forward and
+            one backward pass. With ``return_convergence_delta`` a pair of it and the delta, (B,), or a
+            list of one for each layer: the sum of the relevance of the layer's tensors less that of the
+            seeds (1, or 0 for a difference). It tells what passes the layer by, or is counted twice.
+
         Raises:
             TypeError, IndexError, FloatingPointError, UnsupportedCallError: as for :meth:`AbsLRP.attribute`.
-            ValueError: as there; or if the layer is not called, is called more than once without
+            ValueError: as there; or if a layer is not called, is called more than once without
                 a ``call_index``, or its tensors do not depend on the inputs; or if samples that
-                are not run together are not in the leading dimension of its tensors.
+                are not run together, or whose delta is asked for, are not in the leading dimension of
+                its tensors.
 
         Example:
             >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
@@ -135,17 +173,55 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> relevance = LayerAbsLRP(model, model[0]).attribute(x, target=2, contrast=None)
             >>> relevance.sum(dim=(2, 3)).shape  # share of each channel
             torch.Size([2, 4])
+
+            Of a model of token indices:
+
+            >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5)).eval()
+            >>> tokens = torch.tensor([[1, 5, 2], [8, 0, 3]])
+            >>> relevance = LayerAbsLRP(model, model[0]).attribute(tokens, target=2)
+            >>> relevance.sum(-1).shape  # of each token
+            torch.Size([2, 3])
         """
-        in_order: list[bool] = []
+        several = isinstance(self.layer, list)
+        layers: list[nn.Module] = self.layer if several else [self.layer]
+        wanted = _call_indices(call_index, len(layers) if several else None)
+        sizes: list[int] = []
+        in_order: list[tuple[int, list[bool]]] = []
 
         def forward(
             leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
         ) -> tuple[Tensor, Sequence[Tensor]]:
-            with _captured(self.layer, of_input=attribute_to_layer_input) as calls:
-                output = self._forward(leaves, extra, watch)
-            captured = self._choose(calls, call_index, of_input=attribute_to_layer_input)
-            in_order.append(all(_in_order(tensor, len(leaves[0])) for tensor in captured))
-            return output, captured
+            tokens = not all(leaf.is_floating_point() for leaf in leaves)
+            integers = IntegerInputs(leaves) if tokens else None
+
+            def choose() -> list[list[Tensor]]:
+                return [
+                    self._choose(*of_layer, of_input=attribute_to_layer_input, integers=tokens)
+                    for of_layer in zip(layers, calls, wanted, strict=True)
+                ]
+
+            with (
+                integers or nullcontext(),
+                _captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
+            ):
+                try:
+                    output = self._forward(leaves, extra, watch)
+                except IndependentOutput as error:
+                    choose()  # raises if that is why
+                    if not tokens:
+                        raise
+                    raise IndependentOutput(
+                        f"Expected the output of the model to depend on the tensors of "
+                        f"{' or '.join(map(self._name, layers))}, but got one that does not: the model "
+                        f"does not use them, detaches them or runs under `torch.no_grad()` behind them."
+                    ) from error
+            captured = choose()
+            sizes[:] = map(len, captured)
+            count = len(leaves[0])
+            in_order.append(
+                (count, [all(_in_order(t, count) for t in tensors) for tensors in captured])
+            )
+            return output, [tensor for tensors in captured for tensor in tensors]
 
         chunks = self._explain(
             inputs,
@@ -154,63 +230,103 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             contrast,
             combine,
             internal_batch_size,
+            class_dim=class_dim,
             forward=forward,
             watch=Watch(finite=True) if check_finite else None,
         )
-        parts = [relevances for relevances, _ in chunks]
-        if len(parts) == 1:
-            relevances = tuple(parts[0])
-        elif in_order[-len(parts)]:  # of the first part, which is no smaller than the others
-            relevances = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        else:
-            raise ValueError(
-                f"Expected samples to be in the leading dimension of the tensors of {self._name} "
-                f"where they are not run together, but got relevance of shape "
-                f"{tuple(parts[0][0].shape)} for the first of {len(parts)} parts. Call `attribute` "
-                f"for one sample at a time."
-            )
-        return relevances if len(relevances) > 1 else relevances[0]
+        batch_size = len(inputs[0] if isinstance(inputs, tuple) else inputs)
+        parts = [iter(relevances) for relevances, _ in chunks]
+        most = max(count for count, _ in in_order)  # of one sample only the shape tells
+        of_most = [flags for count, flags in in_order if count == most]
+        ordered = [all(flags) for flags in zip(*of_most, strict=True)]
+        attributions: list[Any] = []
+        deltas: list[Tensor] = []
+        for layer, size, apart in zip(layers, sizes, ordered, strict=True):
+            of_parts = [[next(part) for _ in range(size)] for part in parts]
+            if not apart and (len(parts) > 1 or (return_convergence_delta and batch_size > 1)):
+                raise ValueError(
+                    f"Expected samples to be in the leading dimension of the tensors of "
+                    f"{self._name(layer)} where they are not run together or their delta is asked for, "
+                    f"but got relevance of shape {tuple(of_parts[0][0].shape)} for the first of "
+                    f"{len(parts)} parts. Call `attribute` for one sample at a time."
+                )
+            relevances = tuple(map(_joined, zip(*of_parts, strict=True)))
+            attributions.append(relevances if size > 1 else relevances[0])
+            if return_convergence_delta:
+                deltas.append(delta_of(relevances, torch.cat([started for _, started in chunks])))
+        if not return_convergence_delta:
+            return attributions if several else attributions[0]
+        return (attributions, deltas) if several else (attributions[0], deltas[0])
 
-    def has_convergence_delta(self) -> bool:
-        """No: relevance may go past the layer."""
-        return False
-
-    @property
-    def _name(self) -> str:
-        paths = (path for path, m in self.model.named_modules() if m is self.layer)
+    def _name(self, layer: nn.Module) -> str:
+        paths = (path for path, m in self.model.named_modules() if m is layer)
         path = next(paths, "layer")  # replaced in the model since
-        return f"`{path or 'model'}` ({type(self.layer).__name__})"
+        return f"`{path or 'model'}` ({type(layer).__name__})"
 
     def _choose(
-        self, calls: list[list[Tensor]], call_index: int | None, *, of_input: bool
+        self,
+        layer: nn.Module,
+        calls: list[list[Tensor]],
+        call_index: int | None,
+        *,
+        of_input: bool,
+        integers: bool,
     ) -> list[Tensor]:
-        """The tensors of the call that is explained."""
+        """The tensors of the call of a layer that is explained."""
+        name = self._name(layer)
         if not calls:
             raise ValueError(
-                f"Expected {self._name} to be called by the model, but got no call of it. Containers "
+                f"Expected {name} to be called by the model, but got no call of it. Containers "
                 f"such as `nn.ModuleList` are not called, nor are layers whose weights the module "
-                f"around them uses by itself, as `nn.MultiheadAttention` does: explain one that is."
+                f"around them uses by itself, as `nn.MultiheadAttention` does: explain one that is, or "
+                f"all parts of a container, `LayerAbsLRP(model, list(container))`."
             )
         if call_index is None and len(calls) > 1:
             raise ValueError(
-                f"Expected {self._name} to be called once, but got {len(calls)} calls in one forward "
+                f"Expected {name} to be called once, but got {len(calls)} calls in one forward "
                 f"pass. Choose one with `call_index=0` to `call_index={len(calls) - 1}`."
             )
-        if call_index is not None and not (
-            isinstance(call_index, int) and 0 <= call_index < len(calls)
-        ):
+        if call_index is not None and not 0 <= call_index < len(calls):
             raise ValueError(
-                f"Expected `call_index` to be an int from 0 to {len(calls) - 1}, because {self._name} "
+                f"Expected `call_index` to be an int from 0 to {len(calls) - 1}, because {name} "
                 f"is called {len(calls)} times in one forward pass, but got {call_index!r}."
             )
         captured = calls[call_index or 0]
+        if not captured and integers and of_input:
+            raise ValueError(
+                f"Expected the input of {name} to be of a floating-point dtype where `inputs` are "
+                f"integers, but got none that is. Explain its output, `attribute_to_layer_input=False`."
+            )
         if not captured:
             raise ValueError(
-                f"Expected the {'input' if of_input else 'output'} of {self._name} to depend on "
+                f"Expected the {'input' if of_input else 'output'} of {name} to depend on "
                 f"`inputs`, but got one that does not, or that is under `torch.no_grad()` or inside of a "
                 f"module that its rule answers as one call."
             )
         return captured
+
+
+def _call_indices(call_index: Any, layers: int | None) -> list[int | None]:
+    """The call to explain for each of several layers, or for one (None)."""
+    if layers is not None and isinstance(call_index, (list, tuple)):
+        if len(call_index) != layers:
+            raise ValueError(
+                f"Expected `call_index` to have an entry for each layer ({layers}), but got {call_index!r}."
+            )
+        indices = list(call_index)
+    else:
+        indices = [call_index] * (layers or 1)
+    for index in indices:
+        if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+            several = "" if layers is None else ", or a list with an entry for each layer"
+            raise ValueError(
+                f"Expected `call_index` to be an int{several}, but got {call_index!r}."
+            )
+    return indices
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _in_order(tensor: Tensor, batch_size: int) -> bool:
@@ -225,11 +341,30 @@ def _in_order(tensor: Tensor, batch_size: int) -> bool:
 
 
 @contextmanager
-def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]]]:
+def _captured(
+    layers: Sequence[nn.Module], *, of_input: bool, integers: IntegerInputs | None
+) -> Iterator[list[list[list[Tensor]]]]:
+    """Capture the tensors of the calls of each layer; arguments as for :func:`_captured_of`."""
+    with ExitStack() as stack:
+        of_layer = {
+            layer: stack.enter_context(_captured_of(layer, of_input=of_input, integers=integers))
+            for layer in dict.fromkeys(layers)
+        }
+        yield [of_layer[layer] for layer in layers]
+
+
+@contextmanager
+def _captured_of(
+    layer: nn.Module, *, of_input: bool, integers: IntegerInputs | None
+) -> Iterator[list[list[Tensor]]]:
     """Capture the tensors with relevance that each call of the layer in this thread returns or gets.
 
     What is captured is a clone, and another clone is handed on, so that nothing changes it in
-    place and its gradient is that of this place alone.
+    place and its gradient is that of this place alone. Where inputs are integers, it is a leaf unless its
+    tensor carries relevance already.
+
+    A tensor that the layer has changed in place is still the one that goes on, with the history of the clone:
+    the model may know it by other names, or change it again, and so may the hooks of a layer around.
     """
     calls: list[list[Tensor]] = []
     running: list[list[tuple[Tensor, Tensor, int]]] = []
@@ -239,13 +374,28 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
         """The value with clones to hand on, and pairs of a tensor and its clone."""
         captured: list[Tensor] = []
         clones: dict[int, tuple[Tensor, Tensor]] = {}
+        given: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            given.append(tensor)
+            return tensor
+
+        _map_tensors(note, value)
+        starts = set() if integers is None else set(map(id, integers.starting(given)))
 
         def clone(tensor: Tensor) -> Tensor:
-            if not (carries_relevance(tensor) and torch.is_grad_enabled()):
+            if not torch.is_grad_enabled():
                 return tensor
             if id(tensor) not in clones:  # attention tells by identity whether query is key
-                captured.append(tensor.clone())
-                clones[id(tensor)] = tensor, captured[-1].clone()
+                if id(tensor) in starts:
+                    found, handed_on = new_leaf(tensor)
+                elif carries_relevance(tensor):
+                    found = tensor.clone()
+                    handed_on = found.clone()
+                else:
+                    return tensor
+                captured.append(found)
+                clones[id(tensor)] = tensor, handed_on
             return clones[id(tensor)][1]
 
         value = _map_tensors(clone, value)
@@ -271,12 +421,10 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
         if not of_input:
             output, clones = capture(output)
             changed = [(t, clone) for t, clone in clones if any(t is own for own, _ in changed)]
-        for (
-            tensor,
-            clone,
-        ) in changed:  # all who read the input see what the layer did to it in place
+        for tensor, clone in changed:  # all who read the input see what the layer did to it
             tensor.copy_(clone)
-        return output
+        originals = {id(clone): tensor for tensor, clone in changed}
+        return _map_tensors(lambda tensor: originals.get(id(tensor), tensor), output)
 
     def register() -> Iterator[Any]:
         yield layer.register_forward_hook(after)

@@ -61,7 +61,7 @@ def propagate(
     last = output.grad_fn
     explained_at = {_place(tensor) for tensor in explained}
     order, arriving = _in_order(last)
-    first = _mark_tail(order, arriving)
+    first, tail = _mark_tail(order, arriving)
     _prepare(order, arriving, explained_at)
     values = in_full_precision(output.detach()).abs()
     if first:  # the first rules divide by `|z| + EPS`, as in the definition
@@ -82,6 +82,8 @@ def propagate(
             results.append(tensor.new_zeros((len(seeds), *tensor.shape)))
             continue
         values = in_full_precision(tensor.detach())
+        if first and place[0] in tail:  # was divided by this as well
+            values = values.abs() + EPS
         shares = [functional.relevance(values, in_full_precision(s)) for s in found[place]]
         results.append((torch.stack(shares) / TOTAL).to(tensor.dtype))
     return results
@@ -224,19 +226,20 @@ def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
     return needed
 
 
-def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> bool:
+def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> tuple[bool, set[Any]]:
     """Mark the steps on the tail of the score, and those that relevance meets first behind it.
 
     A step is on the tail if it can be, and all that makes use of its output is on the tail, too.
 
     Returns:
-        Whether there is any step that divides by ``|z| + EPS`` what it gets.
+        Whether there is any step that divides by ``|z| + EPS`` what it gets, and the nodes that get it so.
     """
     from_tail = dict.fromkeys(order, 0)
-    divides = False
+    divides, nodes = False, set()
     for node in order:
         if from_tail[node] < arriving[node]:
             continue
+        nodes.add(node)
         if is_answered(node):
             step: Step = node.step
             step.on_tail = step.tail is not None
@@ -247,7 +250,7 @@ def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> bool:
         for following, _ in node.next_functions:
             if following is not None:
                 from_tail[following] += 1
-    return divides
+    return divides, nodes
 
 
 def logits(output: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ def test_no_target_explains_the_prediction() -> None:
 def test_tuples_are_targets_of_outputs_of_more_dimensions() -> None:
     model, x = TokenClasses().double(), batch(2, 4, 3)
     attributor = AbsLRP(model)
-    relevance = attributor.attribute(x, (1, 2))
-    assert torch.equal(relevance, attributor.attribute(x, [(1, 2), (1, 2)]))
+    relevance = attributor.attribute(x, (1, 2), class_dim=-1)
+    assert torch.equal(relevance, attributor.attribute(x, [(1, 2), (1, 2)], class_dim=-1))
     assert bool((relevance[:, [0, 2, 3]] == 0).all()), "relevance left the token that was asked for"
     assert bool((relevance[:, 1] != 0).any())
 
@@ -418,8 +418,8 @@ BAD_CALLS = {
         TypeError, "Expected `target` to be a tensor of integers",
     ),
     "target for another output": (
-        lambda: AbsLRP(TokenClasses().double()).attribute(batch(2, 4, 3), 1),
-        ValueError, "Expected `target` to have 2 indices per sample",
+        lambda: AbsLRP(TokenClasses().double()).attribute(batch(2, 4, 3), (1, 2, 0)),
+        ValueError, "Expected `target` to have at most 2 indices per sample",
     ),
     "no target for an output of many dimensions": (
         lambda: AbsLRP(TokenClasses().double()).attribute(batch(2, 4, 3)),

@@ -728,7 +728,7 @@ def test_works_with_the_conventions_of_captum() -> None:
     attributor = LayerAbsLRP(golden.model, golden.model.layer2)
     assert isinstance(attributor, LayerAttribution)
     assert attributor.layer is golden.model.layer2
-    assert not attributor.has_convergence_delta()
+    assert attributor.has_convergence_delta()
     relevance = attributor.attribute(golden.x, 1, attribute_to_layer_input=True)
     assert LayerAttribution.interpolate(relevance, (32, 32)).shape == (3, 8, 32, 32)
     smooth = NoiseTunnel(attributor).attribute(
