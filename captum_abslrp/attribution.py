@@ -331,33 +331,7 @@ class AbsLRP(GradientAttribution):
         watch: Watch | None,
     ) -> list[Chunk]:
         """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self._explain_plain(
-                _plain(inputs if isinstance(inputs, tuple) else (inputs,)),
-                target,
-                additional_forward_args,
-                contrast,
-                combine,
-                internal_batch_size,
-                class_dim=class_dim,
-                forward=forward,
-                watch=watch,
-            )
-
-    def _explain_plain(
-        self,
-        given: tuple[Tensor, ...],
-        target: Target,
-        additional_forward_args: Any,
-        contrast: Contrast,
-        combine: str,
-        internal_batch_size: int | str | None,
-        *,
-        class_dim: int | None,
-        forward: Forward,
-        watch: Watch | None,
-    ) -> list[Chunk]:
-        """:meth:`_explain` of plain tensors, without the handlers of subclasses of ``Tensor``."""
+        given: tuple[Tensor, ...] = _plain(inputs if isinstance(inputs, tuple) else (inputs,))
         batch_size = _check_inputs(given, None if self._takes_integers else self.model)
         check_contrast(contrast)
         check_class_dim(class_dim)
@@ -749,18 +723,19 @@ def _is_quantised(cls: type[nn.Module]) -> bool:
 
 def _plain(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Tensors of a subclass as plain tensors."""
-    for x in inputs:
-        if isinstance(x, Tensor) and (x.is_nested or _has_no_memory(x)):
-            raise TypeError(
-                f"Expected `inputs` to be dense tensors, but got {type(x).__name__}"
-                f"{' (nested)' if x.is_nested else ''}, which keeps its values in other tensors. Pass a "
-                f"plain tensor of the values, for example `x.to_padded_tensor(0.0)` of a nested one, "
-                f"`x.full_tensor()` of a distributed one or `x.get_data()` of a masked one."
-            )
-    return tuple(
-        x.as_subclass(Tensor) if isinstance(x, Tensor) and x.layout == torch.strided else x
-        for x in inputs
-    )
+    with torch._C.DisableTorchFunctionSubclass():  # they may have handlers of their own
+        for x in inputs:
+            if isinstance(x, Tensor) and (x.is_nested or _has_no_memory(x)):
+                raise TypeError(
+                    f"Expected `inputs` to be dense tensors, but got {type(x).__name__}"
+                    f"{' (nested)' if x.is_nested else ''}, which keeps its values in other tensors. "
+                    f"Pass a plain tensor of the values, for example `x.to_padded_tensor(0.0)` of a "
+                    f"nested one, `x.full_tensor()` of a distributed one or `x.get_data()` of a masked one."
+                )
+        return tuple(
+            x.as_subclass(Tensor) if isinstance(x, Tensor) and x.layout == torch.strided else x
+            for x in inputs
+        )
 
 
 def _has_no_memory(x: Tensor) -> bool:

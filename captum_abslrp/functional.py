@@ -47,6 +47,7 @@ __all__ = [
     "magnitude",
     "matmul",
     "max_pool",
+    "per_magnitude",
     "positive_contributions",
     "rectified",
     "rectify",
@@ -94,6 +95,25 @@ def divide(relevance: Tensor, output: Tensor) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     return relevance / (output.abs() + EPS)
+
+
+def per_magnitude(relevance: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Relevance per magnitude of what keeps its relevance where it is zero, too: no stabilizer is added.
+
+    Args:
+        relevance: relevance ``R`` of a tensor, any shape.
+        x: the tensor, same shape.
+        dtype: the result stays within its range; None for that of ``x``.
+
+    Returns:
+        ``s = R / max(|x|, LEAST)``.
+
+    Example:
+        >>> per_magnitude(torch.tensor([1.0, 3.0]), torch.tensor([2.0, -3.0]))
+        tensor([0.5000, 1.0000])
+    """
+    largest = torch.finfo(x.dtype if dtype is None else dtype).max
+    return (relevance / x.abs().clamp(min=LEAST)).clamp(-largest, largest)
 
 
 def stabilise(seeds: Sequence[Tensor], output: Tensor) -> None:
@@ -221,9 +241,9 @@ def scale(
         factor = totals / total.clamp(min=_SMALLEST) + (total - total)
         least = _SMALLEST if exact else totals * rounding(s.dtype)
         factor = factor.masked_fill(total < least, 0)
-        if len(s) != batch_size:
+        if s.dim() and len(s) != batch_size:
             factor = factor.repeat_interleave(len(s) // batch_size)
-        s *= factor.view(-1, *[1] * (s.dim() - 1))
+        s *= factor.view(-1, *[1] * (s.dim() - 1)) if s.dim() else factor[0]
 
 
 _SMALLEST = 1e-30

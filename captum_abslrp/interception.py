@@ -204,7 +204,6 @@ class Interception(TorchFunctionMode):
         for tensor in inputs:
             self.add_input(tensor)
         self._detached: dict[Any, str] = {}
-        self._subclasses: Any = None
         self._kept: dict[int, list[tuple[_Layout, Kept]]] = {}
         self._overwritten: dict[int, int] = {}
         self._aliased: dict[int, list[Tensor]] = {}
@@ -212,13 +211,9 @@ class Interception(TorchFunctionMode):
 
     def __enter__(self) -> Interception:
         self._modules.start()
-        # Subclasses of Tensor count as plain tensors: their own handlers would see the calls of rules.
-        self._subclasses = torch._C.DisableTorchFunctionSubclass()
-        self._subclasses.__enter__()
         try:
             super().__enter__()
         except BaseException:
-            self._subclasses.__exit__(None, None, None)
             self._modules.stop()
             raise
         _running().append(self)
@@ -239,7 +234,6 @@ class Interception(TorchFunctionMode):
         self._fresh = None
         self.before_change = None
         super().__exit__(exc_type, exc_val, exc_tb)
-        self._subclasses.__exit__(None, None, None)
 
     def add_input(self, tensor: Tensor) -> None:
         """Explain one more tensor, which requires gradients: what depends on it carries relevance."""
@@ -268,6 +262,16 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if not any(cls not in _PLAIN for cls in types):
+            return self._see(func, args, kwargs)
+        # Subclasses of Tensor count as plain tensors: their own handlers would see the calls of rules.
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._see(func, args, kwargs)
+
+    def _see(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        """Run a call: by its rule, if it has relevance."""
         kwargs = dict(kwargs or {})
         if self.before_change is not None:
             for tensor in written_tensors(func, args, kwargs):
@@ -837,6 +841,7 @@ def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return func(*args, **kwargs)
 
 
+_PLAIN = frozenset([Tensor, nn.Parameter])
 _NONNEGATIVE = "_abslrp_nonnegative"
 """Mark of a tensor without negative entries: how often its memory had been overwritten by then."""
 _KEPT = "_abslrp_kept"

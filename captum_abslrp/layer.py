@@ -234,7 +234,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             forward=forward,
             watch=Watch(finite=True) if check_finite else None,
         )
-        batch_size = len(inputs[0] if isinstance(inputs, tuple) else inputs)
+        batch_size = sum(len(started) for _, started in chunks)
         parts = [iter(relevances) for relevances, _ in chunks]
         most = max(count for count, _ in in_order)  # of one sample only the shape tells
         of_most = [flags for count, flags in in_order if count == most]

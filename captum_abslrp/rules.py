@@ -414,7 +414,7 @@ def answer_by_captum_rule(
 
     def propagate(s: Tensor) -> list[Tensor]:
         relevances = hand_on(functional.relevance(z(), s))
-        return [functional.divide(r, kept[i]) for i, r in zip(at, relevances, strict=True)]
+        return [functional.per_magnitude(r, kept[i]) for i, r in zip(at, relevances, strict=True)]
 
     def hand_on(relevance: Tensor) -> list[Tensor]:
         layer = copy.deepcopy(module)

@@ -373,7 +373,7 @@ def test_samples_that_a_model_keeps_apart_are_explained_together(name: str) -> N
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     runs.clear()
     relevance = attributor.attribute(x, [0, 1, 2, 3], contrast=None)
-    assert runs == [4]
+    assert set(runs) == {4}
     one_by_one = [attributor.attribute(x[i : i + 1], i, contrast=None) for i in range(4)]
     assert relative_error(relevance, torch.cat(one_by_one)) < 1e-9
 

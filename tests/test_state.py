@@ -1091,6 +1091,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back() -> None:
 
 def test_threads_share_the_state_before_the_first_and_the_last_puts_it_back() -> None:
     inside, leave = threading.Barrier(3), threading.Barrier(3)
+    passes: list[int] = []
 
     class Waiting(Filling):
         def set_up(self) -> None:
@@ -1100,8 +1101,10 @@ def test_threads_share_the_state_before_the_first_and_the_last_puts_it_back() ->
             self.items.append(h)
             with torch.no_grad():
                 self.a.weight += 1
-            inside.wait()
-            leave.wait()
+            passes.append(threading.get_ident())
+            if passes.count(passes[-1]) == 1:  # a map of zeros is looked at twice
+                inside.wait()
+                leave.wait()
             return 1
 
     model = Waiting().eval()

@@ -149,14 +149,14 @@ def answer_passed(call: Call) -> Any:
     if len(sources) == 1 and is_alias(output, sources[0]):  # dropout that does nothing
         return sources[0]
     z, kept = call.keep(output), [call.keep(source) for source in sources]
-    limits = [torch.finfo(source.dtype).max for source in sources]
+    dtypes = [source.dtype for source in sources]
 
     def propagate(s: Tensor) -> list[Tensor]:
         # Zeros have relevance, too: that of a class whose log-probability is rounded to 0, say.
         relevance = functional.relevance(z().abs().clamp(min=LEAST), s)
         return [
-            (relevance / x().abs().clamp(min=LEAST)).clamp(-largest, largest)
-            for x, largest in zip(kept, limits, strict=True)
+            functional.per_magnitude(relevance, x(), dtype)
+            for x, dtype in zip(kept, dtypes, strict=True)
         ]
 
     tail = None
