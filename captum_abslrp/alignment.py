@@ -23,8 +23,14 @@ __all__ = ["Misaligned", "check_aligned", "check_apart", "follow"]
 
 _SHADOW = "_abslrp_samples"
 _KEEP_ORDER = frozenset(
-    "clone contiguous to float half bfloat16 type type_as pad masked_fill where tril triu alias real".split()
+    "clone contiguous to float half bfloat16 cfloat cdouble chalf type type_as pad masked_fill where tril "
+    "triu alias real imag conj conj_physical resolve_conj resolve_neg".split()
 )
+_SAME_PLACE = frozenset(
+    "to float double half bfloat16 cfloat cdouble chalf type type_as real imag conj conj_physical "
+    "resolve_conj resolve_neg".split()
+)
+"""Calls that leave every element where it is."""
 _KEEP_ELEMENT_ORDER = frozenset("view reshape flatten unflatten ravel".split())
 
 
@@ -46,7 +52,8 @@ def check_aligned(tensor: Tensor, batch_size: int) -> None:
         raise Misaligned
 
 
-_DIMS = (
+_TRANSFORMS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+_DIMS: dict[str, tuple[int, Any]] = (
     dict.fromkeys(
         "amax amin cumprod cumsum log_softmax logcumsumexp logsumexp mean median nanmean nansum prod "
         "softmax std sum var".split(),
@@ -55,6 +62,9 @@ _DIMS = (
     | dict.fromkeys(["linalg_norm", "linalg_vector_norm", "norm"], (2, None))
     | dict.fromkeys(["kthvalue", "topk"], (2, -1))
     | {"mode": (1, -1), "msort": (1, 0), "normalize": (2, 1), "sort": (1, -1)}
+    | {f"fft_{name}": (2, -1) for name in _TRANSFORMS}
+    | {f"fft_{name}2": (2, (-2, -1)) for name in _TRANSFORMS}
+    | {f"fft_{name}n": (2, None) for name in _TRANSFORMS}
 )
 """Calls on one tensor that mix its elements along some dimensions: where these are among the arguments,
 and which they are where they are not given (None: all)."""
@@ -99,6 +109,8 @@ def check_apart(
     elif name in _PRODUCTS:  # the second one of two matrices is added up over its rows
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
         mixes = mixes or (tensors[-1].dim() <= 2 and is_source(tensors[-1]))
+    elif name in ("stft", "istft"):  # of one signal
+        mixes = tensors[0].dim() == (1 if name == "stft" else 2)
     elif name in _BY_ELEMENT:
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
     if mixes:
@@ -112,6 +124,9 @@ def _is_over_samples(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if len(args) > position and not isinstance(args[position], (bool, torch.dtype)):
         dims = args[position]
     dims = kwargs.get("dim", kwargs.get("axis", dims))
+    if dims is None and name.startswith("fft_"):  # as many of the last ones as there are sizes
+        sizes = kwargs.get("s", args[1] if len(args) > 1 else None)
+        dims = None if sizes is None else tuple(range(-len(sizes), 0))
     chosen = list(dims) if isinstance(dims, (tuple, list)) else [] if dims is None else [dims]
     return not chosen or any(isinstance(d, int) and d % max(x.dim(), 1) == 0 for d in chosen)
 
@@ -161,8 +176,7 @@ def follow(
     leaves, spec = tree_flatten((args, kwargs))
     shadows = [_shadow(leaf, batch_size) for leaf in leaves]
     shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
-    if name == "view":  # the memory of a shadow is laid out otherwise
-        func = Tensor.reshape
+    func = _ON_SHADOWS.get(name, func)
     with torch.no_grad():
         try:
             shadow = func(*shadow_args, **shadow_kwargs)
@@ -173,11 +187,30 @@ def follow(
             setattr(tensor, _SHADOW, samples)
 
 
+def _in_agreement(first: Tensor, second: Tensor) -> Tensor:
+    """The sample that two parts of one element belong to; -1 where they differ."""
+    return torch.where(first == second, first, -1)
+
+
+_ON_SHADOWS: dict[str, Callable[..., Tensor]] = {
+    "view": Tensor.reshape,  # the memory of a shadow is laid out otherwise
+    "view_as_real": lambda s: s.unsqueeze(-1).expand(*s.shape, 2),
+    "view_as_complex": lambda s: _in_agreement(*s.unbind(-1)),
+    "complex": _in_agreement,
+    **dict.fromkeys(_SAME_PLACE, lambda s, *args, **kwargs: s),
+}
+"""What stands for calls whose function does not suit a shadow."""
+
+
 def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_size: int) -> bool:
     """Whether it is plain from the arguments that samples stay in the leading dimension."""
     dims = [a for a in args[1:] if isinstance(a, int)]
     if name in _KEEP_ELEMENT_ORDER:
         return result.dim() > 0 and result.shape[0] % batch_size == 0
+    if name in ("view_as_real", "view_as_complex"):
+        return len(args) == 1 and args[0].dim() > (name == "view_as_complex")
+    if name == "complex":
+        return len(args) == 2 and args[0].dim() == args[1].dim() > 0
     if name in ("transpose", "swapaxes", "swapdims"):
         return len(dims) == 2 and not any(d % args[0].dim() == 0 for d in dims)
     if name in ("gather", "index_select", "take_along_dim"):
@@ -194,7 +227,7 @@ def _shadow(leaf: Any, batch_size: int) -> Any:
     """The number of its sample for every element, on the host; indices and masks keep their values."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if not leaf.is_floating_point():
+    if not (leaf.is_floating_point() or leaf.is_complex()):
         return leaf.cpu()
     if hasattr(leaf, _SHADOW):
         return getattr(leaf, _SHADOW)

@@ -24,19 +24,22 @@ __all__ = [
 
 PASS_THROUGH = frozenset(
     """
-    H T __getitem__ __setitem__ alias as_strided atleast_1d atleast_2d atleast_3d bfloat16
-    block_diag broadcast_tensors broadcast_to cat channel_shuffle chunk clone column_stack concat
-    concatenate contiguous copy cpu cuda diag diag_embed diagonal diagonal_scatter double dsplit
-    dstack expand expand_as flatten flip fliplr flipud float gather half hsplit hstack index_copy
+    H T __getitem__ __setitem__ adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16
+    block_diag broadcast_tensors broadcast_to cat cdouble cfloat chalf channel_shuffle chunk clone
+    column_stack complex concat concatenate conj conj_physical contiguous copy cpu cuda diag
+    diag_embed diagonal diagonal_scatter double dsplit dstack expand expand_as fft_fftshift
+    fft_ifftshift flatten flip fliplr flipud float gather half hsplit hstack imag index_copy
     index_select kthvalue mH mT masked_fill masked_scatter masked_select median meshgrid mode
     moveaxis movedim msort narrow native_channel_shuffle numpy_T pad permute pixel_shuffle
-    pixel_unshuffle ravel real repeat repeat_interleave reshape reshape_as roll rot90
-    scatter select select_scatter slice_scatter sort split split_with_sizes squeeze stack swapaxes
-    swapdims t take take_along_dim tensor_split tile to topk transpose tril triu type type_as unbind
-    unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit vstack where
+    pixel_unshuffle ravel real repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg
+    roll rot90 scatter select select_scatter slice_scatter sort split split_with_sizes squeeze stack
+    swapaxes swapdims t take take_along_dim tensor_split tile to topk transpose tril triu type
+    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as view_as_complex
+    view_as_real vsplit vstack where
     """.split()
 )
-"""Calls that only move, select, copy or cast elements: relevance moves with its element."""
+"""Calls that only move, select, copy or cast elements, or parts of complex ones: relevance moves with its
+element."""
 
 CONSTANT = frozenset(
     """

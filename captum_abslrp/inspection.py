@@ -198,7 +198,9 @@ class _Survey(Interception):
         def as_dependent(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return tuple(map(as_dependent, value))
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not (
+                isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+            ):
                 return value
             return self.attach(Answer(value, sources, lambda relevance: []))
 

@@ -180,6 +180,12 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
     )
 
 
+def answer_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    """A linear map whose coefficients have both signs."""
+    answer = answer_linear_map(call, input, *args, **kwargs)
+    return answer._replace(nonnegative=False, keeps_sign=False)
+
+
 def answer_grid_sample(call: Call, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Sampling is linear in the input; where to sample is a constant of the call."""
     if not is_source(input):
@@ -206,4 +212,19 @@ AVERAGES: dict[str, Form] = dict.fromkeys(
 RESAMPLING: dict[str, Form] = dict.fromkeys(
     "interpolate upsample upsample_nearest upsample_bilinear fold".split(), answer_linear_map
 ) | {"grid_sample": answer_grid_sample}
-AFFINE: dict[str, Form] = {"linear": answer_linear, **CONVOLUTIONS, **AVERAGES, **RESAMPLING}
+TRANSFORMS: dict[str, Form] = dict.fromkeys(
+    [
+        f"fft_{kind}{dims}"
+        for kind in "fft ifft rfft irfft hfft ihfft".split()
+        for dims in ("", 2, "n")
+    ]
+    + ["stft", "istft"],
+    answer_transform,
+)
+AFFINE: dict[str, Form] = {
+    "linear": answer_linear,
+    **CONVOLUTIONS,
+    **AVERAGES,
+    **RESAMPLING,
+    **TRANSFORMS,
+}
