@@ -43,10 +43,10 @@ element."""
 
 CONSTANT = frozenset(
     """
-    __invert__ _assert all allclose any argmax argmin argsort backward bincount bool bucketize byte
+    __bool__ __contains__ __float__ __format__ __index__ __int__ __invert__ __len__ __repr__ _assert all allclose any argmax argmin argsort backward bincount bool bucketize byte
     ceil count_nonzero data_ptr detach dim element_size empty_like eq equal floor full_like ge
-    get_device gt has_names heaviside int is_complex is_contiguous is_floating_point is_inference
-    is_nonzero is_same_size isclose isfinite isin isinf isnan isneginf isposinf item le long lt names
+    get_device gt has_names heaviside int is_complex is_conj is_contiguous is_floating_point is_inference
+    is_neg is_nonzero is_same_size isclose isfinite isin isinf isnan isneginf isposinf isreal item le long lt names
     ndimension ne nelement new_empty new_full new_ones new_tensor new_zeros nonzero numel numpy
     one_hot ones_like rand_like randn_like register_hook requires_grad_ retain_grad round
     searchsorted sgn short sign signbit size storage_offset stride tolist trunc untyped_storage

@@ -192,6 +192,8 @@ class _Survey(Interception):
     def _without_rule(self, call: Call) -> Any:
         with torch.no_grad():
             result = call.func(*call.args, **call.kwargs)
+        if not tensors_in(result):  # a fact about a tensor
+            return result
         sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
         self._note(_name_of(call.func), None, "")
 

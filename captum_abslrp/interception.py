@@ -850,7 +850,7 @@ def _with_magnitudes(layer: nn.Module, *args: Any) -> Any:
     """The output of a layer with the magnitude of its parameters."""
     twin = copy.deepcopy(layer)
     for parameter in twin.parameters():
-        parameter.data.abs_()
+        as_parts(parameter.data).abs_()
     return twin.forward(*args)
 
 

@@ -92,19 +92,19 @@ def _answer_bilinear(
 
 
 def _shares(
-    call: Call, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor], Tensor]
+    call: Call, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor], Tensor], alpha: float = 1
 ) -> Callable[[Tensor], list[Tensor]]:
-    """What those of two factors that are sources get."""
+    """What those of two factors that are sources get; the product is taken ``alpha`` times."""
     kept_a, kept_b = call.keep(a), call.keep(b)
     of_a, of_b = is_source(a), is_source(b)
 
     def propagate(s: Tensor) -> list[Tensor]:
         shares = []
         if of_a:
-            shares.append(functional.complex_bilinear(kept_a(), kept_b(), run, s))
+            shares.append(functional.complex_bilinear(kept_a(), alpha * kept_b(), run, s))
         if of_b:
             shares.append(
-                functional.complex_bilinear(kept_b(), kept_a(), lambda b, a: run(a, b), s)
+                functional.complex_bilinear(kept_b(), alpha * kept_a(), lambda b, a: run(a, b), s)
             )
         return shares
 
@@ -141,10 +141,10 @@ def answer_complex_product_and_sum(
     wanted = is_source(input)
 
     def run(a: Tensor, b: Tensor) -> Tensor:
-        product = alpha * (a @ b)
+        product = a @ b
         return product if product.dim() == output.dim() - 1 else product.sum(0)
 
-    of_factors = _shares(call, first, second, run)
+    of_factors = _shares(call, first, second, run, alpha)
 
     def propagate(s: Tensor) -> list[Tensor]:
         of_sum = abs(beta) * functional.rectify(s.sum_to_size(c().shape), beta * c())
