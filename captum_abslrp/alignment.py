@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from captum_abslrp.calls import TRANSFORMS, transformed_dims
+
 __all__ = ["Misaligned", "check_aligned", "check_apart", "follow"]
 
 _SHADOW = "_abslrp_samples"
@@ -52,8 +54,7 @@ def check_aligned(tensor: Tensor, batch_size: int) -> None:
         raise Misaligned
 
 
-_TRANSFORMS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
-_DIMS: dict[str, tuple[int, Any]] = (
+_DIMS = (
     dict.fromkeys(
         "amax amin cumprod cumsum log_softmax logcumsumexp logsumexp mean median nanmean nansum prod "
         "softmax std sum var".split(),
@@ -62,9 +63,6 @@ _DIMS: dict[str, tuple[int, Any]] = (
     | dict.fromkeys(["linalg_norm", "linalg_vector_norm", "norm"], (2, None))
     | dict.fromkeys(["kthvalue", "topk"], (2, -1))
     | {"mode": (1, -1), "msort": (1, 0), "normalize": (2, 1), "sort": (1, -1)}
-    | {f"fft_{name}": (2, -1) for name in _TRANSFORMS}
-    | {f"fft_{name}2": (2, (-2, -1)) for name in _TRANSFORMS}
-    | {f"fft_{name}n": (2, None) for name in _TRANSFORMS}
 )
 """Calls on one tensor that mix its elements along some dimensions: where these are among the arguments,
 and which they are where they are not given (None: all)."""
@@ -109,8 +107,8 @@ def check_apart(
     elif name in _PRODUCTS:  # the second one of two matrices is added up over its rows
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
         mixes = mixes or (tensors[-1].dim() <= 2 and is_source(tensors[-1]))
-    elif name in ("stft", "istft"):  # of one signal
-        mixes = tensors[0].dim() == (1 if name == "stft" else 2)
+    elif name in TRANSFORMS:
+        mixes = 0 in transformed_dims(name, tensors[0].dim(), *operands[1:], **kwargs)
     elif name in _BY_ELEMENT:
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
     if mixes:
@@ -124,9 +122,6 @@ def _is_over_samples(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if len(args) > position and not isinstance(args[position], (bool, torch.dtype)):
         dims = args[position]
     dims = kwargs.get("dim", kwargs.get("axis", dims))
-    if dims is None and name.startswith("fft_"):  # as many of the last ones as there are sizes
-        sizes = kwargs.get("s", args[1] if len(args) > 1 else None)
-        dims = None if sizes is None else tuple(range(-len(sizes), 0))
     chosen = list(dims) if isinstance(dims, (tuple, list)) else [] if dims is None else [dims]
     return not chosen or any(isinstance(d, int) and d % max(x.dim(), 1) == 0 for d in chosen)
 

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from captum_abslrp.calls import TRANSFORMS
+
 if TYPE_CHECKING:
     from captum_abslrp.interception import Call
 
 __all__ = [
     "CONJUGATES",
+    "OnParts",
     "PREFIX",
     "as_complex",
     "as_parts",
@@ -40,7 +43,7 @@ ARITHMETIC = frozenset(
 )
 """Calls in which a real tensor stands for the complex one of the same values."""
 
-_BY_FUNCTION = frozenset("mean sum cumsum stft istft".split())
+_BY_FUNCTION = frozenset("mean sum cumsum".split()) | TRANSFORMS
 
 
 def suits_parts(name: str) -> bool:
@@ -53,7 +56,7 @@ def suits_parts(name: str) -> bool:
         >>> suits_parts("fft_rfft"), suits_parts("mul")
         (True, False)
     """
-    return name in _BY_FUNCTION or name.startswith("fft_")
+    return name in _BY_FUNCTION
 
 
 CONJUGATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -132,12 +135,17 @@ def phase(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _OnParts:
+class OnParts:
     """A function on real views in place of its complex tensors, arguments as well as result."""
 
     func: Callable[..., Any]
     complex_at: frozenset[int]
     """Which of the arguments, flattened, are real views of complex tensors."""
+
+    @property
+    def first_is_complex(self) -> bool:
+        """Whether the first argument is a real view."""
+        return 0 in self.complex_at
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
@@ -201,10 +209,10 @@ def call_on_parts(
     return replace(
         call,
         name=call.name if suits_parts(call.name) else PREFIX + call.name,
-        func=_OnParts(call.func, complex_at),
+        func=OnParts(call.func, complex_at),
         args=args,
         kwargs=kwargs,
         result=as_parts(output) if isinstance(output, Tensor) else None,
         target=None,
-        absolute_func=None if absolute is None else _OnParts(absolute, complex_at),
+        absolute_func=None if absolute is None else OnParts(absolute, complex_at),
     )

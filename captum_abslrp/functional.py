@@ -62,6 +62,7 @@ __all__ = [
     "stabilise",
     "sums",
     "twin",
+    "without_rounding",
 ]
 
 EPS = 1e-9
@@ -584,6 +585,27 @@ def shares(x: Tensor, call: Callable[[Tensor], Tensor], relevance: Tensor) -> Te
     sizes = magnitude(x)
     whole = call(sizes)
     return sizes * _transposed(call, sizes, (relevance / whole).masked_fill_(whole == 0, 0))
+
+
+def without_rounding(s: Tensor, output: Tensor, dims: Sequence[int]) -> Tensor:
+    """Relevance per magnitude without that of numbers that are rounding errors.
+
+    Args:
+        s: relevance per magnitude of the output.
+        output: the output of a call that adds up numbers of both signs, such as a Fourier transform.
+        dims: the dimensions that it adds up over, along which the largest magnitude is what counts. Of a
+            real view the last one, of the two parts, is among them.
+
+    Returns:
+        ``s``, and 0 where the output is less than 16 times the machine precision of that magnitude.
+
+    Example:
+        >>> without_rounding(torch.ones(3), torch.tensor([1.0, 1e-8, -0.1]), [0])
+        tensor([1., 0., 1.])
+    """
+    sizes = output.abs()
+    bound = 16 * torch.finfo(output.dtype).eps * sizes.amax(tuple(dims), keepdim=True)
+    return s.masked_fill(sizes <= bound, 0)
 
 
 def bilinear(

@@ -329,7 +329,7 @@ class Interception(TorchFunctionMode):
         for tensor in tensors_in(result):
             if carries_relevance(tensor):
                 self._detached[tensor.grad_fn] = path
-            elif tensor.is_floating_point():
+            elif tensor.is_floating_point() or tensor.is_complex():
                 setattr(tensor, _DETACHED, path)
 
     def detached_parts(self, output: Tensor) -> list[str]:
