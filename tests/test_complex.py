@@ -17,6 +17,7 @@ from captum_abslrp import (
     AbsLRP,
     LayerAbsLRP,
     UnsupportedCallError,
+    calls,
     inspect_rules,
     register_call_rule,
     trace_relevance,
@@ -207,6 +208,10 @@ TRANSFORMS: dict[str, tuple[Function, Tensor]] = {
     "hfft": (torch.fft.hfft, draw(1, 2, 3)),
     "hfft of real": (torch.fft.hfft, draw(1, 2, 3, cplx=False)),
     "ihfft": (torch.fft.ihfft, draw(1, 2, 4, cplx=False)),
+    "hfft2": (torch.fft.hfft2, draw(1, 2, 3, 3)),
+    "ihfft2": (torch.fft.ihfft2, draw(1, 2, 3, 4, cplx=False)),
+    "hfftn": (lambda x: torch.fft.hfftn(x, (4, 4), (1, 2)), draw(1, 2, 3, 3)),
+    "ihfftn": (torch.fft.ihfftn, draw(1, 2, 3, 4, cplx=False)),
     "fft2": (lambda x: torch.fft.fft2(x, norm="ortho"), draw(1, 2, 3, 4)),
     "ifft2": (torch.fft.ifft2, draw(1, 2, 3, 4)),
     "rfft2": (lambda x: torch.fft.rfft2(x, dim=(1, 2)), draw(1, 2, 3, 4, 2, cplx=False)),
@@ -234,6 +239,12 @@ def test_transforms_are_linear_without_weights(name: str, rule: Rule | None) -> 
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-12)
 
 
+def test_every_transform_has_a_case() -> None:
+    assert {name.partition(" ")[0] for name in TRANSFORMS} == {
+        name.removeprefix("fft_") for name in calls.TRANSFORMS
+    }
+
+
 def test_the_magnitude_is_the_norm_of_the_parts() -> None:
     x = draw(1, 2, 3)
 
@@ -244,6 +255,47 @@ def test_the_magnitude_is_the_norm_of_the_parts() -> None:
     for function in (torch.abs, Tensor.abs, abs, torch.absolute):
         (got,) = found_by_rule(function, [x], relevance)
         torch.testing.assert_close(got, literal(norm, norm, real_view(x), relevance))
+
+
+WRITTEN_OUT: dict[str, tuple[Function, Function]] = {
+    "polar": (
+        lambda z: torch.polar(z.abs(), z.imag),
+        lambda z: _from_polar(z.abs(), z.imag),
+    ),
+    "exp": (torch.exp, lambda z: _from_polar(z.real.exp(), z.imag)),
+    "sgn": (torch.sgn, lambda z: z / z.detach().abs()),
+    "addcmul": (lambda z: torch.addcmul(z, z, z.conj()), lambda z: z + z * z.conj()),
+    "lerp": (lambda z: z.lerp(z.conj(), 0.25), lambda z: z * 0.75 + z.conj() * 0.25),
+    "matmul of a list": (
+        lambda z: torch.einsum("bi,ij->bj", [z, draw(3, 4, 2)]), lambda z: z @ draw(3, 4, 2)
+    ),
+    "integers": (lambda z: z * torch.arange(4), lambda z: z * torch.arange(4.0).cdouble()),
+    "a mask": (lambda z: z * (torch.arange(4) > 1), lambda z: z * (torch.arange(4) > 1).cdouble()),
+    "in place": (lambda z: _in_place(z), lambda z: (z * (1 + 2j) - z.conj()) / (2 - 1j)),
+}  # fmt: skip
+
+
+def _from_polar(size: Tensor, angle: Tensor) -> Tensor:
+    return torch.complex(size * angle.cos(), size * angle.sin())
+
+
+def _in_place(z: Tensor) -> Tensor:
+    conjugate = z.conj_physical()
+    z *= 1 + 2j
+    z.sub_(conjugate)
+    z /= 2 - 1j
+    return z
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_calls_are_the_same_as_written_out(name: str, normalization: str) -> None:
+    x = draw(5, 3, 6, cplx=False)
+    models = [OneCall(function) for function in WRITTEN_OUT[name]]
+    torch.testing.assert_close(models[0](x), models[1](x))
+    got, expected = (AbsLRP(m, normalization=normalization).attribute(x, 1) for m in models)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert (got != 0).any(1).all()
 
 
 # ------------------------------------------------------------------------------------------ the twin
