@@ -62,6 +62,7 @@ from captum_abslrp.steps import (
     Kept,
     Node,
     Step,
+    Tail,
     history,
     hooks_all_modules,
     is_hook,
@@ -466,7 +467,12 @@ class Interception(TorchFunctionMode):
             parts = self.move("view_as_real", as_parts, moved)
             output = as_parts(moved.detach().conj())
             # What is negated passes relevance on, which has no sign; autograd would conjugate it.
-            answer = Answer(output, [parts], lambda s: [s], scaled=False, keeps_sign=True)
+            tail = Tail(
+                lambda s: [as_parts(as_complex(s).conj())], self.keep(output), [self.keep(parts)]
+            )
+            answer = Answer(
+                output, [parts], lambda s: [s], scaled=False, keeps_sign=True, tail=tail
+            )
             return self.move("view_as_complex", as_complex, self.attach(answer))
         return self.move(name, func, *args, **kwargs)
 
@@ -581,7 +587,7 @@ class Interception(TorchFunctionMode):
             kept_output() if answer.vanishing else None,
             answer.together,
             at_once=answer.at_once,
-            tail=answer.tail if self._is_generic(call, rule) else None,
+            tail=answer.tail if call is None or self._is_generic(call, rule) else None,
             logits=answer.logits,
         )
         if self.watch is not None and call is not None:
@@ -598,10 +604,10 @@ class Interception(TorchFunctionMode):
         self._fresh = result
         return result
 
-    def _is_generic(self, call: Call | None, rule: Any) -> bool:
+    def _is_generic(self, call: Call, rule: Any) -> bool:
         """Whether a rule is the one that the generic mapping has for a call. A rule that the user or an
         architecture has chosen holds on the tail of the score as well."""
-        if call is None or self.innermost.rule is not None:
+        if self.innermost.rule is not None:
             return False
         return rule is not None and rule is generic_rule(call.name)
 

@@ -186,7 +186,7 @@ def answer_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> An
     """A linear map whose coefficients have both signs.
 
     Frequencies that cancel out, such as the mean of what a norm has centered, leave rounding errors. No
-    relevance goes through those.
+    relevance goes through those. The tail of the score ends here, as at a layer with weights.
     """
     answer = answer_linear_map(call, input, *args, **kwargs)
     of_complex = isinstance(call.func, OnParts) and call.func.first_is_complex
@@ -199,7 +199,7 @@ def answer_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> An
     def propagate(s: Tensor) -> Sequence[Tensor]:
         return answer.propagate(functional.without_rounding(s, z(), dims))
 
-    return answer._replace(propagate=propagate, nonnegative=False, keeps_sign=False)
+    return answer._replace(propagate=propagate, nonnegative=False, keeps_sign=False, tail=None)
 
 
 def answer_grid_sample(call: Call, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:

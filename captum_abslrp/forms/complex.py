@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from captum_abslrp import functional
 from captum_abslrp.complex_calls import PREFIX, as_complex, as_parts
 from captum_abslrp.forms.affine import CONVOLUTIONS
-from captum_abslrp.forms.base import Form, answer_twin, is_source, once, passed
+from captum_abslrp.forms.base import Form, answer_twin, is_source, once, passed, tail_of
 from captum_abslrp.forms.elementwise import (
     answer_addition,
     answer_division,
@@ -60,9 +61,21 @@ def _answer_number(call: Call, parts: Tensor, number: complex) -> Answer:
         return _answer_diagonal(call, [(parts, factor)], lambda w: w)
     output = call.run(lambda: call.func(*call.args))
     if not number.imag:
-        return passed(output, [parts], lambda: number.real)
-    size = abs(number)
-    return passed(output, [parts])._replace(propagate=lambda s: [s.flip(-1) * size])
+        return passed(call, output, [parts], lambda: number.real)
+    size, sign = abs(number), 1.0 if number.imag > 0 else -1.0
+
+    def share(relevance: Tensor) -> list[Tensor]:
+        real, imag = relevance.unbind(-1)
+        return [torch.stack([sign * imag, -sign * real], -1)]
+
+    return Answer(
+        output,
+        [parts],
+        lambda s: [s.flip(-1) * size],
+        scaled=False,
+        keeps_sign=True,
+        tail=tail_of(call.keep(output), [call.keep(parts)], share),
+    )
 
 
 def _answer_diagonal(
@@ -189,7 +202,7 @@ def answer_complex_exponential(call: Call, input: Tensor) -> Any:
 
 def answer_magnitude(call: Call, input: Tensor) -> Answer:
     """The norm of the two parts."""
-    return answer_twin(call)
+    return answer_twin(replace(call, name="linalg_vector_norm"))
 
 
 COMPLEX: dict[str, Form] = {
