@@ -111,13 +111,16 @@ def _shares(
     kept_a, kept_b = call.keep(a), call.keep(b)
     of_a, of_b = is_source(a), is_source(b)
 
+    def scaled(weight: Tensor) -> Tensor:
+        return weight if alpha == 1 else alpha * weight
+
     def propagate(s: Tensor) -> list[Tensor]:
         shares = []
         if of_a:
-            shares.append(functional.complex_bilinear(kept_a(), alpha * kept_b(), run, s))
+            shares.append(functional.complex_bilinear(kept_a(), scaled(kept_b()), run, s))
         if of_b:
             shares.append(
-                functional.complex_bilinear(kept_b(), alpha * kept_a(), lambda b, a: run(a, b), s)
+                functional.complex_bilinear(kept_b(), scaled(kept_a()), lambda b, a: run(a, b), s)
             )
         return shares
 
