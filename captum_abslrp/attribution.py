@@ -797,9 +797,9 @@ def _check_inputs(inputs: tuple[Any, ...], model: nn.Module | None) -> int:
             )
         if x.is_complex():
             raise TypeError(
-                f"Expected `inputs` to be of a real dtype, but got {x.dtype}. Explain the real and the "
-                f"imaginary part as two numbers: pass `torch.view_as_real(x)` to a module that makes "
-                f"it complex with `torch.view_as_complex` and calls the model."
+                f"Expected `inputs` to be of a real floating-point dtype, but got {x.dtype}. Explain the "
+                f"real and the imaginary part as two numbers: pass `torch.view_as_real(x)` to a module "
+                f"that makes it complex with `torch.view_as_complex` and calls the model."
             )
         if model is not None and not x.is_floating_point():
             raise TypeError(

@@ -1051,7 +1051,8 @@ def test_complex_inputs_are_refused_with_a_remedy(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(3, 4, dtype=dtype), nn.Linear(4, 2, dtype=dtype)).eval()
     x = draw(1, 2, 3).to(dtype)
     with pytest.raises(
-        TypeError, match=rf"real dtype, but got {dtype}.*view_as_real.*view_as_complex"
+        TypeError,
+        match=rf"real floating-point dtype, but got {dtype}.*view_as_real.*view_as_complex",
     ):
         AbsLRP(model).attribute(x, 1)
 
