@@ -19,12 +19,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from captum_abslrp.calls import TRANSFORMS, transformed_dims
+
 __all__ = ["Misaligned", "check_aligned", "check_apart", "follow"]
 
 _SHADOW = "_abslrp_samples"
 _KEEP_ORDER = frozenset(
-    "clone contiguous to float half bfloat16 type type_as pad masked_fill where tril triu alias real".split()
+    "clone contiguous to float half bfloat16 cfloat cdouble chalf type type_as pad masked_fill where tril "
+    "triu alias real imag conj conj_physical resolve_conj resolve_neg".split()
 )
+_SAME_PLACE = frozenset(
+    "to float double half bfloat16 cfloat cdouble chalf type type_as real imag conj conj_physical "
+    "resolve_conj resolve_neg".split()
+)
+"""Calls that leave every element where it is."""
 _KEEP_ELEMENT_ORDER = frozenset("view reshape flatten unflatten ravel".split())
 
 
@@ -99,6 +107,8 @@ def check_apart(
     elif name in _PRODUCTS:  # the second one of two matrices is added up over its rows
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
         mixes = mixes or (tensors[-1].dim() <= 2 and is_source(tensors[-1]))
+    elif name in TRANSFORMS:
+        mixes = 0 in transformed_dims(name, tensors[0].dim(), *operands[1:], **kwargs)
     elif name in _BY_ELEMENT:
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
     if mixes:
@@ -161,8 +171,7 @@ def follow(
     leaves, spec = tree_flatten((args, kwargs))
     shadows = [_shadow(leaf, batch_size) for leaf in leaves]
     shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
-    if name == "view":  # the memory of a shadow is laid out otherwise
-        func = Tensor.reshape
+    func = _ON_SHADOWS.get(name, func)
     with torch.no_grad():
         try:
             shadow = func(*shadow_args, **shadow_kwargs)
@@ -173,11 +182,30 @@ def follow(
             setattr(tensor, _SHADOW, samples)
 
 
+def _in_agreement(first: Tensor, second: Tensor) -> Tensor:
+    """The sample that two parts of one element belong to; -1 where they differ."""
+    return torch.where(first == second, first, -1)
+
+
+_ON_SHADOWS: dict[str, Callable[..., Tensor]] = {
+    "view": Tensor.reshape,  # the memory of a shadow is laid out otherwise
+    "view_as_real": lambda s: s.unsqueeze(-1).expand(*s.shape, 2),
+    "view_as_complex": lambda s: _in_agreement(*s.unbind(-1)),
+    "complex": _in_agreement,
+    **dict.fromkeys(_SAME_PLACE, lambda s, *args, **kwargs: s),
+}
+"""What stands for calls whose function does not suit a shadow."""
+
+
 def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_size: int) -> bool:
     """Whether it is plain from the arguments that samples stay in the leading dimension."""
     dims = [a for a in args[1:] if isinstance(a, int)]
     if name in _KEEP_ELEMENT_ORDER:
         return result.dim() > 0 and result.shape[0] % batch_size == 0
+    if name in ("view_as_real", "view_as_complex"):
+        return len(args) == 1 and args[0].dim() > (name == "view_as_complex")
+    if name == "complex":
+        return len(args) == 2 and args[0].dim() == args[1].dim() > 0
     if name in ("transpose", "swapaxes", "swapdims"):
         return len(dims) == 2 and not any(d % args[0].dim() == 0 for d in dims)
     if name in ("gather", "index_select", "take_along_dim"):
@@ -194,7 +222,7 @@ def _shadow(leaf: Any, batch_size: int) -> Any:
     """The number of its sample for every element, on the host; indices and masks keep their values."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if not leaf.is_floating_point():
+    if not (leaf.is_floating_point() or leaf.is_complex()):
         return leaf.cpu()
     if hasattr(leaf, _SHADOW):
         return getattr(leaf, _SHADOW)

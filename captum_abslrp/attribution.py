@@ -529,6 +529,11 @@ class AbsLRP(GradientAttribution):
                 f"Expected the model to return a tensor, but got {type(output).__name__}. Pick one with "
                 f"`AbsLRP(model, output=lambda out: ...)`, for example `out.logits` or `out[0]`."
             )
+        if output.is_complex():
+            raise TypeError(
+                f"Expected the model to return a real tensor, but got {output.dtype}. Say what of it is the "
+                f"score, for example its magnitude: `AbsLRP(model, output=torch.abs)`."
+            )
         if output.dim() == 0 or len(output) != batch_size:
             raise ValueError(
                 f"Expected the model to return one row per sample ({batch_size}), but got shape "
@@ -765,7 +770,13 @@ def _check_inputs(inputs: tuple[Any, ...], model: nn.Module | None) -> int:
                 f"Expected `inputs` to be dense tensors with values, but got {kind}. Convert it first, "
                 f"`x.to_dense()`; without values `inspect_rules` tells which rules a model gets."
             )
-        if x.is_complex() or (model is not None and not x.is_floating_point()):
+        if x.is_complex():
+            raise TypeError(
+                f"Expected `inputs` to be of a real floating-point dtype, but got {x.dtype}. Explain the "
+                f"real and the imaginary part as two numbers: pass `torch.view_as_real(x)` to a module "
+                f"that makes it complex with `torch.view_as_complex` and calls the model."
+            )
+        if model is not None and not x.is_floating_point():
             raise TypeError(
                 f"Expected `inputs` to be of a floating-point dtype, but got {x.dtype}. Convert images "
                 f"with the model's own preprocessing. {_EXPLAIN_TOKENS.format(_embedding_of(model))}"
@@ -846,7 +857,7 @@ _MOVING_NODES = re.compile(
     r"Permute|PixelShuffle|PixelUnshuffle|Put|Repeat|Reshape\w*|Roll|Rot90|Scatter|Select\w*|Slice\w*|"
     r"Sort|Split|SplitWithSizes|Squeeze|Stack|SwapAxes|T|Take|TakeAlongDim|ToCopy|Topk|Transpose|Tril|"
     r"Triu|Unbind|Unfold|UnsafeSplit\w*|UnsafeView|Unsqueeze|View|ViewAsReal|Where|Zero|"
-    r"ChannelShuffle|NativeChannelShuffle)(Backward[A-Za-z]*\d*)?"
+    r"ChannelShuffle|Complex|NativeChannelShuffle|ViewAsComplex)(Backward[A-Za-z]*\d*)?"
 )
 """Nodes that autograd makes for calls that move elements."""
 

@@ -14,40 +14,46 @@ __all__ = [
     "CONSTANT",
     "IN_PLACE_PASS_THROUGH",
     "PASS_THROUGH",
+    "TRANSFORMS",
     "canonical_name",
     "has_in_place_argument",
     "on_host",
     "out_of_place",
     "tensors_in",
+    "transformed_dims",
     "written_tensors",
 ]
 
 PASS_THROUGH = frozenset(
     """
-    H T __getitem__ __setitem__ alias as_strided atleast_1d atleast_2d atleast_3d bfloat16
-    block_diag broadcast_tensors broadcast_to cat channel_shuffle chunk clone column_stack concat
-    concatenate contiguous copy cpu cuda diag diag_embed diagonal diagonal_scatter double dsplit
-    dstack expand expand_as flatten flip fliplr flipud float gather half hsplit hstack index_copy
+    H T __getitem__ __setitem__ adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16
+    block_diag broadcast_tensors broadcast_to cat cdouble cfloat chalf channel_shuffle chunk clone
+    column_stack complex concat concatenate conj conj_physical contiguous copy cpu cuda diag
+    diag_embed diagonal diagonal_scatter double dsplit dstack expand expand_as fft_fftshift
+    fft_ifftshift flatten flip fliplr flipud float gather half hsplit hstack imag index_copy
     index_select kthvalue mH mT masked_fill masked_scatter masked_select median meshgrid mode
     moveaxis movedim msort narrow native_channel_shuffle numpy_T pad permute pixel_shuffle
-    pixel_unshuffle ravel real repeat repeat_interleave reshape reshape_as roll rot90
-    scatter select select_scatter slice_scatter sort split split_with_sizes squeeze stack swapaxes
-    swapdims t take take_along_dim tensor_split tile to topk transpose tril triu type type_as unbind
-    unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vsplit vstack where
+    pixel_unshuffle ravel real repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg
+    roll rot90 scatter select select_scatter slice_scatter sort split split_with_sizes squeeze stack
+    swapaxes swapdims t take take_along_dim tensor_split tile to topk transpose tril triu type
+    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as view_as_complex
+    view_as_real vsplit vstack where
     """.split()
 )
-"""Calls that only move, select, copy or cast elements: relevance moves with its element."""
+"""Calls that only move, select, copy or cast elements, or parts of complex ones: relevance moves with its
+element."""
 
 CONSTANT = frozenset(
     """
-    __invert__ _assert all allclose any argmax argmin argsort backward bincount bool bucketize byte
-    ceil count_nonzero data_ptr detach dim element_size empty_like eq equal floor full_like ge
-    get_device gt has_names heaviside int is_complex is_contiguous is_floating_point is_inference
-    is_nonzero is_same_size isclose isfinite isin isinf isnan isneginf isposinf item le long lt names
-    ndimension ne nelement new_empty new_full new_ones new_tensor new_zeros nonzero numel numpy
-    one_hot ones_like rand_like randn_like register_hook requires_grad_ retain_grad round
-    searchsorted sgn short sign signbit size storage_offset stride tolist trunc untyped_storage
-    zeros_like
+    __bool__ __contains__ __float__ __format__ __index__ __int__ __invert__ __len__ __repr__
+    _assert all allclose any argmax argmin argsort backward bincount bool bucketize byte ceil
+    count_nonzero data_ptr detach dim element_size empty_like eq equal floor full_like ge
+    get_device gt has_names heaviside int is_complex is_conj is_contiguous is_floating_point
+    is_inference is_neg is_nonzero is_same_size isclose isfinite isin isinf isnan isneginf
+    isposinf isreal item le long lt names ndimension ne nelement new_empty new_full new_ones
+    new_tensor new_zeros nonzero numel numpy one_hot ones_like rand_like randn_like register_hook
+    requires_grad_ retain_grad round searchsorted sgn short sign signbit size storage_offset
+    stride tolist trunc untyped_storage zeros_like
     """.split()
 )
 """Calls whose result carries no relevance: facts about a tensor, and steps."""
@@ -82,6 +88,33 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
 def on_host(condition: Tensor) -> bool | None:
     """A condition, if it is known without waiting for a device; else None."""
     return bool(condition.numpy()) if condition.device.type == "cpu" else None
+
+
+TRANSFORMS = frozenset(
+    f"fft_{kind}{dims}"
+    for kind in "fft ifft rfft irfft hfft ihfft".split()
+    for dims in ("", 2, "n")
+) | {"stft", "istft"}
+"""Fourier transforms."""
+
+
+def transformed_dims(name: str, rank: int, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+    """Dimensions of the result of a Fourier transform along which its elements were mixed.
+
+    Args:
+        name: canonical name of the call, one of :data:`TRANSFORMS`.
+        rank: number of dimensions of its input.
+        args, kwargs: its other arguments.
+    """
+    if name in ("stft", "istft"):  # the frequencies, or the time, of a signal
+        return (rank - 1,) if name == "stft" else (rank - 2,)
+    sizes = kwargs.get("s", args[0] if args else None)
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if dims is None and name.endswith("n"):
+        dims = range(rank) if sizes is None else range(-len(sizes), 0)
+    elif dims is None:
+        dims = (-2, -1) if name.endswith("2") else -1
+    return tuple(d % rank for d in ([dims] if isinstance(dims, int) else dims))
 
 
 @functools.lru_cache(maxsize=4096)

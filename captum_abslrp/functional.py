@@ -35,6 +35,8 @@ __all__ = [
     "SignedParts",
     "attention",
     "bilinear",
+    "complex_bilinear",
+    "complex_diagonal",
     "convolution",
     "diagonal",
     "divide",
@@ -61,6 +63,7 @@ __all__ = [
     "stabilise",
     "sums",
     "twin",
+    "without_rounding",
 ]
 
 EPS = 1e-9
@@ -604,6 +607,27 @@ def shares(x: Tensor, call: Callable[[Tensor], Tensor], relevance: Tensor) -> Te
     return sizes * _transposed(call, sizes, (relevance / whole).masked_fill_(whole == 0, 0))
 
 
+def without_rounding(s: Tensor, output: Tensor, dims: Sequence[int]) -> Tensor:
+    """Relevance per magnitude without that of numbers that are rounding errors.
+
+    Args:
+        s: relevance per magnitude of the output.
+        output: the output of a call that adds up numbers of both signs, such as a Fourier transform.
+        dims: the dimensions that it adds up over, along which the largest magnitude is what counts. Of a
+            real view the last one, of the two parts, is among them.
+
+    Returns:
+        ``s``, and 0 where the output is less than 16 times the machine precision of that magnitude.
+
+    Example:
+        >>> without_rounding(torch.ones(3), torch.tensor([1.0, 1e-8, -0.1]), [0])
+        tensor([1., 0., 1.])
+    """
+    sizes = output.abs()
+    bound = 16 * torch.finfo(output.dtype).eps * sizes.amax(tuple(dims), keepdim=True)
+    return s.masked_fill(sizes <= bound, 0)
+
+
 def bilinear(
     a: Tensor, b: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -657,6 +681,67 @@ def diagonal(x: Tensor, weight: Tensor) -> Tensor:
     # In the memory of the product, each element of which is looked at once.
     torch.ops.aten.threshold_backward.grad_input(sizes, product, 0, grad_input=product)
     return product
+
+
+def complex_diagonal(x: Tensor, weight: Tensor) -> Tensor:
+    r"""The factors of a product of complex numbers, element by element.
+
+    :math:`(a + ib)(c + id)` has the parts :math:`ac - bd` and :math:`ad + bc`: a linear map from two real
+    numbers to two, of which each contribution is as in :func:`diagonal`.
+
+    Args:
+        x: real view, (..., 2), broadcastable to that of the output.
+        weight: real view of what ``x`` is multiplied by, broadcastable to that of the output.
+
+    Returns:
+        What ``s`` is multiplied by, (..., part of ``x``, part of the output); is summed over the last
+        dimension.
+
+    Example:
+        >>> complex_diagonal(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+        tensor([[3., 4.],
+                [0., 3.]])
+    """
+    (a, b), (c, d) = x.unbind(-1), weight.unbind(-1)
+    of_real = torch.stack([diagonal(a, c), diagonal(a, d)], -1)
+    of_imag = torch.stack([diagonal(b, -d), diagonal(b, c)], -1)
+    return torch.stack([of_real, of_imag], -2)
+
+
+def complex_bilinear(
+    x: Tensor, weight: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
+) -> Tensor:
+    """:func:`positive_contributions` of a product of two complex tensors, the second one fixed.
+
+    As in :func:`complex_diagonal`, each part of the output is a sum over both parts of ``x``.
+
+    Args:
+        x: real view, (..., 2).
+        weight: real view of the other factor, (..., 2).
+        call: ``(x, weight) -> z`` on real tensors, a sum of products of their elements: matmul, einsum ...
+        s: shaped like the real view of the output.
+
+    Returns:
+        What ``x`` gets, shaped like it.
+
+    Example:
+        >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> complex_bilinear(x, w, torch.dot, torch.ones(2))
+        tensor([[7., 3.]])
+    """
+    (a, b), (c, d) = x.unbind(-1), weight.unbind(-1)
+    s_real, s_imag = s.unbind(-1)
+
+    def of_part(part: Tensor, to_real: Tensor, to_imag: Tensor) -> Tensor:
+        def product(weight: Tensor, s: Tensor) -> Tensor:
+            return _transposed(lambda v: call(v, weight), part, s)
+
+        def transposed(weights: Tensor) -> Tensor:
+            return product(weights[0], s_real) + product(weights[1], s_imag)
+
+        return positive_contributions(part, torch.stack([to_real, to_imag]), transposed)
+
+    return torch.stack([of_part(a, c, d), of_part(b, -d, c)], -1)
 
 
 def elementwise(

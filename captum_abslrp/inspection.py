@@ -192,13 +192,17 @@ class _Survey(Interception):
     def _without_rule(self, call: Call) -> Any:
         with torch.no_grad():
             result = call.func(*call.args, **call.kwargs)
+        if not tensors_in(result):  # a fact about a tensor
+            return result
         sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
         self._note(_name_of(call.func), None, "")
 
         def as_dependent(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return tuple(map(as_dependent, value))
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not (
+                isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+            ):
                 return value
             return self.attach(Answer(value, sources, lambda relevance: []))
 

@@ -48,11 +48,21 @@ from captum_abslrp.calls import (
     tensors_in,
     written_tensors,
 )
+from captum_abslrp.complex_calls import (
+    CONJUGATES,
+    PREFIX,
+    as_complex,
+    as_parts,
+    call_on_parts,
+    has_complex,
+    phase,
+)
 from captum_abslrp.steps import (
     Answer,
     Kept,
     Node,
     Step,
+    Tail,
     history,
     hooks_all_modules,
     is_hook,
@@ -155,7 +165,7 @@ class Call:
     def __str__(self) -> str:
         where = f"`{self.path}`" if self.path else "the model itself"
         kind = f" ({type(self.module).__name__})" if self.module is not None else ""
-        return f"`{resolve_name(self.func) or self.name}` in {where}{kind}"
+        return f"`{resolve_name(self.func) or self.name.removeprefix(PREFIX)}` in {where}{kind}"
 
 
 class Interception(TorchFunctionMode):
@@ -324,7 +334,7 @@ class Interception(TorchFunctionMode):
         for tensor in tensors_in(result):
             if carries_relevance(tensor):
                 self._detached[tensor.grad_fn] = path
-            elif tensor.is_floating_point():
+            elif tensor.is_floating_point() or tensor.is_complex():
                 setattr(tensor, _DETACHED, path)
 
     def detached_parts(self, output: Tensor) -> list[str]:
@@ -364,6 +374,8 @@ class Interception(TorchFunctionMode):
             return self._pass_through(name, func, args, kwargs)
         if is_property or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if name == "sgn" and has_complex((args, kwargs)):
+            return self.composite(phase, *args, **kwargs)
         if name in CONSTANT:
             with torch.no_grad():
                 return func(*args, **kwargs)
@@ -385,10 +397,32 @@ class Interception(TorchFunctionMode):
         if rule is None:
             return self._without_rule(call)
         check_apart(name, call.operands, kwargs, self.batch_size, is_source=_is_source)
+        return self._answer_by(rule, call)
+
+    def _answer_by(self, rule: Rule, call: Call) -> Any:
+        """Answer a call by its rule; one that reads or makes a complex tensor as one on real views."""
+        if not is_complex(call) or rule.runs_parts_of(call):
+            with torch.no_grad():
+                answer = rule.answer(call)
+            if not (isinstance(answer, Answer) and answer.output.is_complex()):
+                self._check_sources(answer, call)
+                return self.attach(answer, call, rule)
+            call.result = answer.output
         with torch.no_grad():
-            answer = rule.answer(call)
+            output = call.run(lambda: call.func(*call.args, **call.kwargs))
+        on_parts = call_on_parts(call, output, self.move, carries_relevance)
+        with torch.no_grad():
+            answer = rule.answer(on_parts)
+        self._check_sources(answer, on_parts)
+        result = self.attach(answer, call, rule)
+        if isinstance(output, Tensor) and output.is_complex():
+            return self.move("view_as_complex", as_complex, result)
+        return result
+
+    def _check_sources(self, answer: Any, call: Call) -> None:
+        """Refuse a call that a rule hands relevance to a part of its sources only."""
         if isinstance(answer, Answer):
-            for tensor in tensors_in((args, kwargs)):
+            for tensor in tensors_in((call.args, call.kwargs)):
                 known = any(tensor is t for t in (*answer.sources, *answer.constants))
                 if carries_relevance(tensor) and not known:
                     raise UnsupportedCallError(
@@ -396,13 +430,20 @@ class Interception(TorchFunctionMode):
                         f"a weight or bias that does, too. Use `TwinRule()` for this call, which "
                         f"hands relevance to all of them."
                     )
-        return self.attach(answer, call, rule)
 
     def _without_rule(self, call: Call) -> Any:
         """Refuse a call, unless its result does not depend on its arguments by a gradient."""
         output = call.func(*call.args, **call.kwargs)
         if not any(t.requires_grad for t in tensors_in(output)):
             return output
+        if is_complex(call):
+            raise UnsupportedCallError(
+                f"Expected every call on the way from the input to the output to have a rule, but got "
+                f"{call} of a complex tensor, which has none. Give it one by the mapping, `AbsLRP(model, "
+                f'mapping=get_mapping().extended({{"{call.name}": captum_abslrp.rules.TwinRule()}}))`, or by '
+                f"the module, `module.rule = captum_abslrp.rules.TwinRule()`; the twin rule suits every "
+                f"differentiable call."
+            )
         raise UnsupportedCallError(
             f"Expected every call on the way from the input to the output to have a rule, but got "
             f"{call}, which has none. Register one: `captum_abslrp.register_call_rule("
@@ -425,6 +466,22 @@ class Interception(TorchFunctionMode):
     def _pass_through(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if name in CONJUGATES and has_complex((args, kwargs)):
+            moved = self.move(name, CONJUGATES[name], *args, **kwargs)
+            parts = self.move("view_as_real", as_parts, moved)
+            output = as_parts(moved.detach().conj())
+            # What is negated passes relevance on, which has no sign; autograd would conjugate it.
+            tail = Tail(
+                lambda s: [as_parts(as_complex(s).conj())], self.keep(output), [self.keep(parts)]
+            )
+            answer = Answer(
+                output, [parts], lambda s: [s], scaled=False, keeps_sign=True, tail=tail
+            )
+            return self.move("view_as_complex", as_complex, self.attach(answer))
+        return self.move(name, func, *args, **kwargs)
+
+    def move(self, name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that moves elements, with the gradient that autograd defines for it."""
         if any(t.is_inference() for t in tensors_in((args, kwargs))):
             # Autograd cannot keep such a tensor, which the caller or the model made in inference mode.
             leaves, spec = tree_flatten((args, kwargs))
@@ -435,10 +492,9 @@ class Interception(TorchFunctionMode):
         result = func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         follow(name, func, args, kwargs, result, self.batch_size, tensors)
-        floating = [t for t in tensors if t.is_floating_point()]
+        floating = [t for t in tensors if t.is_floating_point() or t.is_complex()]
         if all(map(self.is_nonnegative, floating)) and not (
-            name in _FILLING
-            and any(isinstance(v, (int, float)) and v < 0 for v in tree_flatten((args, kwargs))[0])
+            name in _FILLING and any(map(_may_be_negative, tree_flatten((args, kwargs))[0]))
         ):
             for tensor in tensors_in(result):
                 self.mark_nonnegative(tensor)
@@ -448,10 +504,14 @@ class Interception(TorchFunctionMode):
         """The rule of a call: of the innermost module that has one of its own, or of the mapping."""
         frame = self.innermost
         if frame.rule is not None:
-            return frame.rule
-        if self.find_rule is not None:
-            return self.find_rule(call)
-        return frame.mapping.rule_of_call(call)
+            rule: Rule | None = frame.rule
+        elif self.find_rule is not None:
+            rule = self.find_rule(call)
+        else:
+            rule = frame.mapping.rule_of_call(call)
+        if rule is not None and is_complex(call) and not rule.suits_complex(call):
+            return None
+        return rule
 
     @property
     def innermost(self) -> _Frame:
@@ -482,12 +542,16 @@ class Interception(TorchFunctionMode):
             absolute_func=partial(_with_magnitudes, layer),
         )
         if not isinstance(rule, Rule):
+            if has_complex((sources, output)):
+                raise TypeError(
+                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__} of Captum, to work "
+                    f"on real tensors, but got complex ones. Set one of captum_abslrp.rules on it, or "
+                    f"register the layer with `TwinRule()`."
+                )
             kept = self.keep(output)
             answer = answer_by_captum_rule(rule, layer, sources, output, kept)
             return self.attach(answer, call, rule)
-        with torch.no_grad():
-            answer = rule.answer(call)
-        return self.attach(answer, call, rule)
+        return self._answer_by(rule, call)
 
     def attach(self, answer: Answer | Any, call: Call | None = None, rule: Any = None) -> Any:
         """Give the output of a call the history that its rule asks for."""
@@ -527,7 +591,7 @@ class Interception(TorchFunctionMode):
             kept_output() if answer.vanishing else None,
             answer.together,
             at_once=answer.at_once,
-            tail=answer.tail if self._is_generic(call, rule) else None,
+            tail=answer.tail if call is None or self._is_generic(call, rule) else None,
             logits=answer.logits,
         )
         if self.watch is not None and call is not None:
@@ -544,10 +608,10 @@ class Interception(TorchFunctionMode):
         self._fresh = result
         return result
 
-    def _is_generic(self, call: Call | None, rule: Any) -> bool:
+    def _is_generic(self, call: Call, rule: Any) -> bool:
         """Whether a rule is the one that the generic mapping has for a call. A rule that the user or an
         architecture has chosen holds on the tail of the score as well."""
-        if call is None or self.innermost.rule is not None:
+        if self.innermost.rule is not None:
             return False
         return rule is not None and rule is generic_rule(call.name)
 
@@ -796,7 +860,7 @@ def _with_magnitudes(layer: nn.Module, *args: Any) -> Any:
     """The output of a layer with the magnitude of its parameters."""
     twin = copy.deepcopy(layer)
     for parameter in twin.parameters():
-        parameter.data.abs_()
+        as_parts(parameter.data).abs_()
     return twin.forward(*args)
 
 
@@ -827,6 +891,16 @@ def _running() -> list[Interception]:
     except AttributeError:
         _LOCAL.running = []
         return cast("list[Interception]", _LOCAL.running)
+
+
+def is_complex(call: Call) -> bool:
+    """Whether there is a complex tensor or number among the arguments of a call."""
+    return has_complex((call.args, call.kwargs))
+
+
+def _may_be_negative(value: Any) -> bool:
+    """Whether a number, of which both parts count, is perhaps negative."""
+    return isinstance(value, complex) or (isinstance(value, (int, float)) and value < 0)
 
 
 def _is_source(value: Any) -> bool:

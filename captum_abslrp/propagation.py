@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from captum_abslrp import functional
+from captum_abslrp.complex_calls import as_parts
 from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.steps import Step, in_full_precision, is_answered, is_hook
 
@@ -54,7 +55,8 @@ def propagate(
             score, where signs do.
 
     Returns:
-        Relevance of each tensor, (S, ``*tensor.shape``), in its dtype.
+        Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
+        parts together, in the dtype of the parts.
     """
     if output.grad_fn is None:
         raise ValueError("Expected `output` to depend on the inputs, but got one without history.")
@@ -79,13 +81,20 @@ def propagate(
     for tensor in explained:
         place = _place(tensor)
         if place not in found:
-            results.append(tensor.new_zeros((len(seeds), *tensor.shape)))
+            results.append(
+                tensor.new_zeros((len(seeds), *tensor.shape), dtype=tensor.dtype.to_real())
+            )
             continue
-        values = in_full_precision(tensor.detach())
+        values = in_full_precision(as_parts(tensor.detach()))
         if first and place[0] in tail:  # was divided by this as well
             values = values.abs() + EPS
-        shares = [functional.relevance(values, in_full_precision(s)) for s in found[place]]
-        results.append((torch.stack(shares) / TOTAL).to(tensor.dtype))
+        shares = [
+            functional.relevance(values, in_full_precision(as_parts(s))) for s in found[place]
+        ]
+        relevance = torch.stack(shares) / TOTAL
+        if tensor.is_complex():
+            relevance = relevance.sum(-1)
+        results.append(relevance.to(tensor.dtype.to_real()))
     return results
 
 
@@ -167,7 +176,13 @@ def _run_back(
             if results[i][0] is not None:
                 if hands_on_signed:
                     signed.add(target)
-                _add(pending.setdefault(target, {}), number, list(results[i]))
+                handed_on = list(results[i])
+                if (
+                    handed_on[0].is_complex()
+                    and not target._input_metadata[number].dtype.is_complex
+                ):
+                    handed_on = [s.real for s in handed_on]  # `where` makes a real tensor complex
+                _add(pending.setdefault(target, {}), number, handed_on)
         del results
     return found
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from captum_abslrp import forms, functional
+from captum_abslrp.complex_calls import PREFIX, has_complex, suits_parts
 from captum_abslrp.interception import Call, Interception
 from captum_abslrp.steps import Answer, Given, Kept, Returned
 
@@ -71,13 +72,36 @@ class Rule(PropagationRule):
         Raises:
             TypeError: if the rule has no form for this kind of call.
         """
-        form = self.closed_forms.get(call.name)
+        form = self._form_of(call)
         if form is None:
             raise TypeError(
                 f"Expected {type(self).__name__} to be used for one of {sorted(self.closed_forms)}, but "
                 f"got {call}. Use `AbsLRPRule()` or `TwinRule()` there."
             )
         return form(call, *call.operands, **call.kwargs)
+
+    def _form_of(self, call: Call) -> forms.Form | None:
+        name = call.name.removeprefix(PREFIX)
+        on_parts = name != call.name and name in self.closed_forms
+        return forms.COMPLEX.get(name) if on_parts else self.closed_forms.get(call.name)
+
+    def suits_complex(self, call: Call) -> bool:
+        """Whether the rule can answer a call on complex tensors, which it will see as real views.
+
+        Args:
+            call: the call, on complex tensors.
+        """
+        has_form = call.name in forms.COMPLEX or suits_parts(call.name) or self.runs_parts_of(call)
+        return call.name not in self.closed_forms or has_form
+
+    def runs_parts_of(self, call: Call) -> bool:
+        """Whether the rule answers a call by running the calls it is made of, each by its own rule.
+
+        Args:
+            call: the call.
+        """
+        form = self.closed_forms.get(call.name)
+        return form is not None and form is forms.COMPOSITES.get(call.name)
 
     def forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
         """Entry for Captum's ``LRP``, which registers this as the module's forward hook.
@@ -91,6 +115,11 @@ class Rule(PropagationRule):
             The output, with a history whose backward pass is this rule.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        if has_complex((inputs, outputs)):
+            raise TypeError(
+                f"Expected {type(module).__name__} to map real tensors to a real one under Captum's `LRP`, "
+                f"but got complex ones. Set the rule on a module around it, or use `AbsLRP`."
+            )
         if getattr(module, "inplace", False) and not isinstance(module, _IDEMPOTENT):
             raise ValueError(
                 f"Expected {type(module).__name__} to keep its input, which {self} needs, but got "
@@ -121,7 +150,8 @@ class TwinRule(Rule):
     :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle` with
     :math:`s = R / (|z| + \epsilon)` (the paper's rule, section 1 of the method): the call and
     its *twin*, the same call on absolute input and parameters. It costs two more forward passes of the
-    call; the other rules are its closed forms.
+    call; the other rules are its closed forms. A call on complex tensors is one on their real and imaginary
+    parts: ``x``, ``w`` and ``z`` are real views (``torch.view_as_real``).
 
     Args:
         divide: whether relevance is divided by the magnitude of the output. Without, :math:`s = R`.
@@ -271,7 +301,8 @@ class MatmulRule(Rule):
     For ``a @ b``: :math:`2 (a^+ \, s b^{+T} + a^- \, s b^{-T})`, see
     :func:`captum_abslrp.functional.matmul`; for einsum and its kin
     :func:`captum_abslrp.functional.bilinear`. In ``addmm`` and its kin, one affine call, the
-    summand gets :math:`2 x^+ s`.
+    summand gets :math:`2 x^+ s`. Of complex tensors each part of the result is a sum of products, see
+    :func:`captum_abslrp.functional.complex_bilinear`.
 
     Example:
         >>> mapping = get_mapping().extended({("matmul", "bmm"): MatmulRule()})
@@ -285,7 +316,7 @@ class MatmulRule(Rule):
 class AdditionRule(Rule):
     r"""Sum of two tensors: :math:`2 x^+ s` and :math:`2 y^+ s` (residuals, position embedding).
 
-    A difference is the sum with the negated tensor.
+    A difference is the sum with the negated tensor. Of complex tensors each part is a sum of its own.
 
     Example:
         >>> mapping = get_mapping().extended({"add": AdditionRule()})
@@ -317,7 +348,8 @@ class ProductRule(Rule):
     r"""Elementwise product, :math:`2 (x y)^+ s` for each factor (gates, LayerScale).
 
     A divisor is a constant of the call, even where it depends on the data: :math:`2 (x / c)^+ s`.
-    Scaling by a number passes relevance through.
+    Scaling by a number passes relevance through. Of complex tensors each part of the result is a sum of
+    products, see :func:`captum_abslrp.functional.complex_diagonal`.
 
     Example:
         >>> mapping = get_mapping().extended({"mul": ProductRule()})
@@ -365,7 +397,7 @@ class AbsLRPRule(Rule):
     """The absLRP rule: picks the closed form of the call itself.
 
     Affine layers (linear, convolution, transposed convolution), pooling, mean and sum, interpolation,
-    normalisation, activations, softmax, products and sums have a closed form; every other
+    normalisation, activations, softmax, products, sums and Fourier transforms have a closed form; every other
     differentiable call is answered by its definition, :class:`TwinRule`.
 
     Example:
@@ -391,7 +423,10 @@ class AbsLRPRule(Rule):
     }
 
     def answer(self, call: Call) -> Any:
-        return super().answer(call) if call.name in self.closed_forms else forms.answer_twin(call)
+        return forms.answer_twin(call) if self._form_of(call) is None else super().answer(call)
+
+    def suits_complex(self, call: Call) -> bool:
+        return True
 
 
 def answer_by_captum_rule(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP
+from captum_abslrp.calls import TRANSFORMS
 from captum_abslrp.interception import Call, Interception
 from captum_abslrp.mappings import get_mapping
 from captum_abslrp.propagation import TOTAL, propagate
@@ -628,6 +629,8 @@ ELSEWHERE = {
     "softmax", "sub", "div", "rsqrt", "reciprocal", "relu",
     # in test_interception: the same as written out
     "scaled_dot_product_attention", "multi_head_attention_forward",
+    # in test_complex
+    *TRANSFORMS, "polar",
 }  # fmt: skip
 
 

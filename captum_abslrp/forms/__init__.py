@@ -10,6 +10,7 @@ receive relevance. Each module ends with tables from the names of calls to their
 from captum_abslrp.forms.affine import AFFINE
 from captum_abslrp.forms.attention import ATTENTION
 from captum_abslrp.forms.base import Form, answer_constant, answer_passed, answer_twin, is_source
+from captum_abslrp.forms.complex import COMPLEX
 from captum_abslrp.forms.composites import COMPOSITES
 from captum_abslrp.forms.elementwise import (
     ACTIVATIONS,
@@ -27,6 +28,7 @@ __all__ = [
     "ACTIVATIONS",
     "AFFINE",
     "ATTENTION",
+    "COMPLEX",
     "COMPOSITES",
     "DROPOUTS",
     "MATMULS",

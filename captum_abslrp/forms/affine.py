@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
+from captum_abslrp.calls import TRANSFORMS, transformed_dims
+from captum_abslrp.complex_calls import OnParts
 from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once, tail_of
 from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Call, carries_relevance
@@ -180,6 +182,26 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
     )
 
 
+def answer_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    """A linear map whose coefficients have both signs.
+
+    Frequencies that cancel out, such as the mean of what a norm has centered, leave rounding errors. No
+    relevance goes through those. The tail of the score ends here, as at a layer with weights.
+    """
+    answer = answer_linear_map(call, input, *args, **kwargs)
+    of_complex = isinstance(call.func, OnParts) and call.func.first_is_complex
+    rank = input.dim() - of_complex
+    dims = transformed_dims(call.name, rank, *args, **kwargs)
+    if answer.output.dim() > rank + {"stft": 1, "istft": -1}.get(call.name, 0):  # a real view
+        dims = (*dims, -1)
+    z = call.keep(answer.output)
+
+    def propagate(s: Tensor) -> Sequence[Tensor]:
+        return answer.propagate(functional.without_rounding(s, z(), dims))
+
+    return answer._replace(propagate=propagate, nonnegative=False, keeps_sign=False, tail=None)
+
+
 def answer_grid_sample(call: Call, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Sampling is linear in the input; where to sample is a constant of the call."""
     if not is_source(input):
@@ -206,4 +228,10 @@ AVERAGES: dict[str, Form] = dict.fromkeys(
 RESAMPLING: dict[str, Form] = dict.fromkeys(
     "interpolate upsample upsample_nearest upsample_bilinear fold".split(), answer_linear_map
 ) | {"grid_sample": answer_grid_sample}
-AFFINE: dict[str, Form] = {"linear": answer_linear, **CONVOLUTIONS, **AVERAGES, **RESAMPLING}
+AFFINE: dict[str, Form] = {
+    "linear": answer_linear,
+    **CONVOLUTIONS,
+    **AVERAGES,
+    **RESAMPLING,
+    **dict.fromkeys(sorted(TRANSFORMS), answer_transform),
+}

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
 from captum_abslrp.calls import tensors_in
+from captum_abslrp.complex_calls import PREFIX
 from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.interception import Call, carries_relevance
 from captum_abslrp.steps import Answer, Kept, Tail
@@ -118,10 +119,11 @@ def _tail_of_twin(
     of_sources: Callable[[Tensor], list[Tensor]],
     sources: Sequence[Tensor],
 ) -> Tail | None:
-    if call.name not in _NORMS | _BY_GRADIENT:
+    name = call.name.removeprefix(PREFIX)
+    if name not in _NORMS | _BY_GRADIENT:
         return None
     z, kept = call.keep(output), [call.keep(t) for t in sources]
-    if call.name in _BY_GRADIENT:
+    if name in _BY_GRADIENT:
         return tail_of(z, kept, of_sources, keeps_sign=True)
 
     def share(relevance: Tensor) -> list[Tensor]:
@@ -161,7 +163,7 @@ def answer_passed(call: Call) -> Any:
 
     tail = None
     if len(sources) == 1:
-        sign = (lambda: -1.0) if call.name == "neg" else None
+        sign = (lambda: -1.0) if call.name.removeprefix(PREFIX) == "neg" else None
         tail = passed_on(z, kept[0], sign)
     return Answer(output, sources, propagate, scaled=False, tail=tail)
 

@@ -42,6 +42,10 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
     return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
 
 
+def _polar(abs: Tensor, angle: Tensor) -> Tensor:
+    return torch.complex(abs * angle.cos(), abs * angle.sin())
+
+
 def _extremum(name: str) -> Callable[..., Any]:
     """``max`` and ``min``: over all elements, over one axis, or of two tensors."""
     reduced, at, of_two = (
@@ -80,6 +84,7 @@ _PARTS: dict[str, Callable[..., Any]] = {
     "lerp": _lerp,
     "max": _extremum("max"),
     "min": _extremum("min"),
+    "polar": _polar,
     "std_mean": _statistics("std"),
     "var_mean": _statistics("var"),
 }

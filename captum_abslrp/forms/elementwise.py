@@ -138,20 +138,20 @@ def answer_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> 
 
 
 def answer_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Answer:
-    return _answer_summands(call, (input, other), (input, -alpha * other), alpha)
+    return _answer_summands(call, (input, other), (input, -alpha * other), -alpha)
 
 
 def _answer_summands(
     call: Call, arguments: Sequence[Any], summands: Sequence[Any], alpha: float
 ) -> Answer:
-    """A sum of two; the second summand is the second argument times ``alpha`` or its negative."""
+    """A sum of two; the second summand is the second argument times ``alpha``."""
     sources = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
     constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
     nonnegative = call.is_nonnegative(*summands)
     factor = abs(alpha) if is_source(arguments[1]) else 1.0
     # The first argument is added; the second one may be subtracted.
     signs = [
-        1.0 if i == 0 else math.copysign(1.0, -alpha if call.name == "sub" else alpha)
+        1.0 if i == 0 else math.copysign(1.0, alpha)
         for i, argument in enumerate(arguments)
         if is_source(argument)
     ]
