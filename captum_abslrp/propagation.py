@@ -148,7 +148,10 @@ def _run_back(
             if results[i][0] is not None:
                 if hands_on_signed:
                     signed.add(target)
-                _add(pending.setdefault(target, {}), number, list(results[i]))
+                # Nodes of autograd's leave it to the engine to add up what was broadcast.
+                shape = target._input_metadata[number].shape
+                shares = [s if list(s.shape) == shape else s.sum_to_size(shape) for s in results[i]]
+                _add(pending.setdefault(target, {}), number, shares)
         del results
     return found
 
