@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +12,10 @@ from captum.attr._utils.attribution import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.alignment import Misaligned, check_aligned
+from captum_abslrp.alignment import Misaligned, check_aligned, hand_on_samples
 from captum_abslrp.attribution import AbsLRP, unwrapped
-from captum_abslrp.calls import tensors_in
+from captum_abslrp.calls import map_instances, tensors_in
 from captum_abslrp.contrast import Contrast, Target
 from captum_abslrp.diagnostics import Watch
 from captum_abslrp.interception import carries_relevance, rule_of_layer
@@ -234,7 +230,9 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
     running: list[list[tuple[Tensor, Tensor, int]]] = []
     thread = threading.get_ident()
 
-    def capture(value: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    def capture(
+        value: Any, copied: Callable[[Tensor], Tensor] = torch.clone
+    ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         """The value with clones to hand on, and pairs of a tensor and its clone."""
         captured: list[Tensor] = []
         clones: dict[int, tuple[Tensor, Tensor]] = {}
@@ -243,11 +241,14 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
             if not (carries_relevance(tensor) and torch.is_grad_enabled()):
                 return tensor
             if id(tensor) not in clones:  # attention tells by identity whether query is key
-                captured.append(tensor.clone())
-                clones[id(tensor)] = tensor, captured[-1].clone()
+                own = copied(tensor)
+                if not carries_relevance(own):  # inside of a layer that is answered as one call
+                    return tensor
+                captured.append(own)
+                clones[id(tensor)] = tensor, copied(own)
             return clones[id(tensor)][1]
 
-        value = _map_tensors(clone, value)
+        value = map_instances(Tensor, clone, value)
         calls.append(captured)
         return value, list(clones.values())
 
@@ -277,10 +278,22 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
             tensor.copy_(clone)
         return output
 
+    def before_with_keywords(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        if threading.get_ident() != thread:
+            return None
+        # The calls of the layer itself are not looked at any more.
+        kwargs, seen = capture(kwargs, _clone_unseen)
+        calls[-2:] = [calls[-2] + calls[-1]]
+        running[-1] += [(tensor, clone, clone._version) for tensor, clone in seen]
+        return args, kwargs
+
     handles = [layer.register_forward_hook(after)]
     if of_input and rule_of_layer(layer) is not None:
-        # The hooks of the interception, which come before those of the layer, cut its inputs off.
+        # The hooks of the interception, which come before those of the layer, cut its positional inputs off.
         handles.append(register_module_forward_pre_hook(before))
+        handles.append(layer.register_forward_pre_hook(before_with_keywords, with_kwargs=True))
     else:
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
     try:
@@ -290,30 +303,8 @@ def _captured(layer: nn.Module, *, of_input: bool) -> Iterator[list[list[Tensor]
             handle.remove()
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors in arguments or results of a module.
-
-    Containers of other tensors than before are copies; all others are handed on, not copied, because
-    the module may fill them.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    items, spec = tree_flatten(value, is_leaf=lambda item: item is not value)
-    if not (items and items[0] is value):
-        mapped = [_map_tensors(function, item) for item in items]
-        same = all(map(operator.is_, mapped, items))
-        return value if same else tree_unflatten(mapped, spec)
-    copied = value  # an object, perhaps a container that PyTorch does not know
-    if isinstance(value, dict):
-        fields, put = value, type(value).__setitem__
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        put = object.__setattr__  # of frozen ones, too
-    else:
-        return value
-    for key, item in fields.items():
-        new = _map_tensors(function, item)
-        if new is not item:
-            copied = copy.copy(value) if copied is value else copied
-            put(copied, key, new)
-    return copied
+def _clone_unseen(tensor: Tensor) -> Tensor:
+    """A clone that the interception does not see."""
+    with torch._C.DisableTorchFunction():
+        clone = tensor.clone()
+    return hand_on_samples(tensor, clone)

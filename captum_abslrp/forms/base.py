@@ -2,44 +2,96 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
-from captum_abslrp.calls import tensors_in
+from captum_abslrp.calls import instances_in, map_instances, tensors_in
 from captum_abslrp.functional import EPS, LEAST
-from captum_abslrp.interception import Call, carries_relevance
-from captum_abslrp.steps import Answer, Kept
+from captum_abslrp.interception import Call, UnsupportedCallError, carries_relevance
+from captum_abslrp.steps import Answer, Propagate
 
 Form = Callable[..., Any]
 Made = TypeVar("Made")
 
 
-def answer_twin(call: Call, *, divides: bool = True) -> Answer:
-    """The definition, :func:`captum_abslrp.functional.twin`, for any differentiable call."""
+def answer_twin(call: Call, *, divides: bool = True) -> Any:
+    """The definition, :func:`captum_abslrp.functional.twin`, for any differentiable call.
+
+    Each floating-point output is a call of its own, with the same sources.
+    """
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
-    if not isinstance(output, Tensor):
-        raise TypeError(f"Expected the twin rule to see one output tensor, but got {call}.")
-    func, absolute_func = call.func, call.absolute_func or call.func
-    leaves, structure = tree_flatten((call.args, call.kwargs))
-    at = [i for i, leaf in enumerate(leaves) if is_source(leaf)]
-    kept = [call.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    tensors = instances_in(Tensor, (call.args, call.kwargs))
+    places = _places(call)
+    at = [i for i, t in enumerate(tensors) if is_source(t) and not _is_one_of(t, places)]
+    if not at:
+        return output
+    alone = isinstance(output, Tensor)
+    numbers = itertools.count()
+
+    def answer(tensor: Tensor) -> Answer | Tensor:
+        number = next(numbers)
+        if not (alone or tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        propagate = _twin(call, tensor, tensors, at, number, divides=divides, alone=alone)
+        sources = [tensors[i] for i in at]
+        return Answer(tensor, sources, propagate, vanishing=divides, constants=places)
+
+    return map_instances(Tensor, answer, output)
+
+
+class _Slot(NamedTuple):
+    """Where a tensor was in the arguments of a call."""
+
+    number: int
+
+
+def _twin(
+    call: Call,
+    output: Tensor,
+    tensors: Sequence[Tensor],
+    at: Sequence[int],
+    number: int,
+    *,
+    divides: bool,
+    alone: bool,
+) -> Propagate:
+    """How relevance goes back by the twin rule through one of the tensors that a call returns.
+
+    Args:
+        output: the tensor.
+        tensors: those among the arguments.
+        at: which of them are sources.
+        number: which of the tensors that the call returns `output` is.
+        alone: whether it is the only one, which has to depend on the sources then.
+    """
+    func, absolute_func, name = call.func, call.absolute_func or call.func, str(call)
+    slots = map(_Slot, itertools.count())
+    arguments = map_instances(Tensor, lambda tensor: next(slots), (call.args, call.kwargs))
+    kept = [call.keep(tensor) for tensor in tensors]
+    places = _places(call)
+    is_place = [_is_one_of(tensor, places) for tensor in tensors]
     z = None if divides else call.keep(output)
 
     def propagate(s: Tensor) -> list[Tensor]:
         given = s if z is None else s * functional.magnitude(z())
-        plain = [k() if isinstance(k, Kept) else k for k in kept]
-        absolute = [_magnitude(value) for value in plain]
+        plain = [k() for k in kept]
+        absolute = [v if is_place[i] else _magnitude(v) for i, v in enumerate(plain)]
+        depends = False
 
         def of_source(i: int) -> Tensor:
-            def call_with(func: Callable[..., Tensor], others: list[Any], x: Tensor) -> Tensor:
-                args, kwargs = tree_unflatten([*others[:i], x, *others[i + 1 :]], structure)
-                return func(*args, **kwargs)
+            def call_with(func: Callable[..., Any], others: list[Tensor], x: Tensor) -> Tensor:
+                nonlocal depends
+                values = [*others[:i], x, *others[i + 1 :]]
+                args, kwargs = map_instances(_Slot, lambda slot: values[slot.number], arguments)
+                result = instances_in(Tensor, func(*args, **kwargs))[number]
+                depends = depends or result.requires_grad
+                return result
 
             return functional.twin(
                 plain[i],
@@ -48,9 +100,41 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
                 given,
             )
 
-        return [of_source(i) for i in at]
+        shares = [of_source(i) for i in at]
+        if alone and not depends:
+            raise UnsupportedCallError(
+                f"Expected {name} to be differentiable, because the twin rule answers it, but got a result "
+                f"that does not depend on its inputs by a gradient. Give it another rule: "
+                f"`captum_abslrp.rules.ConstantRule()` where it is a constant of what comes after, "
+                f"`PassThroughRule()` where relevance moves with its element."
+            )
+        return shares
 
-    return Answer(output, [leaves[i] for i in at], propagate, vanishing=divides)
+    return propagate
+
+
+PLACES: dict[str, tuple[int, str]] = {
+    "grid_sample": (1, "grid"),
+    "torchvision::deform_conv2d": (2, "offset"),
+    "torchvision::ps_roi_align": (1, "rois"),
+    "torchvision::ps_roi_pool": (1, "rois"),
+    "torchvision::roi_align": (1, "rois"),
+    "torchvision::roi_pool": (1, "rois"),
+}
+"""Calls one of whose arguments says where to look, which is a constant of the call: its position and name."""
+
+
+def _places(call: Call) -> list[Tensor]:
+    """The arguments of a call that say where to look; they have no magnitude."""
+    if call.name not in PLACES:
+        return []
+    position, name = PLACES[call.name]
+    place = call.args[position] if len(call.args) > position else call.kwargs.get(name)
+    return [place] if isinstance(place, Tensor) else []
+
+
+def _is_one_of(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(tensor is other for other in others)
 
 
 def answer_constant(call: Call) -> Tensor:
