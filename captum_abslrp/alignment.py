@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.calls import TRANSFORMS, transformed_dims
+from captum_abslrp.calls import ARITHMETIC, JOINING, TRANSFORMS, transformed_dims
 
-__all__ = ["Misaligned", "check_aligned", "check_apart", "follow"]
+__all__ = ["Misaligned", "check_aligned", "check_apart", "follow", "hand_on_samples"]
 
 _SHADOW = "_abslrp_samples"
 _KEEP_ORDER = frozenset(
@@ -54,23 +54,44 @@ def check_aligned(tensor: Tensor, batch_size: int) -> None:
         raise Misaligned
 
 
+def hand_on_samples(tensor: Tensor, copy: Tensor) -> Tensor:
+    """Mark a copy of a tensor as this is marked, and return it."""
+    if hasattr(tensor, _SHADOW):
+        setattr(copy, _SHADOW, getattr(tensor, _SHADOW))
+    return copy
+
+
 _DIMS = (
     dict.fromkeys(
         "amax amin cumprod cumsum log_softmax logcumsumexp logsumexp mean median nanmean nansum prod "
         "softmax std sum var".split(),
         (1, None),
     )
-    | dict.fromkeys(["linalg_norm", "linalg_vector_norm", "norm"], (2, None))
-    | dict.fromkeys(["kthvalue", "topk"], (2, -1))
+    | dict.fromkeys(
+        "cummax cummin index_add index_reduce nanmedian scatter_add scatter_reduce".split(),
+        (1, None),
+    )
+    | dict.fromkeys("linalg_norm linalg_vector_norm nanquantile norm quantile".split(), (2, None))
+    | dict.fromkeys(["diff", "kthvalue", "linalg_cross", "topk"], (2, -1))
+    | dict.fromkeys(["cumulative_trapezoid", "trapezoid", "trapz"], (2, -1))
     | {"mode": (1, -1), "msort": (1, 0), "normalize": (2, 1), "sort": (1, -1)}
+    | {"aminmax": (1, None), "cross": (2, None), "segment_reduce": (2, 0)}
 )
 """Calls on one tensor that mix its elements along some dimensions: where these are among the arguments,
 and which they are where they are not given (None: all)."""
 _LAYERS = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
-_PRODUCTS = frozenset("matmul mm linalg_matmul".split())
-_BY_ELEMENT = frozenset("add sub mul div maximum minimum".split())
+_PRODUCTS = frozenset("_sparse_mm linalg_matmul matmul mm spmm".split())
+_BY_ROW_OF_THE_SECOND = frozenset("cdist dot inner mv vdot".split())
+_PRODUCTS_AND_SUMS = frozenset("_sparse_addmm addmm addmv".split())
+_BY_ELEMENT = ARITHMETIC | {"pairwise_distance"}
+_BETWEEN_ROWS = frozenset("addbmm corrcoef cov pdist renorm".split())
+_OF_ANY_BATCH = frozenset("linalg_cross linalg_norm linalg_vecdot linalg_vector_norm".split())
+"""Calls of ``torch.linalg`` that are not on matrices."""
+_OF_REGIONS = frozenset(
+    f"torchvision::{name}" for name in ("ps_roi_align", "ps_roi_pool", "roi_align", "roi_pool")
+)
 
 
 def check_apart(
@@ -88,6 +109,9 @@ def check_apart(
         batch_size: B.
         is_source: whether an argument depends on the explained inputs.
     """
+    if name in _OF_REGIONS:
+        arguments = dict(zip(("input", "rois"), operands)) | kwargs
+        _check_regions(name, arguments["input"], arguments["rois"], batch_size)
     if batch_size == 1:
         return
     given = (*operands, *kwargs.values())
@@ -109,9 +133,41 @@ def check_apart(
         mixes = mixes or (tensors[-1].dim() <= 2 and is_source(tensors[-1]))
     elif name in TRANSFORMS:
         mixes = 0 in transformed_dims(name, tensors[0].dim(), *operands[1:], **kwargs)
+    elif name in _BY_ROW_OF_THE_SECOND:
+        mixes = tensors[-1].dim() <= 2 and is_source(tensors[-1])
+    elif name in _PRODUCTS_AND_SUMS:
+        mixes = any(map(is_source, tensors[2:])) or any(
+            t.dim() < least and is_source(t) for t in tensors
+        )
+    elif name in _BETWEEN_ROWS:
+        mixes = any(map(is_source, tensors))
+    elif name in ("embedding", "embedding_bag"):  # of a table that depends on the inputs
+        mixes = any(is_source(t) for t in tensors[:2])
+    elif name.startswith("linalg_") and name not in _OF_ANY_BATCH:
+        mixes = any(t.dim() <= 2 and is_source(t) for t in tensors)
     elif name in _BY_ELEMENT:
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
     if mixes:
+        raise Misaligned
+
+
+def _check_regions(name: str, input: Tensor, rois: Tensor, batch_size: int) -> None:
+    """Raise where the regions of images, each with the number of its image, are not sample by sample."""
+    images = rois[:, 0].detach().cpu().long()  # they have to be waited for
+    outside = images[(images < 0) | (images >= len(input))]
+    if outside.numel():
+        raise ValueError(
+            f"Expected every region of `{name}` to be of one of the {len(input)} images that it gets, but "
+            f"got one of image {int(outside[0])}. Samples are explained one at a time where they have "
+            f"different numbers of regions: give the model the regions of the samples that it is run "
+            f"with, as in `for i in range(len(x)): attributor.attribute(x[i : i + 1], target, "
+            f"additional_forward_args=([boxes[i]],))`."
+        )
+    samples = images * batch_size // len(input)
+    if len(images) % batch_size:
+        raise Misaligned
+    expected = torch.arange(batch_size).repeat_interleave(len(images) // batch_size)
+    if not torch.equal(samples, expected):
         raise Misaligned
 
 
@@ -122,6 +178,8 @@ def _is_over_samples(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if len(args) > position and not isinstance(args[position], (bool, torch.dtype)):
         dims = args[position]
     dims = kwargs.get("dim", kwargs.get("axis", dims))
+    if isinstance(dims, Tensor):  # another argument: points in between, lengths
+        dims = _DIMS[name][1]
     chosen = list(dims) if isinstance(dims, (tuple, list)) else [] if dims is None else [dims]
     return not chosen or any(isinstance(d, int) and d % max(x.dim(), 1) == 0 for d in chosen)
 
@@ -169,7 +227,13 @@ def follow(
     if not moved and (name in _KEEP_ORDER or _keeps_samples_first(name, args, result, batch_size)):
         return
     leaves, spec = tree_flatten((args, kwargs))
-    shadows = [_shadow(leaf, batch_size) for leaf in leaves]
+    masks = name in ("masked_fill", "where")
+
+    def shadow_of(leaf: Any) -> Any:
+        is_value = name in JOINING and not (masks and getattr(leaf, "dtype", None) == torch.bool)
+        return _shadow(leaf, batch_size, is_value=is_value)
+
+    shadows = [shadow_of(leaf) for leaf in leaves]
     shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
     func = _ON_SHADOWS.get(name, func)
     with torch.no_grad():
@@ -218,11 +282,12 @@ def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_si
     return False
 
 
-def _shadow(leaf: Any, batch_size: int) -> Any:
-    """The number of its sample for every element, on the host; indices and masks keep their values."""
+def _shadow(leaf: Any, batch_size: int, *, is_value: bool = False) -> Any:
+    """The number of its sample for every element, on the host; indices and masks keep their values, unless
+    they are known to be values themselves."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if not (leaf.is_floating_point() or leaf.is_complex()):
+    if not (is_value or leaf.is_floating_point() or leaf.is_complex()):
         return leaf.cpu()
     if hasattr(leaf, _SHADOW):
         return getattr(leaf, _SHADOW)

@@ -18,6 +18,7 @@ from captum.attr._utils.attribution import GradientAttribution
 from captum.attr._utils.lrp_rules import PropagationRule
 from captum.log import log_usage
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from captum_abslrp.alignment import Misaligned, check_aligned
 from captum_abslrp.calls import on_host
@@ -114,8 +115,9 @@ class AbsLRP(GradientAttribution):
             ``logits_per_image`` of an object or dict (such as Hugging Face's ``ModelOutput``).
 
     Raises:
-        TypeError: if ``model`` is no module, if it or a part of it is scripted or quantised, or if
-            another argument is not of a type that is listed here.
+        TypeError: if ``model`` is no module, if it or a part of it is scripted or quantised, if the
+            attribute ``rule`` of a part of it is a string or a class, which looks like a rule and is
+            none, or if another argument is not of a type that is listed here.
         ValueError: if the mapping or the normalization is unknown.
 
     Example:
@@ -158,6 +160,7 @@ class AbsLRP(GradientAttribution):
             )
         model = unwrapped(model)
         _check_visible(model)
+        check_rules(model)
         super().__init__(model)
         self.model = model
         self.mapping = get_mapping(mapping) if isinstance(mapping, str) else mapping
@@ -227,7 +230,7 @@ class AbsLRP(GradientAttribution):
                 not return a tensor.
             ValueError: if inputs are not finite (on the host; elsewhere their maps are not either) or
                 have no batch dimension, or the target does not fit the output; if classes are to be
-                compared, but the target is a sum over them.
+                compared, but the target is a sum over them; if a lazy layer of the model has not run yet.
             IndexError: if the target or ``class_dim`` is out of range.
             FloatingPointError: if a map is not finite (on the host, or with ``check_finite``); the call
                 that made the first value that is not is named.
@@ -394,7 +397,17 @@ class AbsLRP(GradientAttribution):
         try:
             return run(step)
         except Misaligned:  # samples are not kept apart in the leading dimension somewhere
-            return run(1)
+            try:
+                return run(1)
+            except RuntimeError as error:
+                if isinstance(error, NotImplementedError) or is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"Expected the model to run on one sample at a time, because it mixes samples or moves "
+                    f"them out of the leading dimension, but it failed on one: {error}. Where the rows of "
+                    f"`inputs` are parts of one whole, as the nodes of a graph are, make them one sample: "
+                    f"pass `x.unsqueeze(0)`, to a model that takes it apart again."
+                ) from error
 
     def _fitting(
         self,
@@ -534,6 +547,8 @@ class AbsLRP(GradientAttribution):
                 f"Expected the model to return a real tensor, but got {output.dtype}. Say what of it is the "
                 f"score, for example its magnitude: `AbsLRP(model, output=torch.abs)`."
             )
+        if batch_size == 1 and _is_squeezed(output):
+            output = output.unsqueeze(0)
         if output.dim() == 0 or len(output) != batch_size:
             raise ValueError(
                 f"Expected the model to return one row per sample ({batch_size}), but got shape "
@@ -605,6 +620,23 @@ def delta_of(relevances: Sequence[Tensor], started: Tensor) -> Tensor:
     exact = torch.promote_types(relevances[0].dtype, torch.float32)
     arrived = [r.to(exact).reshape(len(started), -1).sum(1) for r in relevances]
     return torch.stack(arrived).sum(0) - started.to(arrived[0])
+
+
+def _is_squeezed(output: Tensor) -> bool:
+    """Whether the output for one sample has lost its leading dimension to a call that moves elements
+    (``squeeze()``), rather than to a sum over the samples."""
+    if output.dim() and len(output) == 1:
+        return False
+    node = output.grad_fn
+    while node is not None:
+        after = [(following, n) for following, n in node.next_functions if following is not None]
+        if not after:
+            return False
+        following, number = after[0]
+        if list(following._input_metadata[number].shape[:1]) == [1]:
+            return not is_answered(node)
+        node = following
+    return False
 
 
 def _warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -825,15 +857,11 @@ def _explain_missing_batch_dimension(model: nn.Module, x: Tensor, error: Excepti
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raise where a rule is none; warn about layers in training mode."""
+    """Raise where a rule is none or a layer has no weights yet; warn about layers in training mode."""
+    check_rules(model)
+    check_initialized(model)
     training = ""
     for name, module in model.named_modules():
-        rule = getattr(module, "rule", None)
-        if rule is not None and not isinstance(rule, PropagationRule):
-            raise TypeError(
-                f"Expected `rule` of `{name}` to be an instance of a PropagationRule, such as "
-                f"`AbsLRPRule()`, but got {rule!r}."
-            )
         if module.training and not training and _differs_in_training(module):
             training = f"`{name}` ({type(module).__name__})"
     if training:
@@ -841,6 +869,36 @@ def _check_model(model: nn.Module) -> None:
             f"Expected the model to be in evaluation mode, but {training} is in training mode: results "
             f"differ from call to call or between batches. Call `model.eval()` first."
         )
+
+
+def check_rules(model: nn.Module) -> None:
+    """Raise where an attribute `rule` of a module looks like a rule and is none.
+
+    What else a model has under this name (a number, a tensor, a module, an attribute of a class) is its own.
+    """
+    for name, module in model.named_modules():
+        rule = getattr(module, "rule", None)
+        own = vars(module).get("rule")
+        if isinstance(own, (str, type)) or (
+            isinstance(rule, type) and issubclass(rule, PropagationRule)
+        ):
+            raise TypeError(
+                f"Expected `rule` of `{name}` to be an instance of a "
+                f"PropagationRule, such as `AbsLRPRule()`, but got {rule!r}. If a rule is meant, set an "
+                f"instance of its class. If the attribute is the model's own, keep it on the class, "
+                f'`type(layer).rule = layer.__dict__.pop("rule")`, or give it another name.'
+            )
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raise where a lazy layer has not run yet, so that it has no weights."""
+    for name, module in model.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(map(is_lazy, own)):
+            raise ValueError(
+                f"Expected every layer of the model to have its weights, but got a lazy one that has not "
+                f"run yet, `{name}` ({type(module).__name__}). Run the model once: `model(x)`."
+            )
 
 
 def _differs_in_training(module: nn.Module) -> bool:
@@ -851,7 +909,7 @@ def _differs_in_training(module: nn.Module) -> bool:
 
 
 _MOVING_NODES = re.compile(
-    r"(AccumulateGrad|Alias|AsStrided|Broadcast\w*|Cat|Clone|Copy|CopyBackwards|CopySlices|Diagonal\w*|"
+    r"(AccumulateGrad|Alias|AsStrided|BlockDiag|Broadcast\w*|Cat|Clone|Copy|CopyBackwards|CopySlices|DiagEmbed|Diagonal\w*|"
     r"Expand|Fill|Flip|Gather|Im2Col|Index|IndexCopy|IndexPut|IndexSelect|Kthvalue|MaskedFill|"
     r"MaskedScatter|MaskedSelect|Median\w*|Mode|\w*PadNd?|(Constant|Reflection|Replication)Pad\w*|"
     r"Permute|PixelShuffle|PixelUnshuffle|Put|Repeat|Reshape\w*|Roll|Rot90|Scatter|Select\w*|Slice\w*|"

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = [
+    "ARITHMETIC",
     "CONSTANT",
     "IN_PLACE_PASS_THROUGH",
+    "JOINING",
     "PASS_THROUGH",
     "TRANSFORMS",
+    "as_differentiable",
     "canonical_name",
+    "cast_constants",
     "has_in_place_argument",
+    "instances_in",
+    "map_instances",
     "on_host",
     "out_of_place",
     "tensors_in",
@@ -24,13 +34,16 @@ __all__ = [
     "written_tensors",
 ]
 
+Kind = TypeVar("Kind")
+
 PASS_THROUGH = frozenset(
     """
-    H T __getitem__ __setitem__ adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16
-    block_diag broadcast_tensors broadcast_to cat cdouble cfloat chalf channel_shuffle chunk clone
-    column_stack complex concat concatenate conj conj_physical contiguous copy cpu cuda diag
-    diag_embed diagonal diagonal_scatter double dsplit dstack expand expand_as fft_fftshift
-    fft_ifftshift flatten flip fliplr flipud float gather half hsplit hstack imag index_copy
+    H T __getitem__ __setitem__ adjoint alias as_strided as_tensor asarray atleast_1d atleast_2d
+    atleast_3d bfloat16 block_diag broadcast_tensors broadcast_to cat cdouble cfloat chalf
+    channel_shuffle chunk clone column_stack complex concat concatenate conj conj_physical contiguous
+    copy cpu cuda diag diag_embed diagonal diagonal_scatter double dsplit dstack expand expand_as
+    fft_fftshift fft_ifftshift flatten flip fliplr flipud float gather half hsplit hstack imag
+    index_copy
     index_select kthvalue mH mT masked_fill masked_scatter masked_select median meshgrid mode
     moveaxis movedim msort narrow native_channel_shuffle numpy_T pad permute pixel_shuffle
     pixel_unshuffle ravel real repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg
@@ -47,7 +60,7 @@ CONSTANT = frozenset(
     """
     __bool__ __contains__ __float__ __format__ __index__ __int__ __invert__ __len__ __repr__
     _assert all allclose any argmax argmin argsort backward bincount bool bucketize byte ceil
-    count_nonzero data_ptr detach dim element_size empty_like eq equal floor full_like ge
+    count_nonzero data_ptr detach dim element_size empty_like eq equal floor floor_divide full_like ge
     get_device gt has_names heaviside int is_complex is_conj is_contiguous is_floating_point
     is_inference is_neg is_nonzero is_same_size isclose isfinite isin isinf isnan isneginf
     isposinf isreal item le long lt names ndimension ne nelement new_empty new_full new_ones
@@ -57,6 +70,20 @@ CONSTANT = frozenset(
     """.split()
 )
 """Calls whose result carries no relevance: facts about a tensor, and steps."""
+
+ARITHMETIC = frozenset(
+    """
+    add addcdiv addcmul atan2 clamp clamp_max clamp_min clip copysign div float_power fmax fmin fmod
+    hypot kron ldexp lerp logaddexp logaddexp2 max maximum min minimum mul outer pow remainder sub
+    xlog1py xlogy
+    """.split()
+)
+"""Calls that cast all of their operands to one dtype: a mask, an integer, a float of less precision."""
+
+JOINING = frozenset(
+    "block_diag cat column_stack concat concatenate dstack hstack masked_fill stack vstack where".split()
+)
+"""Calls that move elements of tensors of any dtype, none of which is an index."""
 
 IN_PLACE_PASS_THROUGH = frozenset(
     "__setitem__ copy squeeze unsqueeze transpose t swapaxes swapdims zero fill masked_fill "
@@ -83,6 +110,136 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
             _collect(value, found)
         elif isinstance(value, dict):
             _collect(value.values(), found)
+
+
+def cast_constants(
+    args: tuple[Any, ...], kwargs: dict[str, Any], is_source: Callable[[Tensor], bool]
+) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[Tensor, Tensor]]]:
+    """The arguments of an arithmetic call, with its constants in the dtype that the call casts them to.
+
+    Args:
+        args, kwargs: the arguments.
+        is_source: whether a tensor depends on the explained inputs. Such a tensor is left alone.
+
+    Returns:
+        The arguments, and pairs of a constant and what it was cast to.
+
+    Example:
+        >>> h, mask = torch.ones(2, dtype=torch.float64), torch.tensor([True, False])
+        >>> (_, factor), _, _ = cast_constants((h, mask), {}, lambda tensor: tensor is h)
+        >>> factor
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    tensors = tensors_in((args, kwargs))
+    numbers = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    # As in PyTorch, a tensor without dimensions does not decide where there are others.
+    deciding = [t.dtype for t in numbers if t.dim()] or [t.dtype for t in numbers]
+    dtype = functools.reduce(torch.promote_types, deciding)
+    cast: list[tuple[Tensor, Tensor]] = []
+
+    def as_number(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == dtype or is_source(value):
+            return value
+        wanted = dtype if value.is_complex() or not dtype.is_complex else dtype.to_real()
+        if value.layout != torch.strided or torch.promote_types(value.dtype, wanted) != wanted:
+            return value
+        cast.append((value, value.to(wanted)))
+        return cast[-1][1]
+
+    return tuple(map(as_number, args)), {k: as_number(v) for k, v in kwargs.items()}, cast
+
+
+def map_instances(kind: type[Kind], function: Callable[[Kind], Any], value: Any) -> Any:
+    """Apply a function to the instances of a class (tensors, say) in arguments or results of a call.
+
+    Containers of other instances than before are copies; all others are handed on, not copied, because
+    a module may fill them.
+
+    Args:
+        kind: the class.
+        function: what is applied to each instance.
+        value: an instance, or a container of instances, however deep: tuples, lists, dicts, dataclasses
+            and whatever PyTorch knows as a container.
+
+    Example:
+        >>> map_instances(int, lambda number: -number, {"a": (1, 2), "b": "c"})
+        {'a': (-1, -2), 'b': 'c'}
+    """
+    if isinstance(value, kind):
+        return function(value)
+    items, spec = tree_flatten(value, is_leaf=lambda item: item is not value)
+    if not (items and items[0] is value):
+        mapped = [map_instances(kind, function, item) for item in items]
+        same = all(map(operator.is_, mapped, items))
+        return value if same else tree_unflatten(mapped, spec)
+    copied = value  # an object, perhaps a container that PyTorch does not know
+    if isinstance(value, dict):
+        fields, put = value, type(value).__setitem__
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        put = object.__setattr__  # of frozen ones, too
+    else:
+        return value
+    for key, item in fields.items():
+        new = map_instances(kind, function, item)
+        if new is not item:
+            copied = copy.copy(value) if copied is value else copied
+            put(copied, key, new)
+    return copied
+
+
+def instances_in(kind: type[Kind], value: Any) -> list[Kind]:
+    """The instances of a class in arguments or results of a call, in the order of :func:`map_instances`.
+
+    Example:
+        >>> instances_in(int, {"a": (1, 2), "b": "c"})
+        [1, 2]
+    """
+    found: list[Kind] = []
+
+    def note(instance: Kind) -> Kind:
+        found.append(instance)
+        return instance
+
+    map_instances(kind, note, value)
+    return found
+
+
+def as_differentiable(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Callable[..., Any],
+) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The name and the call, or those of one with the same result that PyTorch can differentiate.
+
+    A ``scatter`` that adds or multiplies is a ``scatter_reduce``, and all of these get a source that is no
+    larger than the index.
+
+    Args:
+        name: canonical name of the call.
+        func, args, kwargs: the call.
+        run: runs a function on arguments so that the calls in it are seen.
+    """
+    if name not in ("scatter", "scatter_add", "scatter_reduce"):
+        return name, func, args, kwargs
+    names = ("input", "dim", "index", "src", "reduce")
+    given = {("input" if k == "self" else k): v for k, v in kwargs.items()}
+    given = dict(zip(names, args)) | given
+    source, index = given.get("src"), given["index"]
+    if isinstance(source, Tensor) and source.dim() and source.shape != index.shape:
+        given["src"] = run(operator.getitem, source, tuple(map(slice, index.shape)))
+    if name == "scatter" and given.get("reduce") is not None:
+        value = given.pop("value", given.get("src"))
+        if not (isinstance(value, Tensor) and value.dim()):
+            value = given["input"].new_full(index.shape, value)
+        reduce = {"add": "sum", "multiply": "prod"}[given["reduce"]]
+        given |= {"src": value, "reduce": reduce}
+        return "scatter_reduce", torch.scatter_reduce, (given.pop("input"),), given
+    if given.get("src") is source:
+        return name, func, args, kwargs
+    return name, func, (given.pop("input"),), given
 
 
 def on_host(condition: Tensor) -> bool | None:
@@ -159,7 +316,9 @@ _ALIASES = {
 }
 _OPERATORS = {
     "add": "add",
+    "floordiv": "floor_divide",
     "matmul": "matmul",
+    "mod": "remainder",
     "mul": "mul",
     "neg": "neg",
     "pow": "pow",

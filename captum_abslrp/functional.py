@@ -183,7 +183,7 @@ def sums(x: Tensor, s: Tensor, batch_size: int, *, positive: bool = False) -> Te
             rows = zip(x.view(batch_size, -1), s.view(batch_size, -1), strict=True)
             return torch.stack([torch.dot(of_x, of_s) for of_x, of_s in rows])
         return (x * s).view(batch_size, -1).sum(1)
-    if x.dim() == 1:
+    if x.dim() < 2:
         magnitudes = relevance(x, s).abs_()
     else:
         dims = tuple(range(1, x.dim()))
@@ -244,9 +244,10 @@ def scale(
         factor = totals / total.clamp(min=_SMALLEST) + (total - total)
         least = _SMALLEST if exact else totals * rounding(s.dtype)
         factor = factor.masked_fill(total < least, 0)
-        if s.dim() and len(s) != batch_size:
-            factor = factor.repeat_interleave(len(s) // batch_size)
-        s *= factor.view(-1, *[1] * (s.dim() - 1)) if s.dim() else factor[0]
+        rows = s if s.dim() else s.unsqueeze(0)  # one number of one sample
+        if len(rows) != batch_size:
+            factor = factor.repeat_interleave(len(rows) // batch_size)
+        rows *= factor.view(-1, *[1] * (rows.dim() - 1))
 
 
 _SMALLEST = 1e-30
@@ -656,7 +657,9 @@ def _transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tenso
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = call(leaf)
-    return torch.autograd.grad(output, leaf, s)[0]
+    if not output.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(output, leaf, s, allow_unused=True, materialize_grads=True)[0]
 
 
 def diagonal(x: Tensor, weight: Tensor) -> Tensor:
@@ -1101,6 +1104,8 @@ def magnitude(x: Tensor) -> Tensor:
         >>> magnitude(torch.tensor([-2.0, -float("inf")]))
         tensor([2., 0.])
     """
+    if x.layout != torch.strided:  # a sparse matrix masks nothing
+        return x.abs()
     return x.abs().masked_fill_(x.isinf(), 0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from captum_abslrp.alignment import Misaligned
-from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.attribution import AbsLRP, check_initialized
 from captum_abslrp.calls import tensors_in
 from captum_abslrp.interception import Call, Interception, carries_relevance
 from captum_abslrp.mappings import Mapping
@@ -128,6 +128,7 @@ def inspect_rules(
         | torch.tanh                 | ActivationRule() | mapping 'generic' | 1     | 1 (Tanh)      |
     """
     attributor = AbsLRP(model, mapping, output=output)
+    check_initialized(attributor.model)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     extra = _format_additional_forward_args(additional_forward_args) or ()
 

@@ -21,16 +21,18 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
@@ -39,11 +41,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp.alignment import check_aligned, check_apart, follow
 from captum_abslrp.calls import (
+    ARITHMETIC,
     CONSTANT,
     IN_PLACE_PASS_THROUGH,
+    JOINING,
     PASS_THROUGH,
+    as_differentiable,
     canonical_name,
+    cast_constants,
     has_in_place_argument,
+    instances_in,
+    map_instances,
     out_of_place,
     tensors_in,
     written_tensors,
@@ -125,7 +133,7 @@ class Call:
     local_path: str
     interception: Interception
     reflected: bool = False
-    result: Tensor | None = None
+    result: Any = None
     target: Tensor | None = None
     absolute_func: Callable[..., Any] | None = None
 
@@ -151,7 +159,10 @@ class Call:
 
     def run(self, compute: Callable[[], Tensor]) -> Tensor:
         """The output of the call: computed, unless it is known already."""
-        return compute() if self.result is None else self.result.detach()
+        if self.result is None:
+            return compute()
+        result: Tensor = map_instances(Tensor, Tensor.detach, self.result)
+        return result
 
     def is_nonnegative(self, *values: Any) -> bool:
         """Whether it is known, without a look at them, that no value is negative: numbers and tensors."""
@@ -214,9 +225,10 @@ class Interception(TorchFunctionMode):
         for tensor in inputs:
             self.add_input(tensor)
         self._detached: dict[Any, str] = {}
-        self._kept: dict[int, list[tuple[_Layout, Kept]]] = {}
+        self._kept: dict[int, list[tuple[_Layout | None, Kept]]] = {}
         self._overwritten: dict[int, int] = {}
         self._aliased: dict[int, list[Tensor]] = {}
+        self._states: list[tuple[Tensor, str]] = []
         self._fresh: Tensor | None = None
 
     def __enter__(self) -> Interception:
@@ -241,6 +253,7 @@ class Interception(TorchFunctionMode):
         self._aliased.clear()
         self._dependent.clear()
         self._detached.clear()
+        self._states.clear()
         self._fresh = None
         self.before_change = None
         super().__exit__(exc_type, exc_val, exc_tb)
@@ -287,6 +300,10 @@ class Interception(TorchFunctionMode):
             for tensor in written_tensors(func, args, kwargs):
                 self.before_change(tensor)
         name, in_place, reflected = canonical_name(func)
+        if torch._C._functorch.maybe_current_level() is not None:
+            self._check_untransformed((args, kwargs))
+        if self._states:
+            self._warn_of_state((args, kwargs))
         tensors = tensors_in((args, kwargs))
         path = self._path_of_detached(name, reflected, args, tensors)
         result = self._run_call(name, func, args, kwargs, tensors, in_place, reflected)
@@ -304,6 +321,8 @@ class Interception(TorchFunctionMode):
         in_place: bool,
         reflected: bool,
     ) -> Any:
+        if self.innermost.is_whole:
+            return self._inside_a_whole(name, in_place, func, args, kwargs)
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return self._in_place(name, func, args, kwargs)
         # To ask for the history is not to use the tensor: checkpoints of older PyTorch ask for it.
@@ -359,6 +378,44 @@ class Interception(TorchFunctionMode):
                     f"and is used again. Replace the in-place call, or clone the tensor before."
                 )
 
+    def _check_untransformed(self, value: Any) -> None:
+        """Refuse calls on tensors that a transform of ``torch.func`` has wrapped."""
+        tensors = tensors_in(value)
+        wrapped = [t for t in tensors if torch._C._functorch.is_functorch_wrapped_tensor(t)]
+        if not wrapped or not any(map(carries_relevance, [*tensors, *map(_unwrapped, wrapped)])):
+            return
+        raise UnsupportedCallError(
+            f"Expected every call on the way from the input to the output to have a rule, but got calls "
+            f"under a transform of `torch.func` (`vmap`, `grad`, ...) in `{self.innermost.path}` "
+            f"({type(self.innermost.module).__name__}), where one call stands for many. Replace `vmap` "
+            f"by a loop. Over the members of an ensemble: `torch.stack([functional_call(base, "
+            f"{{name: value[i] for name, value in params.items()}}, (x,)) for i in range(members)])`. "
+            f"Over samples: call the function with the whole batch."
+        )
+
+    def _inside_a_whole(
+        self,
+        name: str,
+        in_place: bool,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call inside of a layer that is answered as one call: its inside is not looked at."""
+        if name in CONSTANT or getattr(func, "__name__", "") == "__get__":
+            return _untracked(func, args, kwargs)
+        from_outside = [t for t in tensors_in((args, kwargs)) if _comes_from_outside(t)]
+        self.innermost.from_outside.extend(from_outside)
+        if from_outside and (in_place or has_in_place_argument(func, args, kwargs)):
+            target = args[0] if args else kwargs.get("input")
+            if any(target is tensor for tensor in from_outside):
+                raise UnsupportedCallError(
+                    f"Expected a layer that is answered as one call to leave its keyword arguments "
+                    f"alone, but got one in `{self.innermost.path}` that is changed in place. Pass it by "
+                    f"position, or replace the in-place call."
+                )
+        return _untracked(func, args, kwargs)
+
     def _answer(
         self,
         name: str,
@@ -370,6 +427,7 @@ class Interception(TorchFunctionMode):
         target: Tensor | None = None,
     ) -> Any:
         is_property = getattr(func, "__name__", "") == "__get__"
+        name, func, args, kwargs = as_differentiable(name, func, args, kwargs, self.composite)
         if name in PASS_THROUGH and torch.is_grad_enabled():
             return self._pass_through(name, func, args, kwargs)
         if is_property or not torch.is_grad_enabled():
@@ -379,6 +437,8 @@ class Interception(TorchFunctionMode):
         if name in CONSTANT:
             with torch.no_grad():
                 return func(*args, **kwargs)
+        if name in ARITHMETIC:
+            args, kwargs = self._cast(args, kwargs)
         frame = self.innermost
         call = Call(
             name,
@@ -421,20 +481,37 @@ class Interception(TorchFunctionMode):
 
     def _check_sources(self, answer: Any, call: Call) -> None:
         """Refuse a call that a rule hands relevance to a part of its sources only."""
-        if isinstance(answer, Answer):
+        answers = instances_in(Answer, answer)
+        if answers:
+            known = [t for a in answers for t in (*a.sources, *a.constants)]
             for tensor in tensors_in((call.args, call.kwargs)):
-                known = any(tensor is t for t in (*answer.sources, *answer.constants))
-                if carries_relevance(tensor) and not known:
+                if carries_relevance(tensor) and not any(tensor is t for t in known):
                     raise UnsupportedCallError(
                         f"Expected only the input of {call} to depend on the explained inputs, but got "
                         f"a weight or bias that does, too. Use `TwinRule()` for this call, which "
                         f"hands relevance to all of them."
                     )
 
+    def _cast(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an arithmetic call, with its constants in the dtype that it casts them to."""
+        args, kwargs, cast = cast_constants(args, kwargs, carries_relevance)
+        for constant, number in cast:
+            if self.is_nonnegative(constant) and not number.is_complex():
+                self.mark_nonnegative(number)
+        return args, kwargs
+
     def _without_rule(self, call: Call) -> Any:
         """Refuse a call, unless its result does not depend on its arguments by a gradient."""
+        if call.name == "__array__":
+            raise UnsupportedCallError(
+                f"Expected every call on the way from the input to the output to be one of PyTorch, but got "
+                f"one of NumPy in `{call.path}` ({type(call.module).__name__}). Make a tensor of what it is "
+                f"combined with, `torch.as_tensor(array)`, and use the functions of PyTorch."
+            )
         output = call.func(*call.args, **call.kwargs)
-        if not any(t.requires_grad for t in tensors_in(output)):
+        if not any(t.requires_grad for t in instances_in(Tensor, output)):
             return output
         if is_complex(call):
             raise UnsupportedCallError(
@@ -444,6 +521,8 @@ class Interception(TorchFunctionMode):
                 f"the module, `module.rule = captum_abslrp.rules.TwinRule()`; the twin rule suits every "
                 f"differentiable call."
             )
+        if any(t.layout != torch.strided for t in instances_in(Tensor, output)):
+            self._refuse_sparse(call)
         raise UnsupportedCallError(
             f"Expected every call on the way from the input to the output to have a rule, but got "
             f"{call}, which has none. Register one: `captum_abslrp.register_call_rule("
@@ -451,6 +530,41 @@ class Interception(TorchFunctionMode):
             f"call. For this model alone, give it to the mapping, `AbsLRP(model, "
             f'mapping=get_mapping().extended({{"{call.name}": rule}}))`, or to the module, '
             f"`module.rule = rule`."
+        )
+
+    def note_state(self, layer: nn.Module, frame: _Frame) -> None:
+        """Note what a layer that was answered as one call has changed of the tensors that it holds."""
+        now = [t for t in _state_of(layer) if t.is_floating_point()]
+        self._states = [(t, path) for t, path in self._states if path != frame.path]
+        self._states += [
+            (t, frame.path)
+            for t in now
+            if not any(t is held and _version(t) == version for held, version in frame.held)
+        ]
+
+    def _warn_of_state(self, value: Any) -> None:
+        """Warn where a call uses what a layer that was answered as one call has left in itself."""
+        tensors = tensors_in(value)
+        paths = {path for state, path in self._states if any(state is t for t in tensors)}
+        for path in paths:
+            self._states = [(t, p) for t, p in self._states if p != path]
+            warnings.warn(
+                f"Expected `{path}`, which is answered as one call, to hand on what depends on its input by "
+                f"what it returns, but it keeps a tensor that is used in a later call. If that tensor "
+                f"depends on the input, the relevance that should go this way is lost: let the layer "
+                f"return its state, and take it as an argument.",
+                stacklevel=2,
+            )
+
+    def _refuse_sparse(self, call: Call | None) -> NoReturn:
+        """Refuse a call whose result is a sparse tensor that depends on the explained inputs."""
+        frame = self.innermost
+        raise UnsupportedCallError(
+            f"Expected every call on the way from the input to the output to return a dense tensor, but got "
+            f"a sparse or nested one from {call or frame.path}. Compute with dense tensors there, or "
+            f"register the layer around it, from dense tensors to dense ones, as one call: "
+            f"`captum_abslrp.register_call_rule({type(frame.module).__name__}, "
+            f"captum_abslrp.rules.TwinRule())`."
         )
 
     def _opaque(self, function: str, frame: _Frame) -> None:
@@ -492,8 +606,9 @@ class Interception(TorchFunctionMode):
         result = func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         follow(name, func, args, kwargs, result, self.batch_size, tensors)
-        floating = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-        if all(map(self.is_nonnegative, floating)) and not (
+        # An index is no value: it says nothing about what is moved.
+        values = [t for t in tensors if name in JOINING or t.is_floating_point() or t.is_complex()]
+        if all(map(self.is_nonnegative, values)) and not (
             name in _FILLING and any(map(_may_be_negative, tree_flatten((args, kwargs))[0]))
         ):
             for tensor in tensors_in(result):
@@ -523,25 +638,28 @@ class Interception(TorchFunctionMode):
         with torch.enable_grad(), _Reentered(self):
             return func(*args, **kwargs)
 
-    def answer_layer(self, rule: PropagationRule, frame: _Frame, output: Tensor) -> Any:
+    def answer_layer(self, rule: PropagationRule, frame: _Frame, output: Any) -> Any:
         """Answer a layer as one call: by the rule of Captum's on it, or the one of its class."""
         from captum_abslrp.rules import Rule, answer_by_captum_rule
 
         layer, sources = frame.module, frame.sources
         assert layer is not None and sources is not None
+        as_it_was = frame.as_it_was
+        assert as_it_was is not None
         call = Call(
             type(layer).__name__,
-            layer.forward,
+            partial(_from_its_state, as_it_was),
             sources,
-            {},
+            frame.kwargs,
             layer,
             frame.path,
             frame.local_path,
             self,
             result=output,
-            absolute_func=partial(_with_magnitudes, layer),
+            absolute_func=partial(_with_magnitudes, as_it_was),
         )
         if not isinstance(rule, Rule):
+            _check_simple(rule, frame, output)
             if has_complex((sources, output)):
                 raise TypeError(
                     f"Expected `{frame.path}`, which has the rule {type(rule).__name__} of Captum, to work "
@@ -554,12 +672,14 @@ class Interception(TorchFunctionMode):
         return self._answer_by(rule, call)
 
     def attach(self, answer: Answer | Any, call: Call | None = None, rule: Any = None) -> Any:
-        """Give the output of a call the history that its rule asks for."""
+        """Give the output of a call the history that its rule asks for; each of several on its own."""
         if not isinstance(answer, Answer):
-            return answer
+            return map_instances(Answer, lambda one: self.attach(one, call, rule), answer)
         for source in answer.sources:
             check_aligned(source, self.batch_size)
         output = answer.output
+        if output.layout != torch.strided:
+            self._refuse_sparse(call)
         position = None
         if answer.kept_sources is not None:  # one of them may be the output now
             position = next((i for i, s in enumerate(answer.sources) if s is output), None)
@@ -621,6 +741,8 @@ class Interception(TorchFunctionMode):
 
     def is_nonnegative(self, tensor: Tensor) -> bool:
         """Whether it is known that no negative entry of a tensor takes part in the calls on it."""
+        if tensor.dtype in (torch.bool, torch.uint8):
+            return True
         mark = getattr(tensor, _NONNEGATIVE, None)
         return mark is not None and mark == self._overwritten.get(storage_of(tensor), 0)
 
@@ -634,6 +756,9 @@ class Interception(TorchFunctionMode):
         if kept is not None and overwritten == self._overwritten.get(storage_of(tensor), 0):
             return cast(Kept, kept)
         tensor = tensor.detach()
+        if tensor.layout != torch.strided:  # how it lies in its memory cannot be told
+            self._kept.setdefault(storage_of(tensor), []).append((None, kept := Kept(tensor)))
+            return kept
         layout = _layout(tensor)
         cells = self._kept.setdefault(storage_of(tensor), [])
         for known, cell in cells:
@@ -714,7 +839,17 @@ class _Frame(NamedTuple):
     layer_rule: PropagationRule | None = None
     """The rule that answers the module as one call, see :func:`rule_of_layer`."""
     sources: tuple[Any, ...] | None = None
-    """The arguments of a module that is answered as one call."""
+    """The positional arguments of a module that is answered as one call."""
+    kwargs: dict[str, Any] = {}
+    """Its keyword arguments, once it has run."""
+    is_whole: bool = False
+    """Whether the module, or one around it, is answered as one call."""
+    as_it_was: nn.Module | None = None
+    """The module before the call, with what it holds beside its weights."""
+    held: Sequence[tuple[Tensor, int]] = ()
+    """The tensors that it held before the call, and how often each had been changed by then."""
+    from_outside: list[Tensor] = []
+    """Tensors with relevance that calls inside of such a module have used: arguments, or what it holds."""
 
     def __str__(self) -> str:
         where = f"`{self.path}`" if self.path else "the model itself"
@@ -754,12 +889,14 @@ class _ModuleStack:
         self._stack = [_Frame(None, "", "", get_mapping("generic"), None)]
         self._handles = [
             register_module_forward_pre_hook(self._enter),  # type: ignore[arg-type]  # may return
-            register_module_forward_hook(self._leave, always_call=True),
+            register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
 
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
+            # PyTorch forgets to remove this mark of a hook.
+            _global_forward_hooks_with_kwargs.pop(handle.id, None)
         self._handles.clear()
         self._stack.clear()
         self._paths.clear()
@@ -780,13 +917,32 @@ class _ModuleStack:
             found = find_mapping(module)
             root, mapping = (path, found) if found is not None else (around.root, around.mapping)
             alone = rule_of_layer(module)
-            frame = _Frame(module, path, root, mapping, _own_rule(module) or around.rule, alone)
-            if alone is None or not any(map(carries_relevance, tensors_in(args))):
+            frame = _Frame(
+                module,
+                path,
+                root,
+                mapping,
+                _own_rule(module) or around.rule,
+                alone,
+                is_whole=around.is_whole or alone is not None,
+                from_outside=around.from_outside if around.is_whole else [],
+            )
+            if alone is None or around.is_whole:
                 self._stack.append(frame)
                 return None
-            self._stack.append(frame._replace(sources=args))
+            held = [(tensor, _version(tensor)) for tensor in _state_of(module)]
+            try:
+                as_it_was = _with_state(module)
+            except (
+                Exception
+            ):  # a layer may hold what cannot be copied; its rule may not need a copy
+                as_it_was = module
+            self._stack.append(frame._replace(sources=args, held=held, as_it_was=as_it_was))
             # Clones, because the module may change its input in place.
-            return tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+            result: tuple[Any, ...] = map_instances(
+                Tensor, lambda t: t.detach().clone() if carries_relevance(t) else t, args
+            )
+            return result
 
     def _check_hooked(self, module: nn.Module, value: Any) -> None:
         """Backward hooks make PyTorch copy the tensors of a module, whose marks are lost: see that there
@@ -796,35 +952,36 @@ class _ModuleStack:
                 if carries_relevance(tensor):
                     check_aligned(tensor, self._interception.batch_size)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        # After an exception PyTorch calls hooks without keyword arguments.
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if threading.get_ident() != self._thread or len(self._stack) < 2:
             return None
         if output is not None:
             with torch._C.DisableTorchFunction():
                 self._check_hooked(module, output)
-        alone = self.innermost.sources is not None
         # Without an output an exception is on its way.
-        if output is not None and not alone:
+        if output is not None and not self.innermost.is_whole:
             with torch._C.DisableTorchFunction():
                 self._interception.check_visible(output)
         frame = self._stack.pop()
         rule = frame.layer_rule
-        if rule is None or output is None:
+        if rule is None or output is None or frame.sources is None:
             return None
         with torch._C.DisableTorchFunction():
-            if frame.sources is None and any(map(carries_relevance, tensors_in(output))):
-                raise TypeError(
-                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to be called "
-                    f"with positional tensors, but got keyword arguments."
+            given = [
+                t for t in instances_in(Tensor, (frame.sources, kwargs)) if carries_relevance(t)
+            ]
+            if any(not any(t is known for known in given) for t in frame.from_outside):
+                raise UnsupportedCallError(
+                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__} and is answered as "
+                    f"one call, to depend on the explained inputs by its arguments alone, but got one "
+                    f"that uses another tensor that does, too. Pass that tensor to it as an argument."
                 )
-            if frame.sources is None:
+            if not given:
                 return None
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to return one "
-                    f"tensor, but got {type(output).__name__}. Set the rule on a layer inside."
-                )
-            return self._interception.answer_layer(rule, frame, output)
+            self._interception.note_state(module, frame)
+            return self._interception.answer_layer(rule, frame._replace(kwargs=kwargs), output)
 
 
 def generic_rule(name: str) -> Rule | None:
@@ -856,12 +1013,76 @@ def rule_of_layer(module: nn.Module) -> PropagationRule | None:
     return registered
 
 
-def _with_magnitudes(layer: nn.Module, *args: Any) -> Any:
+def _with_state(layer: nn.Module, *, own_weights: bool = False) -> nn.Module:
+    """A copy of a layer that keeps the state that the layer has now, with the same weights or copies."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _state_of(layer)}
+    if not own_weights:
+        memo |= {id(parameter): parameter for parameter in layer.parameters()}
+    return copy.deepcopy(layer, memo)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; PyTorch does not count it in inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _state_of(layer: nn.Module) -> list[Tensor]:
+    """The tensors that a layer holds, without its weights: buffers, and what a forward pass has left."""
+    return [
+        tensor
+        for module in layer.modules()
+        for tensor in instances_in(Tensor, list(vars(module).values()))
+        if not isinstance(tensor, nn.Parameter)
+    ]
+
+
+def _check_simple(rule: PropagationRule, frame: _Frame, output: Any) -> None:
+    """Raise where a rule of Captum's cannot answer a layer, because it knows positional tensors only."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to return one "
+            f"tensor, but got {type(output).__name__}. Set the rule on a layer inside."
+        )
+    others = [source for source in frame.sources or () if not isinstance(source, Tensor)]
+    if any(map(carries_relevance, instances_in(Tensor, (others, frame.kwargs)))):
+        raise TypeError(
+            f"Expected `{frame.path}`, which has the rule {type(rule).__name__}, to be called "
+            f"with positional tensors, but got keyword arguments or containers that hold tensors. Set the "
+            f"rule on a layer inside, or register the layer with `captum_abslrp.rules.TwinRule()`."
+        )
+
+
+def _with_magnitudes(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The output of a layer with the magnitude of its parameters."""
-    twin = copy.deepcopy(layer)
+    twin = _with_state(layer, own_weights=True)
     for parameter in twin.parameters():
         as_parts(parameter.data).abs_()
-    return twin.forward(*args)
+    return _forward(twin, args, kwargs)
+
+
+def _from_its_state(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The output of a layer, whose state stays what it is."""
+    return _forward(_with_state(layer), args, kwargs)
+
+
+def _forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output of a layer, which may change its arguments in place."""
+    args, kwargs = map_instances(Tensor, torch.clone, (args, kwargs))
+    return layer.forward(*args, **kwargs)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """A tensor as it was before transforms of ``torch.func``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _comes_from_outside(tensor: Tensor) -> bool:
+    """Whether a tensor that is used inside of a layer that is answered as one call carries relevance."""
+    node = tensor.grad_fn
+    of_the_layer = isinstance(node, BackwardCFunction) and not is_own(node)
+    return carries_relevance(tensor) and not of_the_layer
 
 
 def carries_relevance(tensor: Tensor) -> bool:

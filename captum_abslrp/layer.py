@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,9 +11,8 @@ import torch
 from captum.attr._utils.attribution import LayerAttribution
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.alignment import Misaligned, check_aligned
+from captum_abslrp.alignment import Misaligned, check_aligned, hand_on_samples
 from captum_abslrp.attribution import (
     AbsLRP,
     IndependentOutput,
@@ -24,7 +20,7 @@ from captum_abslrp.attribution import (
     for_captum,
     unwrapped,
 )
-from captum_abslrp.calls import tensors_in
+from captum_abslrp.calls import map_instances, tensors_in
 from captum_abslrp.contrast import Contrast, Target
 from captum_abslrp.diagnostics import Watch
 from captum_abslrp.integers import IntegerInputs, new_leaf
@@ -370,7 +366,9 @@ def _captured_of(
     running: list[list[tuple[Tensor, Tensor, int]]] = []
     thread = threading.get_ident()
 
-    def capture(value: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    def capture(
+        value: Any, copied: Callable[[Tensor], Tensor] = torch.clone
+    ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         """The value with clones to hand on, and pairs of a tensor and its clone."""
         captured: list[Tensor] = []
         clones: dict[int, tuple[Tensor, Tensor]] = {}
@@ -380,7 +378,7 @@ def _captured_of(
             given.append(tensor)
             return tensor
 
-        _map_tensors(note, value)
+        map_instances(Tensor, note, value)
         starts = set() if integers is None else set(map(id, integers.starting(given)))
 
         def clone(tensor: Tensor) -> Tensor:
@@ -389,16 +387,16 @@ def _captured_of(
             if id(tensor) not in clones:  # attention tells by identity whether query is key
                 if id(tensor) in starts:
                     found, handed_on = new_leaf(tensor)
-                elif carries_relevance(tensor):
-                    found = tensor.clone()
-                    handed_on = found.clone()
                 else:
-                    return tensor
+                    found = copied(tensor)
+                    if not carries_relevance(found):  # a constant, or inside of one call
+                        return tensor
+                    handed_on = copied(found)
                 captured.append(found)
                 clones[id(tensor)] = tensor, handed_on
             return clones[id(tensor)][1]
 
-        value = _map_tensors(clone, value)
+        value = map_instances(Tensor, clone, value)
         calls.append(captured)
         return value, list(clones.values())
 
@@ -424,13 +422,26 @@ def _captured_of(
         for tensor, clone in changed:  # all who read the input see what the layer did to it
             tensor.copy_(clone)
         originals = {id(clone): tensor for tensor, clone in changed}
-        return _map_tensors(lambda tensor: originals.get(id(tensor), tensor), output)
+        return map_instances(Tensor, lambda tensor: originals.get(id(tensor), tensor), output)
+
+    def before_with_keywords(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        if threading.get_ident() != thread:
+            return None
+        # The calls of the layer itself are not looked at any more.
+        kwargs, seen = capture(kwargs, _clone_unseen)
+        calls[-2:] = [calls[-2] + calls[-1]]
+        running[-1] += [(tensor, clone, clone._version) for tensor, clone in seen]
+        return args, kwargs
 
     def register() -> Iterator[Any]:
         yield layer.register_forward_hook(after)
         if of_input and rule_of_layer(layer) is not None:
-            # The hooks of the interception, which come before those of the layer, cut its inputs off.
+            # The hooks of the interception, which come before those of the layer, cut its positional
+            # inputs off.
             yield register_module_forward_pre_hook(before)
+            yield layer.register_forward_pre_hook(before_with_keywords, with_kwargs=True)
         else:
             yield layer.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -438,30 +449,8 @@ def _captured_of(
         yield calls
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors in arguments or results of a module.
-
-    Containers of other tensors than before are copies; all others are handed on, not copied, because
-    the module may fill them.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    items, spec = tree_flatten(value, is_leaf=lambda item: item is not value)
-    if not (items and items[0] is value):
-        mapped = [_map_tensors(function, item) for item in items]
-        same = all(map(operator.is_, mapped, items))
-        return value if same else tree_unflatten(mapped, spec)
-    copied = value  # an object, perhaps a container that PyTorch does not know
-    if isinstance(value, dict):
-        fields, put = value, type(value).__setitem__
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        put = object.__setattr__  # of frozen ones, too
-    else:
-        return value
-    for key, item in fields.items():
-        new = _map_tensors(function, item)
-        if new is not item:
-            copied = copy.copy(value) if copied is value else copied
-            put(copied, key, new)
-    return copied
+def _clone_unseen(tensor: Tensor) -> Tensor:
+    """A clone that the interception does not see."""
+    with torch._C.DisableTorchFunction():
+        clone = tensor.clone()
+    return hand_on_samples(tensor, clone)

@@ -176,13 +176,16 @@ def _run_back(
             if results[i][0] is not None:
                 if hands_on_signed:
                     signed.add(target)
-                handed_on = list(results[i])
-                if (
-                    handed_on[0].is_complex()
-                    and not target._input_metadata[number].dtype.is_complex
-                ):
-                    handed_on = [s.real for s in handed_on]  # `where` makes a real tensor complex
-                _add(pending.setdefault(target, {}), number, handed_on)
+                # Nodes of autograd's leave it to the engine to add up what was broadcast, and to take the
+                # real part where `where` made a real tensor complex.
+                expected = target._input_metadata[number]
+                shares = [
+                    s if list(s.shape) == expected.shape else s.sum_to_size(expected.shape)
+                    for s in results[i]
+                ]
+                if shares[0].is_complex() and not expected.dtype.is_complex:
+                    shares = [s.real for s in shares]
+                _add(pending.setdefault(target, {}), number, shares)
         del results
     return found
 

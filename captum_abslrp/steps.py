@@ -21,7 +21,7 @@ from captum_abslrp import functional
 if TYPE_CHECKING:
     from captum_abslrp.diagnostics import Watched
 
-__all__ = ["Answer", "Given", "Kept", "Returned", "Step", "Tail", "is_answered"]
+__all__ = ["Answer", "Given", "Kept", "Propagate", "Returned", "Step", "Tail", "is_answered"]
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
@@ -407,4 +407,6 @@ def in_full_precision(tensor: Tensor) -> Tensor:
 
 def storage_of(tensor: Tensor) -> int:
     """A number for the memory of a tensor, which all of its views share."""
+    if tensor.layout != torch.strided:
+        tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
     return int(tensor.untyped_storage()._cdata)

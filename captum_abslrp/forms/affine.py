@@ -14,6 +14,7 @@ from captum_abslrp import functional
 from captum_abslrp.calls import TRANSFORMS, transformed_dims
 from captum_abslrp.complex_calls import OnParts
 from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once, tail_of
+from captum_abslrp.forms.products import answer_sparse, is_sparse
 from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Call, carries_relevance
 from captum_abslrp.steps import Answer, Kept
@@ -28,6 +29,8 @@ class _Geometry(TypedDict):
 
 def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Answer:
     output = call.run(lambda: F.linear(input, weight, bias))
+    if is_sparse(weight):
+        return answer_sparse(call, output, input, weight.detach().t())
     x, w = call.keep(input), call.keep(weight)
     nonnegative = call.is_nonnegative(input)
     if not carries_relevance(weight):

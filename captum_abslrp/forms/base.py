@@ -2,45 +2,98 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp import functional
-from captum_abslrp.calls import tensors_in
+from captum_abslrp.calls import instances_in, map_instances, tensors_in
 from captum_abslrp.complex_calls import PREFIX
 from captum_abslrp.functional import EPS, LEAST
-from captum_abslrp.interception import Call, carries_relevance
-from captum_abslrp.steps import Answer, Kept, Tail
+from captum_abslrp.interception import Call, UnsupportedCallError, carries_relevance
+from captum_abslrp.steps import Answer, Kept, Propagate, Tail
 
 Form = Callable[..., Any]
 Made = TypeVar("Made")
 
 
-def answer_twin(call: Call, *, divides: bool = True) -> Answer:
-    """The definition, :func:`captum_abslrp.functional.twin`, for any differentiable call."""
+def answer_twin(call: Call, *, divides: bool = True) -> Any:
+    """The definition, :func:`captum_abslrp.functional.twin`, for any differentiable call.
+
+    Each floating-point output is a call of its own, with the same sources.
+    """
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
-    if not isinstance(output, Tensor):
-        raise TypeError(f"Expected the twin rule to see one output tensor, but got {call}.")
-    func, absolute_func = call.func, call.absolute_func or call.func
-    leaves, structure = tree_flatten((call.args, call.kwargs))
-    at = [i for i, leaf in enumerate(leaves) if is_source(leaf)]
-    kept = [call.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    tensors = instances_in(Tensor, (call.args, call.kwargs))
+    places = _places(call)
+    at = [i for i, t in enumerate(tensors) if is_source(t) and not _is_one_of(t, places)]
+    if not at:
+        return output
+    alone = isinstance(output, Tensor)
+    numbers = itertools.count()
+
+    def answer(tensor: Tensor) -> Answer | Tensor:
+        number = next(numbers)
+        if not (alone or tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        propagate = _twin(call, tensor, tensors, at, number, divides=divides, alone=alone)
+        sources = [tensors[i] for i in at]
+        tail = _tail_of_twin(call, tensor, tensors, at) if divides and alone else None
+        return Answer(tensor, sources, propagate, vanishing=divides, constants=places, tail=tail)
+
+    return map_instances(Tensor, answer, output)
+
+
+class _Slot(NamedTuple):
+    """Where a tensor was in the arguments of a call."""
+
+    number: int
+
+
+def _twin(
+    call: Call,
+    output: Tensor,
+    tensors: Sequence[Tensor],
+    at: Sequence[int],
+    number: int,
+    *,
+    divides: bool,
+    alone: bool,
+) -> Propagate:
+    """How relevance goes back by the twin rule through one of the tensors that a call returns.
+
+    Args:
+        output: the tensor.
+        tensors: those among the arguments.
+        at: which of them are sources.
+        number: which of the tensors that the call returns `output` is.
+        alone: whether it is the only one, which has to depend on the sources then.
+    """
+    func, absolute_func, name = call.func, call.absolute_func or call.func, str(call)
+    slots = map(_Slot, itertools.count())
+    arguments = map_instances(Tensor, lambda tensor: next(slots), (call.args, call.kwargs))
+    kept = [call.keep(tensor) for tensor in tensors]
+    places = _places(call)
+    is_place = [_is_one_of(tensor, places) for tensor in tensors]
     z = None if divides else call.keep(output)
 
     def propagate(s: Tensor) -> list[Tensor]:
         given = s if z is None else s * functional.magnitude(z())
-        plain = [k() if isinstance(k, Kept) else k for k in kept]
-        absolute = [_magnitude(value) for value in plain]
+        plain = [k() for k in kept]
+        absolute = [v if is_place[i] else _magnitude(v) for i, v in enumerate(plain)]
+        depends = False
 
         def of_source(i: int) -> Tensor:
-            def call_with(func: Callable[..., Tensor], others: list[Any], x: Tensor) -> Tensor:
-                args, kwargs = tree_unflatten([*others[:i], x, *others[i + 1 :]], structure)
-                return func(*args, **kwargs)
+            def call_with(func: Callable[..., Any], others: list[Tensor], x: Tensor) -> Tensor:
+                nonlocal depends
+                values = [*others[:i], x, *others[i + 1 :]]
+                args, kwargs = map_instances(_Slot, lambda slot: values[slot.number], arguments)
+                result = instances_in(Tensor, func(*args, **kwargs))[number]
+                depends = depends or result.requires_grad
+                return result
 
             return functional.twin(
                 plain[i],
@@ -49,21 +102,17 @@ def answer_twin(call: Call, *, divides: bool = True) -> Answer:
                 given,
             )
 
-        return [of_source(i) for i in at]
+        shares = [of_source(i) for i in at]
+        if alone and not depends:
+            raise UnsupportedCallError(
+                f"Expected {name} to be differentiable, because the twin rule answers it, but got a result "
+                f"that does not depend on its inputs by a gradient. Give it another rule: "
+                f"`captum_abslrp.rules.ConstantRule()` where it is a constant of what comes after, "
+                f"`PassThroughRule()` where relevance moves with its element."
+            )
+        return shares
 
-    def gradients(s: Tensor) -> list[Tensor]:
-        plain = [k() if isinstance(k, Kept) else k for k in kept]
-        with torch.enable_grad():
-            given = [plain[i].detach().requires_grad_() for i in at]
-            for i, x in zip(at, given, strict=True):
-                plain[i] = x
-            args, kwargs = tree_unflatten(plain, structure)
-            result = func(*args, **kwargs)
-        return list(torch.autograd.grad(result, given, s.to(result.dtype)))
-
-    sources = [leaves[i] for i in at]
-    tail = _tail_of_twin(call, output, gradients, sources) if divides else None
-    return Answer(output, sources, propagate, vanishing=divides, tail=tail)
+    return propagate
 
 
 def tail_of(
@@ -114,15 +163,27 @@ _NORMS = frozenset("linalg_norm linalg_vector_norm norm".split())
 
 
 def _tail_of_twin(
-    call: Call,
-    output: Tensor,
-    of_sources: Callable[[Tensor], list[Tensor]],
-    sources: Sequence[Tensor],
+    call: Call, output: Tensor, tensors: Sequence[Tensor], at: Sequence[int]
 ) -> Tail | None:
+    """The tail of a call of the twin rule, if it can be on one; arguments as for :func:`_twin`."""
     name = call.name.removeprefix(PREFIX)
     if name not in _NORMS | _BY_GRADIENT:
         return None
-    z, kept = call.keep(output), [call.keep(t) for t in sources]
+    slots = map(_Slot, itertools.count())
+    func = call.func
+    arguments = map_instances(Tensor, lambda tensor: next(slots), (call.args, call.kwargs))
+    all_kept = [call.keep(tensor) for tensor in tensors]
+    z, kept = call.keep(output), [all_kept[i] for i in at]
+
+    def of_sources(s: Tensor) -> list[Tensor]:
+        values = [k() for k in all_kept]
+        with torch.enable_grad():
+            for i in at:
+                values[i] = values[i].detach().requires_grad_()
+            args, kwargs = map_instances(_Slot, lambda slot: values[slot.number], arguments)
+            result = func(*args, **kwargs)
+        return list(torch.autograd.grad(result, [values[i] for i in at], s.to(result.dtype)))
+
     if name in _BY_GRADIENT:
         return tail_of(z, kept, of_sources, keeps_sign=True)
 
@@ -132,6 +193,30 @@ def _tail_of_twin(
         return [functional.magnitude(x()) * part for x, part in zip(kept, parts, strict=True)]
 
     return tail_of(z, kept, share)
+
+
+PLACES: dict[str, tuple[int, str]] = {
+    "grid_sample": (1, "grid"),
+    "torchvision::deform_conv2d": (2, "offset"),
+    "torchvision::ps_roi_align": (1, "rois"),
+    "torchvision::ps_roi_pool": (1, "rois"),
+    "torchvision::roi_align": (1, "rois"),
+    "torchvision::roi_pool": (1, "rois"),
+}
+"""Calls one of whose arguments says where to look, which is a constant of the call: its position and name."""
+
+
+def _places(call: Call) -> list[Tensor]:
+    """The arguments of a call that say where to look; they have no magnitude."""
+    if call.name not in PLACES:
+        return []
+    position, name = PLACES[call.name]
+    place = call.args[position] if len(call.args) > position else call.kwargs.get(name)
+    return [place] if isinstance(place, Tensor) else []
+
+
+def _is_one_of(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(tensor is other for other in others)
 
 
 def answer_constant(call: Call) -> Tensor:

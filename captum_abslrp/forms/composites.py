@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp.forms.base import Form
+from captum_abslrp.functional import EPS
 from captum_abslrp.interception import Call
+from captum_abslrp.steps import Answer
 
 
 def _composite(parts: Callable[..., Any]) -> Form:
@@ -44,6 +46,38 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 
 def _polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * angle.cos(), abs * angle.sin())
+
+
+def answer_gumbel_softmax(
+    call: Call,
+    logits: Tensor,
+    tau: float = 1,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+) -> Any:
+    """Softmax of logits with noise, which is drawn once; where it is hard, relevance moves with its element
+    from the one that was chosen, as the gradient does in the straight-through estimator."""
+
+    def soft() -> Tensor:
+        noise = torch.empty_like(logits.detach()).exponential_().log()
+        return ((logits - noise) / tau).softmax(dim)
+
+    share: Tensor = call.interception.composite(soft)
+    if not hard:
+        return share
+    chosen = share.detach().argmax(dim, keepdim=True)
+    output = torch.zeros_like(share.detach()).scatter_(dim, chosen, 1.0)
+    z, p = call.keep(output), call.keep(share)
+    return Answer(
+        output,
+        [share],
+        lambda s: [s * z() / p().clamp(min=EPS)],
+        scaled=False,
+        constants=[logits],
+        nonnegative=True,
+        keeps_sign=True,
+    )
 
 
 def _extremum(name: str) -> Callable[..., Any]:
@@ -89,3 +123,4 @@ _PARTS: dict[str, Callable[..., Any]] = {
     "var_mean": _statistics("var"),
 }
 COMPOSITES: dict[str, Form] = {name: _composite(parts) for name, parts in _PARTS.items()}
+COMPOSITES["gumbel_softmax"] = answer_gumbel_softmax

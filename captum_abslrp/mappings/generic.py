@@ -24,9 +24,12 @@ DIVISORS = ("reciprocal", "rsqrt")
 # The logarithm of softmax's denominator is an offset that all classes share.
 SHIFTED_OR_SCALED = ("neg", "log_softmax", "nan_to_num", "rad2deg", "deg2rad")
 BY_DEFINITION = (
-    "amax", "amin", "bilinear", "cumprod", "index_add", "linalg_norm", "linalg_vector_norm",
-    "logcumsumexp", "logsumexp", "lp_pool1d", "lp_pool2d", "maximum", "minimum", "norm", "prod",
-    "scatter_add", "std", "var",
+    "amax", "amin", "bilinear", "cdist", "cumprod", "fmax", "fmin", "index_add", "index_reduce",
+    "linalg_norm", "linalg_vector_norm", "logaddexp", "logcumsumexp", "logsumexp", "lp_pool1d",
+    "lp_pool2d", "maximum", "minimum", "norm", "pairwise_distance", "pdist", "prod", "scatter_add",
+    "scatter_reduce", "segment_reduce", "std", "torchvision::deform_conv2d",
+    "torchvision::ps_roi_align", "torchvision::ps_roi_pool", "torchvision::roi_align",
+    "torchvision::roi_pool", "var",
 )  # fmt: skip
 
 GENERIC = register_mapping(

@@ -193,8 +193,10 @@ def register_call_rule(
               (``torch.erfinv``);
             - an operator of a library, ``torch.ops.mylib.fused``, or its name, ``"mylib::fused"``;
             - a function of your own that PyTorch shows (``torch.overrides.wrap_torch_function``);
-            - a class of layers, each of which is one call from its input to its output: what is inside
-              (an ``autograd.Function``, a kernel) is not looked at. Subclasses are meant, too.
+            - a class of layers, each of which is one call from its arguments to what it returns (a tensor,
+              or a tuple, dict or dataclass of tensors): what is inside (an ``autograd.Function``, a kernel)
+              is not looked at. Such a layer takes a state as an argument, and returns it. Subclasses are
+              meant, too.
         rule: for example :class:`~captum_abslrp.rules.TwinRule`, which suits whatever PyTorch can
             differentiate, a layer with its own backward pass included.
         overwrite: replace a rule that the generic mapping has, or that is registered already.
