@@ -39,8 +39,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 EPS = 1e-9
-ROUNDING = 1e-12
-"""Share of a sum's parts, or of a total, that is taken for rounding."""
+ROUNDING = torch.finfo(torch.float64).eps ** (7 / 8)
+"""Share of a sum's parts, or of a total, that is taken for rounding, in float64."""
 TAILS = True
 """Whether networks with tails are drawn, and the definition has tail rules."""
 LARGEST = 200
@@ -74,6 +74,17 @@ def by_slope(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
     leaf = x.expand(r.shape).clone().requires_grad_()  # an input may be broadcast
     (slope,) = _gradients(f(leaf), [leaf], torch.ones_like(r))
     return [torch.where(slope < 0, -r, r).sum_to_size(x.shape)]
+
+
+def by_relu(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """ReLU: ``R`` where the input is positive; a score of zero does not depend on what is negative."""
+    (x,) = xs
+    return [torch.where(x > 0, r, 0)]
+
+
+def by_halves(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """A product of two tensors of the network: half for each factor, whatever their signs."""
+    return [(r / 2).sum_to_size(x.shape) for x in xs]
 
 
 def whole(f: Function, r: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -253,6 +264,7 @@ class Definition:
         self, entry: _Entry, arrived: Sequence[Tensor], *, joint: bool
     ) -> list[list[Tensor]]:
         z = entry.output.data
+        noise = self._noise(entry)
         shares = []
         for i, value in enumerate(entry.inputs):
             x = value.data.clone().requires_grad_()
@@ -261,7 +273,7 @@ class Definition:
             twin = entry.function([w.abs() for w in entry.weights], *(v.abs() for v in fixed))
             of_seeds = []
             for r in arrived:
-                s = r / (z.abs() + self.eps)
+                s = (r / (z.abs() + self.eps)).masked_fill(noise, 0)
                 (g,), (g_twin,) = _gradients(plain, [x], s), _gradients(twin, [x], s)
                 both = g + g_twin
                 both[is_rounding(both.abs(), g.abs() + g_twin.abs())] = 0
@@ -276,6 +288,20 @@ class Definition:
             for of_seeds, factor in zip(shares, factors, strict=True):
                 of_seeds[k] = of_seeds[k] * factor.view(-1, *[1] * (of_seeds[k].dim() - 1))
         return shares
+
+    def _noise(self, entry: _Entry) -> Tensor:
+        """Elements of means and differences that are rounding of what they are made from."""
+        xs = [x.data for x in entry.inputs]
+        z = entry.output.data
+        if entry.tail is by_share:
+            return is_rounding(z.abs(), entry.function(entry.weights, xs[0].abs()))
+        if entry.tail is by_magnitude and len(xs) == 2:
+            zeros = [torch.zeros_like(x) for x in xs]
+            minus = entry.function(entry.weights, zeros[0], torch.ones_like(xs[1]))
+            if bool((minus < 0).all()):
+                subtrahend = entry.function(entry.weights, zeros[0], xs[1]).abs()
+                return is_rounding(z.abs(), torch.maximum(xs[0].abs(), subtrahend))
+        return torch.zeros_like(z, dtype=torch.bool)
 
     def _divided(self, total: Any, by: Any) -> Tensor:
         return torch.where(is_rounding(by, total, self.least), 0, total / by)
@@ -512,6 +538,7 @@ def _elementwise(
     *,
     in_place: Callable[[Tensor], Any] | None = None,
     method: Callable[[Tensor], Tensor] | None = None,
+    tail: TailRule = by_slope,
 ) -> Kind:
     ways: dict[str, Callable[..., Any]] = {"function": lambda w, x: run(x)}
     if method is not None:
@@ -519,7 +546,7 @@ def _elementwise(
     if in_place is not None:
         ways["in place"] = lambda w, x: in_place(x)
     modules = {} if module is None else {"module": lambda w, o: module()}
-    return Kind(lambda w, x: run(x), ways=ways, modules=modules, tail=by_slope)
+    return Kind(lambda w, x: run(x), ways=ways, modules=modules, tail=tail)
 
 
 def _number(draw: Draw, shape: Shape) -> Options:
@@ -793,8 +820,8 @@ def _of_each(shape: Shape, **_: Any) -> list[tuple[Sequence[int], str]]:
 
 
 def _product(d: Definition, x: Value, y: Value) -> Value:
-    """A product of two tensors of the network, which ends the tail."""
-    return d.call(lambda v, a, b: a * b, x, y)
+    """A product of two tensors of the network."""
+    return d.call(lambda v, a, b: a * b, x, y, tail=by_halves)
 
 
 def _gated(d: Definition, w: Sequence[Tensor], x: Value, y: Value) -> Value:
@@ -913,7 +940,7 @@ def _in_slice_defined(change: str) -> Callable[..., Value]:
     def define(d: Definition, w: Sequence[Tensor], x: Value, y: Value, **o: Any) -> Value:
         part, other = (d.moved(lambda t: _sliced(t, **o), value) for value in (x, y))
         if change == "relu_":
-            changed = d.call(lambda v, t: t.relu(), part, tail=by_slope)
+            changed = d.call(lambda v, t: t.relu(), part, tail=by_relu)
         elif change == "mul_":
             changed = d.passed(lambda t: t * -2, part, tail=by_sign)
         elif change == "add_":
@@ -948,7 +975,7 @@ def _seen_in_view(w: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def _seen_in_view_defined(d: Definition, w: Sequence[Tensor], x: Value) -> Value:
     half = d.passed(lambda t: t * 0.5, x, tail=by_sign)
-    base = d.call(lambda v, t: t.relu(), half, tail=by_slope)
+    base = d.call(lambda v, t: t.relu(), half, tail=by_relu)
     return d.call(lambda v, t: t + 1, d.moved(lambda t: t.flatten(1)[:, ::2], base), tail=by_slope)
 
 
@@ -1387,6 +1414,7 @@ KINDS: dict[str, Kind] = {
     # normalisation
     "batch_norm": Kind(
         _batch_norm,
+        tail=by_slope,
         ways={
             "function": lambda w, x: F.batch_norm(x, w[2].detach(), w[3].detach(), w[0], w[1]),
         },
@@ -1396,6 +1424,7 @@ KINDS: dict[str, Kind] = {
     ),
     "batch_norm2d": Kind(
         _batch_norm,
+        tail=by_slope,
         ways={"function": lambda w, x: F.batch_norm(x, w[2].detach(), w[3].detach(), w[0], w[1])},
         modules={"module": lambda w, o: _batch_norm_module(w, o, 3)},
         weights=lambda shape: [
@@ -1447,15 +1476,17 @@ KINDS: dict[str, Kind] = {
     ),
     # element by element
     "relu": _elementwise(
-        torch.relu, nn.ReLU, in_place=lambda x: x.relu_(), method=lambda x: x.relu()
+        torch.relu, nn.ReLU, in_place=lambda x: x.relu_(), method=lambda x: x.relu(), tail=by_relu
     ),
     "relu in place": Kind(
         lambda w, x: x.relu(),
         ways={"in place": lambda w, x: F.relu(x, inplace=True)},
         modules={"module in place": lambda w, o: nn.ReLU(inplace=True)},
-        tail=by_slope,
+        tail=by_relu,
     ),
-    "clamp at 0": _elementwise(lambda x: x.clamp(min=0), in_place=lambda x: x.clamp_(min=0)),
+    "clamp at 0": _elementwise(
+        lambda x: x.clamp(min=0), in_place=lambda x: x.clamp_(min=0), tail=by_relu
+    ),
     "clamp": _elementwise(lambda x: x.clamp(-0.5, 0.7), in_place=lambda x: x.clamp_(-0.5, 0.7)),
     "relu6": _elementwise(F.relu6, nn.ReLU6),
     "leaky_relu": _elementwise(F.leaky_relu, nn.LeakyReLU, in_place=F.leaky_relu_),

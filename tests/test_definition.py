@@ -47,14 +47,25 @@ def scored(d: Definition, x: Value) -> Value:
 
 
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize(
-    "kind", ["sigmoid", "tanh", "exp", "softplus", "relu", "clamp", "softsign"]
-)
+@pytest.mark.parametrize("kind", ["sigmoid", "tanh", "exp", "softplus", "clamp", "softsign"])
 def test_a_function_that_rises_passes_relevance_whole(kind: str, joint: bool) -> None:
     for seed, expected in (([1, 0], [1, 0]), ([0, 1], [0.2, 0.8])):
         d, x = Definition(tails=True), values(1.0, 2.0)
         output = applied(kind, d, scored(d, x))
         assert of(d, output, x, seed, joint=joint) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu in place", "clamp at 0"])
+def test_a_score_that_relu_makes_zero_has_no_map(kind: str) -> None:
+    for seed, expected in (([1, 0], [0, 0]), ([0, 1], [0.2, 0.8])):
+        d, x = Definition(tails=True), values(1.0, 2.0)
+        assert of(d, applied(kind, d, scored(d, x)), x, seed) == pytest.approx(expected)
+
+
+def test_factors_share_by_halves_whatever_their_signs() -> None:
+    d, a, b = Definition(tails=True), values(-2.0, 1.0), values(1.0, 3.0)
+    output = applied("mul", d, a, b)
+    assert of(d, output, a, [0.4, 0.6]) == of(d, output, b, [0.4, 0.6]) == [0.2, 0.3]
 
 
 def test_without_a_tail_a_negative_score_behind_a_sigmoid_has_no_map() -> None:
@@ -207,7 +218,7 @@ def test_a_call_is_on_the_tail_if_all_of_its_paths_are() -> None:
     d, x = Definition(tails=True), values(1.0, 2.0)
     z = scored(d, x)  # 0
     gate = d.call(lambda w, t: t.sigmoid(), z, tail=by_slope)  # 1: also a factor
-    product = d.call(lambda w, a, b: a * b, z, gate)  # 2: ends the tail
+    product = d.call(lambda w, a, b: a @ b.mT, z, gate)  # 2: ends the tail
     moved = d.moved(lambda t: t.flip(1), product)  # 3
     d.call(lambda w, t: t.mean(1), moved, tail=by_share)  # 4: leads nowhere
     total = d.call(lambda w, a, b: a + b, moved, gate, tail=by_magnitude)  # 5
@@ -220,7 +231,7 @@ def test_a_call_is_on_the_tail_if_all_of_its_paths_are() -> None:
 
 def test_a_call_that_ends_the_tail_gets_signed_relevance() -> None:
     d, a, b = Definition(tails=True), values(2.0, 1.0), values(1.0, 3.0)
-    product = d.call(lambda w, a, b: a * b, a, b)  # 2, 3
+    product = d.call(lambda w, a, b: a * b, a, b)  # 2, 3; as if it were a product of matrices
     output = d.call(lambda w, t: w[0] * t + w[1], product, tail=by_slope,
                     weights=[torch.tensor([-1.0, 1.0]), torch.ones(1)])  # fmt: skip
     # Of relevance (-0.2, 0.3) each factor gets 2 (-0.2, 0.3), scaled to one or to half of 0.5.
@@ -229,7 +240,7 @@ def test_a_call_that_ends_the_tail_gets_signed_relevance() -> None:
 
 
 SAME_AS_THE_LOGITS = {
-    "sigmoid": {}, "tanh": {}, "exp": {}, "softplus": {}, "relu in place": {},
+    "sigmoid": {}, "tanh": {}, "exp": {}, "softplus": {},
     "softmax": {"dim": 1}, "log_softmax": {"dim": 1}, "div number": {"c": 2.0},
     "add number": {"c": -1.5}, "soft cap": {"c": 3}, "plus integers": {"dtype": "int32"},
     "foreign add": {"source": "rows"}, "foreign less": {"source": "embedding"},
