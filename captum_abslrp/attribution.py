@@ -400,8 +400,8 @@ class AbsLRP(GradientAttribution):
             try:
                 return run(1)
             except RuntimeError as error:
-                if isinstance(error, NotImplementedError) or is_out_of_memory(error):
-                    raise
+                if type(error) is not RuntimeError or is_out_of_memory(error):
+                    raise  # an error of the model's own
                 raise ValueError(
                     f"Expected the model to run on one sample at a time, because it mixes samples or moves "
                     f"them out of the leading dimension, but it failed on one: {error}. Where the rows of "

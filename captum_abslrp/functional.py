@@ -204,6 +204,7 @@ def scale(
     totals: Tensor | float,
     joint: bool = False,
     positive: Sequence[bool] | None = None,
+    signed: bool = True,
 ) -> None:
     """Scale what one call hands to its inputs, sample by sample, in place.
 
@@ -219,6 +220,7 @@ def scale(
         totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (B,).
         joint: scale all inputs together to ``totals``; by default each is scaled on its own.
         positive: for each input whether it and its relevance are known to be nowhere negative.
+        signed: whether relevance may be of both signs, so that it may cancel.
 
     Example:
         >>> x, a, b = torch.tensor([[1.0, -2.0]]), torch.ones(1, 2), torch.ones(1, 2)
@@ -237,12 +239,10 @@ def scale(
     ]
     if joint:
         found = [torch.stack(found).sum(0)] * len(found)
-    for s, total, exact in zip(
-        shares, found, [all(known)] * len(found) if joint else known, strict=True
-    ):
+    for s, total in zip(shares, found, strict=True):
         # A sum that is infinite leaves NaN, not zeros that look like a map.
         factor = totals / total.clamp(min=_SMALLEST) + (total - total)
-        least = _SMALLEST if exact else totals * rounding(s.dtype)
+        least = totals * rounding(s.dtype) if signed else _SMALLEST
         factor = factor.masked_fill(total < least, 0)
         rows = s if s.dim() else s.unsqueeze(0)  # one number of one sample
         if len(rows) != batch_size:

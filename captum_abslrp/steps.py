@@ -273,6 +273,7 @@ class Step:
                     self.batch_size,
                     totals=total,
                     joint=joint,
+                    signed=not (self.positive and self.keeps_sign),
                     positive=[
                         self.positive and self.keeps_sign and self.nonnegative[i] for i in chosen
                     ],

@@ -166,10 +166,12 @@ def answer_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> A
 
     nonnegative = call.is_nonnegative(input)
 
+    least = functional.rounding(output.dtype)  # no closure may hold the output, see `Step.output`
+
     @once
     def noise() -> Tensor:
         """Outputs that are rounding errors: the mean of what has been centered, say."""
-        return z().abs() <= functional.rounding(output.dtype) * run(functional.magnitude(x()))
+        return z().abs() <= least * run(functional.magnitude(x()))
 
     def propagate(s: Tensor) -> list[Tensor]:
         s = s if nonnegative else s.masked_fill(noise(), 0)

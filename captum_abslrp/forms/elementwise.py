@@ -175,11 +175,13 @@ def _answer_summands(
     z = call.keep_output(output, lambda: operator.add(*values()))
     cancels = call.name == "sub" or any(c < 0 for c in constants if not isinstance(c, Tensor))
 
+    least = functional.rounding(output.dtype)  # no closure may hold the output, see `Step.output`
+
     @once
     def noise() -> Tensor:
         """Elements of a difference that are rounding errors of the two."""
         largest = torch.maximum(*(torch.as_tensor(v).abs() for v in values()))
-        return z().abs() <= functional.rounding(output.dtype) * largest
+        return z().abs() <= least * largest
 
     def propagate(s: Tensor) -> list[Tensor]:
         if is_mask is not False:  # known on the device only
