@@ -254,7 +254,7 @@ class Step:
         if self.stabilised:
             magnitudes += functional.EPS
         else:  # as in what is passed to an output of zero
-            magnitudes.masked_fill_(magnitudes == 0, functional.EPS)
+            magnitudes.masked_fill_(magnitudes == 0, functional.LEAST)
         return functional.sums(magnitudes, s, self.batch_size)
 
     def _scale(

@@ -383,7 +383,7 @@ DRAWN = {
 def test_networks() -> None:
     found = Found()
 
-    @settings(RUN, max_examples=60, derandomize=True)
+    @settings(RUN, max_examples=90, derandomize=True)
     @given(programs())
     def some(program: Program) -> None:
         check(program, found)
