@@ -242,7 +242,8 @@ def follow(
         except RuntimeError as error:  # it looks at the memory itself: `as_strided`
             raise Misaligned from error
     for tensor, samples in zip(tree_flatten(result)[0], tree_flatten(shadow)[0], strict=True):
-        if isinstance(tensor, Tensor) and not _in_order(samples, batch_size):
+        is_mask = isinstance(tensor, Tensor) and tensor.dtype == torch.bool
+        if isinstance(tensor, Tensor) and not is_mask and not _in_order(samples, batch_size):
             setattr(tensor, _SHADOW, samples)
 
 

@@ -360,11 +360,12 @@ class AbsLRP(GradientAttribution):
         _check_model(self.model)
 
         def rows_of(value: Any, rows: slice) -> Any:
-            by_sample = isinstance(value, Tensor) and value.dim() and len(value) == batch_size
-            return value[rows] if by_sample else value
+            dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dim() > 0
+            return value[rows] if dense and len(value) == batch_size else value
 
         def run(step: int) -> list[Chunk]:
             chunks = []
+            zeros = _Zeros(batch_size)
             start = 0
             while start < batch_size:
                 part = partial(rows_of, rows=slice(start, start + step))
@@ -379,6 +380,7 @@ class AbsLRP(GradientAttribution):
                         class_dim,
                         forward,
                         watch,
+                        partial(zeros.add, start),
                     )
                 except Exception as error:  # raised again, unless it says that memory was short
                     if not (automatic and step > 1 and is_out_of_memory(error)):
@@ -387,6 +389,7 @@ class AbsLRP(GradientAttribution):
                     continue
                 chunks.append(chunk)
                 start += step
+            zeros.warn()
             return chunks
 
         if automatic and batch_size > 1:
@@ -431,6 +434,7 @@ class AbsLRP(GradientAttribution):
         class_dim: int | None,
         forward: Forward,
         watch: Watch | None,
+        note_zeros: Callable[[Tensor, Watch, bool], None],
     ) -> Chunk:
         """Relevance of what is explained, and the sum per sample that it started with, of samples
         that are run together."""
@@ -452,7 +456,7 @@ class AbsLRP(GradientAttribution):
         if zero is not None:  # once more, to find the call where it ends
             again = Watch(traced=True, repeated=True)
             relevance(again)
-            _warn_of_zeros(zero, again, of_inputs=maps.of_inputs)
+            note_zeros(zero, again, maps.of_inputs)
         started = torch.ones(
             len(maps.relevances[0]), len(inputs[0]), device=maps.relevances[0].device
         )
@@ -558,7 +562,9 @@ class AbsLRP(GradientAttribution):
         if not carries_relevance(output):
             raise IndependentOutput(
                 "Expected the output of the model to depend on `inputs`, but got one that does not: "
-                "the model detaches it, or runs under `torch.no_grad()` inside."
+                "the model detaches it, runs under `torch.no_grad()` inside, or divides a constant by what "
+                "depends on them: a divisor is a constant of its call. Write `torch.sigmoid(z)` for "
+                "`1 / (1 + exp(-z))`, and `torch.exp(-torch.log(d))` for `1 / d`."
             )
         check_aligned(output, batch_size)
         if interception.watch is None or not interception.watch.repeated:
@@ -591,28 +597,43 @@ def _zero_maps(relevances: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor
     return zero if bool(zero.any().numpy()) else None
 
 
-def _warn_of_zeros(zero: Tensor, watch: Watch, *, of_inputs: bool) -> None:
-    """Warn of maps that are zero, and name the calls where their relevance ended.
+class _Zeros:
+    """The maps that are zero, and the calls where their relevance ended."""
 
-    Args:
-        zero: which maps are, (S, B).
-        watch: has seen the calls of the backward pass.
-        of_inputs: whether the maps are of the inputs. Relevance may go past a layer, so a map of a layer
-            is warned about only if a call is known where its relevance ended.
-    """
-    for seed, maps in enumerate(zero):
-        samples = maps.nonzero().flatten().tolist()
-        ends = {call.name: None for call in watch.calls if call.ends(seed, samples)}
-        if not samples or not (ends or of_inputs):
-            continue
-        where = " and ".join(list(ends)[:3]) or "a call that moves elements"
-        warn(
-            f"The map of the {('target', 'contrast')[seed]} is zero for {len(samples)} of {zero.shape[1]} "
-            f"samples, first for sample {samples[0]}: its relevance ends at {where}, because no input of "
-            f"the call contributes to its output in a way that the rule counts. Such a map does not tell "
-            f"what the score depends on. Explain another class, or give the call another rule: "
-            f"`AbsLRP(model, get_mapping().extended({{...}}))`."
-        )
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._found: dict[str, tuple[list[int], dict[str, None]]] = {}
+
+    def add(self, start: int, zero: Tensor, watch: Watch, of_inputs: bool) -> None:
+        """Note some samples.
+
+        Args:
+            start: the number of the first of them.
+            zero: which maps are zero, (S, B).
+            watch: has seen the calls of the backward pass.
+            of_inputs: whether the maps are of the inputs. Relevance may go past a layer, so a map of a
+                layer counts only if a call is known where its relevance ended.
+        """
+        for seed, maps in enumerate(zero):
+            samples = maps.nonzero().flatten().tolist()
+            ends = {call.name: None for call in watch.calls if call.ends(seed, samples)}
+            if samples and (ends or of_inputs):
+                kind = ("target", "contrast")[seed]
+                known, known_ends = self._found.setdefault(kind, ([], {}))
+                known += [start + i for i in samples]
+                known_ends |= ends
+
+    def warn(self) -> None:
+        """Warn once of all of them."""
+        for kind, (samples, ends) in self._found.items():
+            where = " and ".join(list(ends)[:3]) or "a call that moves elements"
+            warn(
+                f"The map of the {kind} is zero for {len(samples)} of {self._batch_size} samples, first for "
+                f"sample {samples[0]}: its relevance ends at {where}, because no input of the call "
+                f"contributes to its output in a way that the rule counts. Such a map does not tell what the "
+                f"score depends on. Explain another class, or give the call another rule: "
+                f"`AbsLRP(model, get_mapping().extended({{...}}))`."
+            )
 
 
 def delta_of(relevances: Sequence[Tensor], started: Tensor) -> Tensor:
@@ -885,8 +906,9 @@ def check_rules(model: nn.Module) -> None:
             raise TypeError(
                 f"Expected `rule` of `{name}` to be an instance of a "
                 f"PropagationRule, such as `AbsLRPRule()`, but got {rule!r}. If a rule is meant, set an "
-                f"instance of its class. If the attribute is the model's own, keep it on the class, "
-                f'`type(layer).rule = layer.__dict__.pop("rule")`, or give it another name.'
+                f"instance of its class. If the attribute is the model's own, give it another name, or "
+                f"make it one of a class: `layer.__class__ = type(type(layer).__name__, (type(layer),), "
+                f'{{"rule": layer.__dict__.pop("rule")}})`.'
             )
 
 

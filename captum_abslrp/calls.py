@@ -286,6 +286,8 @@ def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
     module = getattr(func, "__module__", None) or "torch"
     if not module.startswith("torch"):  # a function that somebody else lets PyTorch show
         return f"{module}.{name}", False, False
+    if name == "rsub":  # subtracts the first argument from the second
+        return "sub", False, True
     if name == "__get__":  # a property such as Tensor.T
         return getattr(getattr(func, "__self__", None), "__name__", name), False, False
     if name in ("__getitem__", "__setitem__"):
@@ -305,12 +307,13 @@ def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
 _ALIASES = {
     "_threshold": "threshold",
     "absolute": "abs",
+    "arcsinh": "asinh",
+    "arctan": "atan",
     "divide": "div",
     "expit": "sigmoid",
     "log_sigmoid": "logsigmoid",
     "multiply": "mul",
     "negative": "neg",
-    "rsub": "sub",
     "subtract": "sub",
     "true_divide": "div",
 }

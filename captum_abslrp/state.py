@@ -139,15 +139,25 @@ class _Set:
 class _Instance:
     """The class of an object, and its attributes outside of ``__dict__``."""
 
-    __slots__ = ("cls", "holder", "slots")
+    __slots__ = ("cls", "holder", "members", "slots")
 
     def __init__(self, instance: Any, slots: Iterable[Any]) -> None:
         self.holder, self.cls = instance, type(instance)
         self.slots = [(slot, _in_slot(slot, instance)) for slot in slots]
+        # A parametrized module has a class of its own, with a property for each of its parametrizations.
+        modules = vars(instance).get("_modules") if isinstance(instance, nn.Module) else None
+        parametrized = "parametrizations" in (modules or ())
+        self.members = dict(vars(self.cls)) if parametrized else None
 
     def put_back(self) -> None:
         if type(self.holder) is not self.cls:  # a module that was parametrized, or was lazy
             self.holder.__class__ = self.cls
+        if self.members is not None:
+            for name in [name for name in vars(self.cls) if name not in self.members]:
+                delattr(self.cls, name)
+            for name, member in self.members.items():
+                if name not in vars(self.cls):
+                    setattr(self.cls, name, member)
         for slot, value in self.slots:
             if _in_slot(slot, self.holder) is value:
                 continue

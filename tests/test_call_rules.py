@@ -179,7 +179,7 @@ def squared_norm(x: Tensor, size: int = 3) -> Tensor:
 
 IMAGE = (2, 3, 6, 6)
 ELEMENTWISE = """
-    abs celu clamp_max cos elu erf exp exp2 expm1 gelu hardshrink hardsigmoid hardswish hardtanh
+    abs asinh atan celu clamp_max cos elu erf exp exp2 expm1 gelu hardshrink hardsigmoid hardswish hardtanh
     leaky_relu logsigmoid mish relu6 selu sigmoid silu sin sinh softplus softshrink softsign square
     tan tanh tanhshrink
 """.split()
@@ -193,6 +193,8 @@ CASES: dict[str, Callable[[int], Case]] = {
     "threshold": one("threshold", 0.1, 0.2),
     "prelu": lambda s: Case(F.prelu, [draw_tensor(s, 2, 3, 4)], (draw_tensor(s + 1, 3),)),
     **{name: positive(name) for name in ("log", "log2", "log10", "log1p", "sqrt")},
+    # On absolute values the twin is the same call.
+    "logit": lambda s: Case(torch.logit, [draw_tensor(s, 2, 3).sigmoid()]),
     "pow": positive("pow", 1.7),
     "float_power": positive("float_power", 3),
     "linear": lambda s: Case(
@@ -626,6 +628,7 @@ WRITTEN_OUT: dict[str, tuple[Parts, Parts]] = {
         lambda x, y: x + 0.5 * (y / y.square()),
     ),
     "lerp": (lambda x, y: torch.lerp(x, y, 0.3), lambda x, y: x * (1 - 0.3) + y * 0.3),
+    "softmin": (lambda x, y: F.softmin(x, 1) * y, lambda x, y: (-x).softmax(1) * y),
     "cosine_similarity": (
         lambda x, y: F.cosine_similarity(x, y, dim=-1),
         lambda x, y: (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1),

@@ -1293,7 +1293,7 @@ def test_a_models_own_rule_is_its_own(name: str) -> None:
 @pytest.mark.parametrize("made", [lambda m: AbsLRP(m), lambda m: LayerAbsLRP(m, m[0])])
 def test_what_looks_like_a_rule_is_refused(rule: Any, made: Callable[[Any], AbsLRP]) -> None:
     model, x = with_rule(rule), samples()
-    message = r"`rule` of `0` to be.*an instance of its class.*type\(layer\)\.rule = "
+    message = r"`rule` of `0` to be.*an instance of its class.*layer.__class__ = type\("
     with pytest.raises(TypeError, match=message):
         made(model)
     layer = layer_of(model)
@@ -1315,6 +1315,48 @@ def test_the_remedy_for_a_models_own_rule_works() -> None:
     layer = Own().double()
     with pytest.raises(TypeError, match="but got 'hebbian'"):
         AbsLRP(nn.Sequential(layer))
-    type(layer).rule = layer.__dict__.pop("rule")
+    layer.__class__ = type(  # type: ignore[assignment]  # as the message says
+        type(layer).__name__, (type(layer),), {"rule": layer.__dict__.pop("rule")}
+    )
+    assert not hasattr(Own, "rule")
     AbsLRP(nn.Sequential(layer)).attribute(samples(), 1)
     assert layer.rule == "hebbian"
+
+
+SELECTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "index": lambda h: h[MASK[: h.shape[1]].expand_as(h)].view(len(h), -1),
+    "masked_select": lambda h: h.masked_select(MASK[: h.shape[1]].expand_as(h)).view(len(h), -1),
+    "where": lambda h: torch.where(MASK[: h.shape[1]].expand_as(h), h, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_masks_that_are_laid_out_like_the_input(name: str) -> None:
+    explain(SELECTED[name])
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_argument_is_for_all_samples(layout: str) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return self.b(torch.stack([torch.sparse.mm(edges, h) for h in self.a(x)]).mean(1))
+
+    edges = getattr(torch.rand(6, 6, dtype=torch.float64).round(), layout)()
+    x = torch.randn(6, 6, 4, dtype=torch.float64)  # as many samples as nodes
+    together = AbsLRP(Graph()).attribute(x, 1, edges)
+    single = torch.cat([AbsLRP(Graph()).attribute(i[None], 1, edges) for i in x])
+    assert relative_error(together, single) < 1e-9
+    assert torch.equal(AbsLRP(Graph()).attribute(x, 1, edges, internal_batch_size=2), together)
+
+
+@pytest.mark.parametrize("rule", [TwinRule, "twin", None], ids=str)
+def test_a_wrong_rule_in_a_mapping_is_refused(rule: Any) -> None:
+    with pytest.raises(
+        TypeError, match="rule of 'linear' in mapping .* to be an instance of a rule"
+    ):
+        get_mapping().extended({"linear": rule})

@@ -240,6 +240,36 @@ def test_backward_hooks_of_all_modules() -> None:
         handle.remove()
 
 
+ATTENDING: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+    "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+    "sequence first": lambda: nn.TransformerEncoderLayer(8, 2, 16),
+}
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("name", ATTENDING)
+def test_hooks_of_attention_do_not_change_the_map(name: str, normalization: str) -> None:
+    torch.manual_seed(0)
+    layer = ATTENDING[name]().double().eval()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(8, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x, x, x)[0] if name == "attention" else self.layer(x)
+            return self.head(y.mean(1))
+
+    model, x = Model(), torch.randn(1, 5, 8, dtype=torch.float64)
+    attributor = AbsLRP(model, normalization=normalization)
+    expected = attributor.attribute(x, 1)
+    for module in model.modules():
+        module.register_full_backward_hook(no_hook)
+    assert relative_error(attributor.attribute(x, 1), expected) < 1e-12
+
+
 class SequenceFirst(nn.Module):
     """Samples in the second dimension of what a hooked module gets."""
 

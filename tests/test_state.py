@@ -746,6 +746,22 @@ class StatisticsOfPlainTensors(Cached):
 
 
 @lazy
+class ParametrizationRemoved(Lazy):
+    """As a model does that is merged for inference the first time it runs."""
+
+    def set_up(self) -> None:
+        super().set_up()
+        torch.nn.utils.parametrizations.weight_norm(self.a)
+        self.merged = False
+
+    def step(self, x: Tensor) -> Tensor:
+        if not self.merged:
+            torch.nn.utils.parametrize.remove_parametrizations(self.a, "weight")
+            self.merged = True
+        return self.a(x)
+
+
+@lazy
 class WeightChangedInPlace(Lazy):
     def step(self, x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -315,3 +315,58 @@ def test_a_layer_that_relevance_goes_past_is_not() -> None:
 
     model = Past()
     assert LayerAbsLRP(model, model.unused).attribute(torch.rand(2, 3), 0).abs().max() == 0
+
+
+OFFSETS: dict[str, tuple[Tail, Tail]] = {
+    "softmax, shifted": (lambda z: (z - z.max(1, keepdim=True)[0]).softmax(1), logits),
+    "softmax by hand": (
+        lambda z: (e := (z - z.amax(1, keepdim=True)).exp()) / e.sum(1, keepdim=True),
+        logits,
+    ),
+    "log_softmax by hand": (lambda z: z - z.logsumexp(1, keepdim=True), logits),
+    "centered": (lambda z: z - z.mean(1, keepdim=True), logits),
+    "softmin": (lambda z: F.softmin(-z, dim=1), logits),
+    "logit": (lambda z: torch.logit(z.sigmoid()), logits),
+    "arctan": (lambda z: torch.arctan(z), logits),
+    "rsub": (lambda z: torch.rsub(z, 1), lambda z: 1 - z),
+    "rsub, alpha": (lambda z: torch.rsub(z, 1, alpha=2), lambda z: 1 - 2 * z),
+    "rsub of a tensor": (lambda z: torch.rsub(z, torch.full_like(z, 2.0)), lambda z: 2 - z),
+    "scattered": (
+        lambda z: torch.zeros_like(z).scatter_add(1, torch.tensor([[0, 1, 2, 3]] * len(z)), z),
+        logits,
+    ),
+    "index_add of crops": (
+        lambda z: torch.zeros_like(z).index_add(1, torch.arange(4).repeat(2), z.repeat(1, 2)),
+        logits,
+    ),
+    "a margin": (
+        lambda z: z.scatter_add(1, torch.zeros(len(z), 1).long(), torch.full((len(z), 1), -0.3).double()),
+        logits,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("normalization", "contrast"), COMBINATIONS)
+@pytest.mark.parametrize("name", OFFSETS)
+def test_what_all_classes_share_is_an_offset(
+    name: str, normalization: str, contrast: str | int | None
+) -> None:
+    maps = [
+        AbsLRP(Scored(tail), normalization=normalization).attribute(
+            images(), [0, 1, 2], contrast=contrast
+        )
+        for tail in OFFSETS[name]
+    ]
+    assert relative_error(*maps) < 1e-9
+
+
+def test_zero_maps_of_parts_of_a_batch_are_warned_about_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    for layer in (model[0], model[2]):
+        nn.init.constant_(layer.weight, 0.5)
+        nn.init.constant_(layer.bias, 0.0)
+    x = torch.tensor([[1.0, 1, 1], [2, 2, 2], [-1, -1, -1], [-2, -2, -2]])
+    for size in (None, 1, 3):
+        with pytest.warns(UserWarning, match="zero for 2 of 4 samples, first for sample 2") as seen:
+            AbsLRP(model).attribute(x, 0, contrast=None, internal_batch_size=size)
+        assert len(seen) == 1

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.forms.base import Form, is_source
+from captum_abslrp.forms.base import Form, is_alias, is_source
 from captum_abslrp.interception import Call
 from captum_abslrp.steps import Answer
 
@@ -203,7 +203,9 @@ def _multi_head_attention(
     else:
         weights = list(in_proj_weight.chunk(3))
     biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
-    if query is key and key is value and in_proj_weight is not None:
+    # Backward hooks make three views of one tensor.
+    alike = all(t is query or is_alias(t, query) for t in (key, value))
+    if alike and in_proj_weight is not None:
         # As in the original, one product makes all three.
         projected = list(F.linear(q, in_proj_weight, in_proj_bias).chunk(3, -1))
     else:

@@ -157,8 +157,12 @@ def _plus_eps(values: Tensor) -> Tensor:
     return values.abs() + EPS
 
 
-_BY_GRADIENT = frozenset("amax amin logsumexp maximum minimum".split())
+_BY_GRADIENT = frozenset("amax amin logsumexp maximum minimum torchvision::roi_pool".split())
 """Calls that pick or weight their inputs: the gradient says how much each of them takes part."""
+_LINEAR = frozenset(
+    "index_add scatter_add torchvision::ps_roi_align torchvision::ps_roi_pool torchvision::roi_align".split()
+)
+"""Calls that are linear in all of their sources together, without negative coefficients."""
 _NORMS = frozenset("linalg_norm linalg_vector_norm norm".split())
 
 
@@ -167,7 +171,8 @@ def _tail_of_twin(
 ) -> Tail | None:
     """The tail of a call of the twin rule, if it can be on one; arguments as for :func:`_twin`."""
     name = call.name.removeprefix(PREFIX)
-    if name not in _NORMS | _BY_GRADIENT:
+    negative = "alpha" in call.kwargs  # of `index_add`
+    if negative or name not in _NORMS | _BY_GRADIENT | _LINEAR:
         return None
     slots = map(_Slot, itertools.count())
     func = call.func
@@ -175,14 +180,28 @@ def _tail_of_twin(
     all_kept = [call.keep(tensor) for tensor in tensors]
     z, kept = call.keep(output), [all_kept[i] for i in at]
 
-    def of_sources(s: Tensor) -> list[Tensor]:
+    def run(change: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The result with changed sources, and the sources, for a gradient."""
         values = [k() for k in all_kept]
         with torch.enable_grad():
             for i in at:
-                values[i] = values[i].detach().requires_grad_()
+                values[i] = change(values[i].detach()).requires_grad_()
             args, kwargs = map_instances(_Slot, lambda slot: values[slot.number], arguments)
-            result = func(*args, **kwargs)
-        return list(torch.autograd.grad(result, [values[i] for i in at], s.to(result.dtype)))
+            return func(*args, **kwargs), [values[i] for i in at]
+
+    def of_sources(s: Tensor) -> list[Tensor]:
+        result, leaves = run(lambda x: x)
+        return list(torch.autograd.grad(result, leaves, s.to(result.dtype)))
+
+    def by_share(relevance: Tensor) -> list[Tensor]:
+        result, leaves = run(functional.magnitude)
+        whole = result.detach() - run(torch.zeros_like)[0].detach()  # constants take no part
+        parts = (relevance / whole).masked_fill(whole <= 0, 0)
+        found = torch.autograd.grad(result, leaves, parts.to(result.dtype))
+        return [x.detach() * part for x, part in zip(leaves, found, strict=True)]
+
+    if name in _LINEAR:
+        return tail_of(z, kept, by_share, keeps_sign=True)
 
     if name in _BY_GRADIENT:
         return tail_of(z, kept, of_sources, keeps_sign=True)

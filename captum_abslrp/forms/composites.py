@@ -44,6 +44,12 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
     return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
 
 
+def _softmin(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> Tensor:
+    return F.softmax(-input, dim, dtype=dtype)
+
+
 def _polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * angle.cos(), abs * angle.sin())
 
@@ -119,6 +125,7 @@ _PARTS: dict[str, Callable[..., Any]] = {
     "max": _extremum("max"),
     "min": _extremum("min"),
     "polar": _polar,
+    "softmin": _softmin,
     "std_mean": _statistics("std"),
     "var_mean": _statistics("var"),
 }

@@ -197,6 +197,9 @@ def _answer_summands(
         if len(kept) == 1:
             return [(relevance * signs[0]).sum_to_size(kept[0]().shape)]
         sizes = [functional.magnitude(x()) for x in kept]
+        if signs[1] < 0 and sizes[1].numel() < relevance.numel() == sizes[0].numel():
+            # What all of a row are less by, as in a softmax that is written out, tells no class from another.
+            return [relevance, torch.zeros_like(sizes[1])]
         whole = sizes[0] + sizes[1]
         parts = (relevance / whole).masked_fill_(whole == 0, 0)
         return [
@@ -351,7 +354,8 @@ _GATES: dict[str, Callable[..., Tensor]] = {
 """Slopes of functions that are their input times a share, and at -x times the rest."""
 _INCREASING = frozenset(
     "clamp clamp_max clamp_min clip elu erf exp exp2 expm1 hardshrink hardsigmoid hardtanh log log10 log1p "
-    "log2 logsigmoid relu6 selu sigmoid sinh softplus softshrink softsign sqrt tanh threshold".split()
+    "asinh atan log2 logit logsigmoid relu6 selu sigmoid sinh softplus softshrink softsign sqrt tanh "
+    "threshold".split()
 )
 """Functions that never fall."""
 _NONNEGATIVE = frozenset("abs exp exp2 hardsigmoid relu6 sigmoid softplus sqrt square".split())
@@ -361,8 +365,8 @@ ACTIVATIONS |= dict.fromkeys(["clamp", "clamp_min", "clip"], answer_clamp)
 ACTIVATIONS |= dict.fromkeys(["float_power", "pow"], answer_power)
 ACTIVATIONS |= dict.fromkeys(
     "abs celu clamp_max cos elu erf exp exp2 expm1 gelu hardshrink hardsigmoid hardswish hardtanh "
-    "leaky_relu log log10 log1p log2 logsigmoid mish prelu relu6 rrelu selu sigmoid silu sin sinh "
-    "softplus softshrink softsign sqrt square tan tanh tanhshrink threshold".split(),
+    "asinh atan leaky_relu log logit log10 log1p log2 logsigmoid mish prelu relu6 rrelu selu sigmoid silu "
+    "sin sinh softplus softshrink softsign sqrt square tan tanh tanhshrink threshold".split(),
     answer_elementwise,
 )
 SUMS: dict[str, Form] = {"add": answer_addition, "sub": answer_subtraction}

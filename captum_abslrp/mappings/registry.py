@@ -61,6 +61,9 @@ class Mapping:
             for what they match.
         base: the mapping to ask where no entry matches.
 
+    Raises:
+        TypeError: if a rule is not an instance of :class:`~captum_abslrp.rules.Rule`.
+
     Calls that only move elements (``captum_abslrp.calls.PASS_THROUGH``: reshape, cat, ...) are not
     asked for: relevance moves with its element there.
 
@@ -74,6 +77,14 @@ class Mapping:
     name: str
     entries: Sequence[tuple[Key | tuple[Key, ...], Rule]]
     base: Mapping | None = None
+
+    def __post_init__(self) -> None:
+        for keys, rule in self.entries:
+            if not isinstance(rule, Rule):
+                raise TypeError(
+                    f"Expected the rule of {keys!r} in mapping {self.name!r} to be an instance of a rule of "
+                    f"captum_abslrp.rules, such as `TwinRule()`, but got {rule!r}."
+                )
 
     def rule_of_call(self, call: Call) -> Rule | None:
         """The rule for a call, or None."""
