@@ -572,7 +572,7 @@ class Interception(TorchFunctionMode):
         layer = type(frame.module).__name__
         raise UnsupportedCallError(
             f"Expected every call on the way from the input to the output to have a rule, but got the "
-            f"autograd function `{function}` in `{frame.path}` ({layer}), whose inside cannot be seen. "
+            f"autograd function `{function}` in {frame}, whose inside cannot be seen. "
             f"Register the layer that calls it as one call: `captum_abslrp.register_call_rule({layer}, "
             f"captum_abslrp.rules.TwinRule())`. A layer that does more should be split first."
         )

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from captum_abslrp import forms, functional
 from captum_abslrp.complex_calls import PREFIX, has_complex, suits_parts
 from captum_abslrp.interception import Call, Interception
-from captum_abslrp.steps import Answer, Given, Kept, Returned
+from captum_abslrp.steps import Answer, Given, Kept, Returned, Tail
 
 __all__ = [
     "AbsLRPRule",
@@ -43,6 +43,7 @@ __all__ = [
     "ProductRule",
     "Rule",
     "SoftmaxRule",
+    "Tail",
     "TwinRule",
 ]
 

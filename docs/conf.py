@@ -57,6 +57,7 @@ nitpick_ignore = [
         "Array",
         "Key",
         "Propagate",
+        "Tail",
         "Target",
     )
 ] + [("py:class", "dict[str")]  # of a dataclass whose default is made by a factory
