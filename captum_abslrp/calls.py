@@ -431,7 +431,7 @@ _SWITCHES = {
     "training": frozenset(("running_mean", "running_var")),
     "use_input_stats": frozenset(("running_mean", "running_var")),
 }
-"""Arguments by which functions of PyTorch are told to change others."""
+"""Arguments that make functions of PyTorch change other arguments, and those that change."""
 _HANDED_OUT = frozenset("numpy __array__ __dlpack__ storage untyped_storage".split())
 """Calls that give the memory of a tensor to code that cannot be seen."""
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +64,7 @@ from captum_abslrp.complex_calls import (
     has_complex,
     phase,
 )
+from captum_abslrp.messages import warn
 from captum_abslrp.steps import (
     Answer,
     Kept,
@@ -410,7 +410,7 @@ class Interception(TorchFunctionMode):
             target = args[0] if args else kwargs.get("input")
             if any(target is tensor for tensor in from_outside):
                 raise UnsupportedCallError(
-                    f"Expected a layer that is answered as one call to leave its keyword arguments "
+                    f"Expected a layer with one rule for all of it to leave its keyword arguments "
                     f"alone, but got one in `{self.innermost.path}` that is changed in place. Pass it by "
                     f"position, or replace the in-place call."
                 )
@@ -548,12 +548,11 @@ class Interception(TorchFunctionMode):
         paths = {path for state, path in self._states if any(state is t for t in tensors)}
         for path in paths:
             self._states = [(t, p) for t, p in self._states if p != path]
-            warnings.warn(
-                f"Expected `{path}`, which is answered as one call, to hand on what depends on its input by "
-                f"what it returns, but it keeps a tensor that is used in a later call. If that tensor "
-                f"depends on the input, the relevance that should go this way is lost: let the layer "
-                f"return its state, and take it as an argument.",
-                stacklevel=2,
+            warn(
+                f"Expected `{path}`, which has one rule for the whole layer, to return everything that "
+                f"depends on its input, but it keeps a tensor that is used in a later call. If that tensor "
+                f"depends on the input, its relevance is lost: let the layer return its state, and take "
+                f"it as an argument."
             )
 
     def _refuse_sparse(self, call: Call | None) -> NoReturn:
@@ -974,8 +973,8 @@ class _ModuleStack:
             ]
             if any(not any(t is known for known in given) for t in frame.from_outside):
                 raise UnsupportedCallError(
-                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__} and is answered as "
-                    f"one call, to depend on the explained inputs by its arguments alone, but got one "
+                    f"Expected `{frame.path}`, which has the rule {type(rule).__name__} for the whole "
+                    f"layer, to depend on the explained inputs by its arguments alone, but got one "
                     f"that uses another tensor that does, too. Pass that tensor to it as an argument."
                 )
             if not given:

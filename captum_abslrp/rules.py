@@ -335,6 +335,7 @@ class HeadSumRule(AdditionRule):
     at which each of them takes part in the rule of that layer: positive contributions are sought in
     the heads' inputs, not in their outputs, so that a class with two negative logits is explained,
     too. A sum with a constant (the position embedding) is left to :class:`AdditionRule`.
+    No mapping of this package needs it: on the tail of the score every sum shares in this way.
 
     Example:
         >>> mapping = get_mapping().extended({At("", call="add"): HeadSumRule()})
