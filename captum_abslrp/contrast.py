@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_abslrp.calls import on_host
+from captum_abslrp.messages import warn
 from captum_abslrp.steps import in_full_precision
 
 __all__ = [
@@ -179,6 +180,10 @@ def contrast_seed(
     Returns:
         Tensor as from :func:`target_seed`, or None where there is no contrast or only one class.
 
+    Warns:
+        UserWarning: if an output of several values per sample has a single class in dimension 1, and
+            ``class_dim`` does not say that the classes are there.
+
     Raises:
         ValueError: if ``contrast`` is an unknown word, or the target itself, or if classes are to be
             compared though the target is a sum over them.
@@ -212,6 +217,12 @@ def contrast_seed(
         )
     scores = _sums_behind(in_full_precision(output), indexed)
     if scores.shape[classes] == 1:
+        if class_dim is None:
+            warn(
+                f"Expected more than one class in dimension 1 of the output for `contrast={contrast!r}`, but "
+                f"got shape {tuple(output.shape)}: the map is that of the target alone. Pass `class_dim` if "
+                f"the classes are in another dimension, or `contrast=None`."
+            )
         return None
     chosen = target_seed(scores, target, class_dim=classes)
     # 1 at every class of the position that the target is in, and 0 elsewhere.

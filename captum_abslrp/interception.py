@@ -174,9 +174,8 @@ class Call:
         )
 
     def __str__(self) -> str:
-        where = f"`{self.path}`" if self.path else "the model itself"
-        kind = f" ({type(self.module).__name__})" if self.module is not None else ""
-        return f"`{resolve_name(self.func) or self.name.removeprefix(PREFIX)}` in {where}{kind}"
+        name = resolve_name(self.func) or self.name.removeprefix(PREFIX)
+        return f"`{name}` in {_place(self.path, self.module)}"
 
 
 class Interception(TorchFunctionMode):
@@ -374,7 +373,7 @@ class Interception(TorchFunctionMode):
             if hasattr(tensor, _STALE):
                 raise UnsupportedCallError(
                     f"Expected a tensor that a call has handed on as it was to be left alone afterwards, "
-                    f"but got one in `{self.innermost.path}` that was changed in place by that other name "
+                    f"but got one in {self.innermost} that was changed in place by that other name "
                     f"and is used again. Replace the in-place call, or clone the tensor before."
                 )
 
@@ -386,8 +385,8 @@ class Interception(TorchFunctionMode):
             return
         raise UnsupportedCallError(
             f"Expected every call on the way from the input to the output to have a rule, but got calls "
-            f"under a transform of `torch.func` (`vmap`, `grad`, ...) in `{self.innermost.path}` "
-            f"({type(self.innermost.module).__name__}), where one call stands for many. Replace `vmap` "
+            f"under a transform of `torch.func` (`vmap`, `grad`, ...) in {self.innermost}, "
+            f"where one call stands for many. Replace `vmap` "
             f"by a loop. Over the members of an ensemble: `torch.stack([functional_call(base, "
             f"{{name: value[i] for name, value in params.items()}}, (x,)) for i in range(members)])`. "
             f"Over samples: call the function with the whole batch."
@@ -411,7 +410,7 @@ class Interception(TorchFunctionMode):
             if any(target is tensor for tensor in from_outside):
                 raise UnsupportedCallError(
                     f"Expected a layer with one rule for all of it to leave its keyword arguments "
-                    f"alone, but got one in `{self.innermost.path}` that is changed in place. Pass it by "
+                    f"alone, but got one in {self.innermost} that is changed in place. Pass it by "
                     f"position, or replace the in-place call."
                 )
         return _untracked(func, args, kwargs)
@@ -507,7 +506,7 @@ class Interception(TorchFunctionMode):
         if call.name == "__array__":
             raise UnsupportedCallError(
                 f"Expected every call on the way from the input to the output to be one of PyTorch, but got "
-                f"one of NumPy in `{call.path}` ({type(call.module).__name__}). Make a tensor of what it is "
+                f"one of NumPy in {_place(call.path, call.module)}. Make a tensor of what it is "
                 f"combined with, `torch.as_tensor(array)`, and use the functions of PyTorch."
             )
         output = call.func(*call.args, **call.kwargs)
@@ -825,6 +824,12 @@ class _Reentered:
         TorchFunctionMode.__exit__(self._mode, *exc)
 
 
+def _place(path: str, module: nn.Module | None) -> str:
+    """Where a module is in the model, for messages."""
+    where = f"`{path}`" if path else "the model itself"
+    return where if module is None else f"{where} ({type(module).__name__})"
+
+
 class _Frame(NamedTuple):
     """A running module, and what holds for the calls that it makes."""
 
@@ -851,8 +856,7 @@ class _Frame(NamedTuple):
     """Tensors with relevance that calls inside of such a module have used: arguments, or what it holds."""
 
     def __str__(self) -> str:
-        where = f"`{self.path}`" if self.path else "the model itself"
-        return where if self.module is None else f"{where} ({type(self.module).__name__})"
+        return _place(self.path, self.module)
 
     @property
     def local_path(self) -> str:

@@ -110,6 +110,21 @@ def test_the_predicted_class_is_along_the_dimension_of_the_classes(
     assert trace == trace_relevance(Applied(flat, lambda z: z), x)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1)])
+@pytest.mark.parametrize("contrast", ["others", "softmax"])
+def test_a_dimension_of_one_class_is_warned_about(shape: tuple[int, ...], contrast: str) -> None:
+    flat, x = network(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), batch(3, 6)
+    model = Applied(flat, lambda z: z.reshape(len(z), *shape))
+    target = (0, 2, 0)[: len(shape)]
+    with pytest.warns(UserWarning, match="Pass `class_dim` if the classes are in another"):
+        relevance = AbsLRP(model).attribute(x, target, contrast=contrast)
+    torch.testing.assert_close(relevance, AbsLRP(flat).attribute(x, 2, contrast=None))
+    # Either remedy works, and is silent.
+    AbsLRP(model).attribute(x, target, contrast=None)
+    along = AbsLRP(model).attribute(x, target, contrast=contrast, class_dim=2)
+    torch.testing.assert_close(along, AbsLRP(flat).attribute(x, 2, contrast=contrast))
+
+
 def test_layers_are_explained_along_the_dimension_of_the_classes() -> None:
     model, x = of_tokens(), batch(2, 4, 3)
     there = Applied(model, lambda z: z[:, 1])

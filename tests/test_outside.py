@@ -469,12 +469,31 @@ def centered(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
+def ones(x: Tensor) -> Tensor:
+    """A weight that makes the mean of the channels."""
+    return torch.full((16, 16), 1 / 16, dtype=x.dtype)
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
 NOISE: dict[str, Callable[[Tensor], Tensor]] = {
     "centered twice": lambda x: centered(centered(x)),
     "mean of what is centered": lambda x: x + centered(x).mean(1, keepdim=True),
     "sum of what is centered": lambda x: x + centered(x).sum((1, 2, 3), keepdim=True),
     "pooled": lambda x: x + F.avg_pool2d(F.instance_norm(x), 6),
     "pooled, adaptive": lambda x: x + F.adaptive_avg_pool2d(F.instance_norm(x), 1),
+    "linear": lambda x: x + F.linear(rows(centered(x)), ones(x)).movedim(-1, 1),
+    "matmul": lambda x: x + (rows(centered(x)) @ ones(x)).movedim(-1, 1),
+    "matmul from the left": lambda x: x + (ones(x) @ centered(x).flatten(2)).view_as(x),
+    "einsum": lambda x: x + torch.einsum("bchw,cd->bdhw", centered(x), ones(x)),
+    "tensordot": lambda x: x + torch.tensordot(rows(centered(x)), ones(x), 1).movedim(-1, 1),
+    "vector": lambda x: x + (rows(centered(x)) @ ones(x)[0]).unsqueeze(1),
+    "convolution": lambda x: x + F.conv2d(centered(x), ones(x)[..., None, None]),
+    "negative": lambda x: x + F.conv2d(centered(x), -ones(x)[..., None, None]),
+    "var_mean": lambda x: x + torch.var_mean(centered(x), 1, keepdim=True)[1],
+    "cumsum": lambda x: x + centered(x).cumsum(1)[:, -1:],
     "difference of the same": lambda x: x + ((x * 3) / 3 - x),
     "a large number": lambda x: x + (x.tanh() + 1e9 - 1e9 if x.dtype == torch.float32 else 0 * x),
 }

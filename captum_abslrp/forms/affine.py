@@ -13,7 +13,15 @@ from torch import Tensor
 from captum_abslrp import functional
 from captum_abslrp.calls import TRANSFORMS, transformed_dims
 from captum_abslrp.complex_calls import OnParts
-from captum_abslrp.forms.base import Form, answer_twin, check_batched, is_source, once, tail_of
+from captum_abslrp.forms.base import (
+    Form,
+    answer_twin,
+    check_batched,
+    is_source,
+    once,
+    tail_of,
+    without_noise,
+)
 from captum_abslrp.forms.products import answer_sparse, is_sparse
 from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Call, carries_relevance
@@ -31,15 +39,18 @@ def answer_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
     output = call.run(lambda: F.linear(input, weight, bias))
     if is_sparse(weight):
         return answer_sparse(call, output, input, weight.detach().t())
+    if input.dim() == 1:
+        return answer_twin(call)
     x, w = call.keep(input), call.keep(weight)
     nonnegative = call.is_nonnegative(input)
     if not carries_relevance(weight):
         full = torch.promote_types(output.dtype, torch.float32)
         parts = SignedParts(w.as_given(), dtype=full)  # of a large weight, one piece at a time
+        masked = without_noise(call, output, input, weight, F.linear)
         return Answer(
             output,
             [input],
-            lambda s: [functional.linear(x(), parts, s, nonnegative=nonnegative)],
+            lambda s: [functional.linear(x(), parts, masked(s), nonnegative=nonnegative)],
             keeps_sign=True,
         )
     wanted = [carries_relevance(t) for t in (input, weight)]
@@ -87,11 +98,14 @@ def _convolution(dims: int) -> Form:
         output = call.run(lambda: run(input, weight, bias, **geometry))
         x, parts = call.keep(input), _parts(call.keep(weight))
         nonnegative = call.is_nonnegative(input)
+        masked = without_noise(
+            call, output, input, weight, lambda x, w: run(x, w, None, **geometry)
+        )
         return Answer(
             output,
             [input],
             lambda s: [
-                functional.convolution(x(), parts(), s, nonnegative=nonnegative, **geometry)
+                functional.convolution(x(), parts(), masked(s), nonnegative=nonnegative, **geometry)
             ],
             keeps_sign=True,
         )

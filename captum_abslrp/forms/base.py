@@ -299,6 +299,56 @@ def passed(
     )
 
 
+def without_noise(
+    call: Call,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    run: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[Tensor], Tensor]:
+    """How to mask relevance of outputs that are rounding errors: a mean, written as a product, of values
+    that were centered before.
+
+    Only weights of one sign make means. Their signs are looked at on the host alone, because nothing waits
+    for a device.
+
+    Args:
+        call: the call, an affine one.
+        output: its output.
+        input: what it multiplies.
+        weight: the constant that it multiplies by.
+        run: the product of an input with a weight.
+
+    Returns:
+        From relevance per magnitude of the output to the same with zeros at rounding errors.
+    """
+    if call.is_nonnegative(input) or not _has_one_sign(weight):
+        return lambda s: s
+    x, w, z = call.keep(input), call.keep(weight), call.keep(output.clone())
+    least = functional.rounding(output.dtype)
+
+    @once
+    def noise() -> Tensor:
+        sizes = run(functional.magnitude(x()), functional.magnitude(w()))
+        return z().abs() <= least * sizes
+
+    return lambda s: s.masked_fill(noise(), 0)
+
+
+def _has_one_sign(weight: Tensor) -> bool:
+    """Whether it is known that a constant has no two entries of different signs."""
+    if weight.device.type != "cpu" or weight.numel() == 0 or is_source(weight):
+        return False
+
+    def has_one_sign(values: Tensor) -> bool:
+        return not (bool((values < 0).any()) and bool((values > 0).any()))
+
+    weight = weight.detach()
+    # The weights of almost every layer differ in sign in their first row already.
+    few = weight[0].flatten()[:64] if weight.dim() else weight
+    return has_one_sign(few) and has_one_sign(weight)
+
+
 def once(compute: Callable[[], Made]) -> Callable[[], Made]:
     """Make what does not depend on the seed with the first seed, and keep it for the others.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_abslrp import functional
 from captum_abslrp.calls import on_host
-from captum_abslrp.forms.base import Form, answer_twin, is_source, once
+from captum_abslrp.forms.base import Form, answer_twin, is_source, once, without_noise
 from captum_abslrp.functional import SignedParts
 from captum_abslrp.interception import Call
 from captum_abslrp.steps import Answer
@@ -35,9 +35,12 @@ def answer_matmul(call: Call, input: Tensor, other: Tensor) -> Any:
             for kept, n in zip((a, b), nonnegative, strict=True)
         ]
 
+    masked = _without_noise(call, output, (input, other), torch.matmul)
+
     def propagate(s: Tensor) -> list[Tensor]:
         of_input, of_other = parts()
-        return list(compress(functional.matmul(of_input, of_other, s.contiguous()), wanted))
+        s = masked(s).contiguous()
+        return list(compress(functional.matmul(of_input, of_other, s), wanted))
 
     return Answer(
         output,
@@ -146,11 +149,27 @@ def _answer_product(
     output = call.run(lambda: run(*operands))
     a, b = (call.keep(t) for t in operands)
     wanted = [is_source(t) for t in operands]
+    masked = _without_noise(call, output, operands, run)
 
     def propagate(s: Tensor) -> list[Tensor]:
-        return list(compress(functional.bilinear(a(), b(), run, s), wanted))
+        return list(compress(functional.bilinear(a(), b(), run, masked(s)), wanted))
 
     return Answer(output, list(compress(operands, wanted)), propagate)
+
+
+def _without_noise(
+    call: Call,
+    output: Tensor,
+    operands: Sequence[Tensor],
+    run: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[Tensor], Tensor]:
+    """:func:`captum_abslrp.forms.base.without_noise` of a product one of whose factors is a constant."""
+    first, second = operands
+    if is_source(first) and is_source(second):
+        return lambda s: s
+    if is_source(first):
+        return without_noise(call, output, first, second, run)
+    return without_noise(call, output, second, first, lambda b, a: run(a, b))
 
 
 def answer_product_and_sum(
