@@ -117,7 +117,7 @@ def attributed(attributor: AbsLRP, *args: Any, **kwargs: Any) -> tuple[Tensor, b
     """An attribution, and whether a warning says that a map is zero; any other warning is an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = attributor.attribute(*args, **kwargs)
+        result = attributor.attribute(*args, class_dim=1, **kwargs)
     messages = [str(warning.message) for warning in caught]
     others = [message for message in messages if not message.startswith((ZERO, ALIKE))]
     assert not others, f"warnings: {others}"
@@ -400,7 +400,7 @@ def test_the_warning_of_a_zero_map_is_told_and_any_other_is_an_error() -> None:
         def __init__(self, message: str) -> None:
             self.message = message
 
-        def attribute(self, x: Tensor) -> Tensor:
+        def attribute(self, x: Tensor, class_dim: int) -> Tensor:
             warnings.warn(self.message, stacklevel=2)
             return x
 
