@@ -1,7 +1,7 @@
 """Where the time of an attribution goes, per kind of call.
 
 ``python -m benchmarks.profile --model vit_base_patch16_224`` prints how long the forward pass takes, plain
-and under the interception, and what each kind of rule takes on the way back, in milliseconds and as
+and under the recording, and what each kind of rule takes on the way back, in milliseconds and as
 multiples of the plain forward pass, with the share of the transposed products, which no implementation
 can do without. (Run as a module: a script in a folder with a file of this name would take it for the one of
 the standard library.)
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from captum_abslrp import AbsLRP, demo
-from captum_abslrp.steps import Step
+from captum_abslrp.engine.tape import Step
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution_backward",
             "aten::mkldnn_convolution", "aten::cudnn_convolution")  # fmt: skip

@@ -110,13 +110,13 @@ def peak_resident_set() -> Iterator[list[float]]:
     before = peak = resident()
     stop = threading.Event()
 
-    def watch() -> None:
+    def observer() -> None:
         nonlocal peak
         while not stop.is_set():
             peak = max(peak, resident())
             time.sleep(0.001)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=observer)
     watcher.start()
     result: list[float] = []
     try:

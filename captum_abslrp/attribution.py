@@ -20,8 +20,6 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from captum_abslrp.alignment import Misaligned, check_aligned
-from captum_abslrp.calls import on_host
 from captum_abslrp.contrast import (
     Contrast,
     Target,
@@ -32,19 +30,23 @@ from captum_abslrp.contrast import (
     repeated,
     target_seed,
 )
-from captum_abslrp.diagnostics import Watch
-from captum_abslrp.interception import Interception, UnsupportedCallError, carries_relevance
-from captum_abslrp.mappings import Mapping, get_mapping
+from captum_abslrp.diagnostics import Observer
+from captum_abslrp.engine.arguments import on_host
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.engine.messages import warn
+from captum_abslrp.engine.propagation import TOTAL, logits, propagate
+from captum_abslrp.engine.recording import Recording
+from captum_abslrp.engine.samples import Misaligned, check_aligned
+from captum_abslrp.engine.state import saver, unchanged
+from captum_abslrp.engine.tape import history, is_hook, is_recorded
+from captum_abslrp.mappings import Mapping, MappingScope, get_mapping
 from captum_abslrp.memory import fitting, is_out_of_memory
-from captum_abslrp.messages import warn
-from captum_abslrp.propagation import TOTAL, logits, propagate
-from captum_abslrp.state import saver, unchanged
-from captum_abslrp.steps import history, is_answered, is_hook
 
 __all__ = ["AbsLRP"]
 
 Forward = Callable[
-    [Sequence[Tensor], tuple[Any, ...], Watch | None], tuple[Tensor, Sequence[Tensor]]
+    [Sequence[Tensor], tuple[Any, ...], Observer | None], tuple[Tensor, Sequence[Tensor]]
 ]
 """From inputs, further arguments and who looks at the calls, to the output and the tensors that relevance is
 asked for."""
@@ -258,7 +260,7 @@ class AbsLRP(GradientAttribution):
             internal_batch_size,
             class_dim=class_dim,
             forward=self._to_inputs,
-            watch=Watch(finite=True) if check_finite else None,
+            observer=Observer(finite=True) if check_finite else None,
         )
         relevances = tuple(torch.cat(parts) for parts in zip(*(r for r, _ in chunks), strict=True))
         attributions = relevances if isinstance(inputs, tuple) else relevances[0]
@@ -298,7 +300,7 @@ class AbsLRP(GradientAttribution):
         inputs: Any,
         target: Target,
         additional_forward_args: Any,
-        watch: Watch,
+        observer: Observer,
         *,
         class_dim: int | None = None,
     ) -> None:
@@ -312,13 +314,13 @@ class AbsLRP(GradientAttribution):
             None,
             class_dim=class_dim,
             forward=self._to_inputs,
-            watch=watch,
+            observer=observer,
         )
 
     def _to_inputs(
-        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self._forward(leaves, extra, watch), leaves
+        return self._forward(leaves, extra, observer), leaves
 
     def _explain(
         self,
@@ -331,7 +333,7 @@ class AbsLRP(GradientAttribution):
         *,
         class_dim: int | None,
         forward: Forward,
-        watch: Watch | None,
+        observer: Observer | None,
     ) -> list[Chunk]:
         """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
         given: tuple[Tensor, ...] = _plain(inputs if isinstance(inputs, tuple) else (inputs,))
@@ -379,7 +381,7 @@ class AbsLRP(GradientAttribution):
                         combine,
                         class_dim,
                         forward,
-                        watch,
+                        observer,
                         partial(zeros.add, start),
                     )
                 except Exception as error:  # raised again, unless it says that memory was short
@@ -433,28 +435,28 @@ class AbsLRP(GradientAttribution):
         combine: str,
         class_dim: int | None,
         forward: Forward,
-        watch: Watch | None,
-        note_zeros: Callable[[Tensor, Watch, bool], None],
+        observer: Observer | None,
+        note_zeros: Callable[[Tensor, Observer, bool], None],
     ) -> Chunk:
         """Relevance of what is explained, and the sum per sample that it started with, of samples
         that are run together."""
 
-        def relevance(watch: Watch | None) -> _Maps:
+        def relevance(observer: Observer | None) -> _Maps:
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-                return self._maps(inputs, target, extra, contrast, class_dim, forward, watch)
+                return self._maps(inputs, target, extra, contrast, class_dim, forward, observer)
 
-        maps = relevance(watch)
+        maps = relevance(observer)
         finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
-        if (on_host(finite) if watch is None else bool(finite)) is False:
-            if watch is None or not watch.finite:  # once more, to find the call
-                relevance(Watch(finite=True))
+        if (on_host(finite) if observer is None else bool(finite)) is False:
+            if observer is None or not observer.finite:  # once more, to find the call
+                relevance(Observer(finite=True))
             raise FloatingPointError(
                 "Expected the map to be finite, but got NaN or infinite values, though those of all "
                 "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
             )
         zero = _zero_maps(maps.relevances, inputs)
         if zero is not None:  # once more, to find the call where it ends
-            again = Watch(traced=True, repeated=True)
+            again = Observer(traced=True, repeated=True)
             relevance(again)
             note_zeros(zero, again, maps.of_inputs)
         started = torch.ones(
@@ -478,11 +480,11 @@ class AbsLRP(GradientAttribution):
         contrast: Any,
         class_dim: int | None,
         forward: Forward,
-        watch: Watch | None,
+        observer: Observer | None,
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in inputs]
-        output, explained = forward(leaves, extra, watch)
+        output, explained = forward(leaves, extra, observer)
         values = output.detach()
         seed = target_seed(values, target, class_dim=class_dim)
         held_against = contrast_seed(
@@ -496,19 +498,19 @@ class AbsLRP(GradientAttribution):
         return _Maps(relevances, changes, explained is leaves)
 
     def _forward(
-        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None = None
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None = None
     ) -> Tensor:
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
-        interception = Interception(
-            None if self.mapping is None else self.mapping.rule_of_call,
+        recording = Recording(
+            MappingScope(self.mapping),
             inputs=[leaf for leaf in leaves if leaf.requires_grad],
             batch_size=len(leaves[0]),
             model=self.model,
             joint=self.normalization == "joint",
             total=TOTAL,
-            watch=watch,
+            observer=observer,
         )
-        output, unseen = self.run(leaves, extra, interception)
+        output, unseen = self.run(leaves, extra, recording)
         for node in unseen:
             raise UnsupportedCallError(
                 f"Expected every call of the model to have a rule, but got `{node}` from code whose "
@@ -519,15 +521,15 @@ class AbsLRP(GradientAttribution):
         return output
 
     def run(
-        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], interception: Interception
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], recording: Recording
     ) -> tuple[Tensor, list[str]]:
-        """Output of the model, (B, ...), as it depends on the leaves under an interception, and the names
+        """Output of the model, (B, ...), as it depends on the leaves under an recording, and the names
         of the nodes of its history that no visible call has made."""
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
         given = [leaf.clone() for leaf in leaves]
-        interception.before_change = saver(self.model)
-        with _eager(self.model), interception:
+        recording.before_change = saver(self.model)
+        with _eager(self.model), recording:
             try:
                 output = self.model(*given, *extra)
             except Exception as error:  # raised again, explained where it can be
@@ -535,10 +537,10 @@ class AbsLRP(GradientAttribution):
                 raise
             output = _logits(output) if self.output is None else self.output(output)
             with torch._C.DisableTorchFunction():
-                return self._checked(output, batch_size, interception)
+                return self._checked(output, batch_size, recording)
 
     def _checked(
-        self, output: Any, batch_size: int, interception: Interception
+        self, output: Any, batch_size: int, recording: Recording
     ) -> tuple[Tensor, list[str]]:
         """What :meth:`run` returns; raises where the output cannot be explained."""
         if not isinstance(output, Tensor):
@@ -567,9 +569,9 @@ class AbsLRP(GradientAttribution):
                 "`1 / (1 + exp(-z))`, and `torch.exp(-torch.log(d))` for `1 / d`."
             )
         check_aligned(output, batch_size)
-        if interception.watch is None or not interception.watch.repeated:
-            _warn_of_detached(interception.detached_parts(output))
-        return output, list(unseen_nodes(output, interception.depends))
+        if recording.observer is None or not recording.observer.repeated:
+            _warn_of_detached(recording.detached.reaching(output))
+        return output, list(unseen_nodes(output, recording.depends))
 
 
 def _warn_of_detached(paths: Sequence[str]) -> None:
@@ -604,19 +606,19 @@ class _Zeros:
         self._batch_size = batch_size
         self._found: dict[str, tuple[list[int], dict[str, None]]] = {}
 
-    def add(self, start: int, zero: Tensor, watch: Watch, of_inputs: bool) -> None:
+    def add(self, start: int, zero: Tensor, observer: Observer, of_inputs: bool) -> None:
         """Note some samples.
 
         Args:
             start: the number of the first of them.
             zero: which maps are zero, (S, B).
-            watch: has seen the calls of the backward pass.
+            observer: has seen the calls of the backward pass.
             of_inputs: whether the maps are of the inputs. Relevance may go past a layer, so a map of a
                 layer counts only if a call is known where its relevance ended.
         """
         for seed, maps in enumerate(zero):
             samples = maps.nonzero().flatten().tolist()
-            ends = {call.name: None for call in watch.calls if call.ends(seed, samples)}
+            ends = {call.name: None for call in observer.calls if call.ends(seed, samples)}
             if samples and (ends or of_inputs):
                 kind = ("target", "contrast")[seed]
                 known, known_ends = self._found.setdefault(kind, ([], {}))
@@ -655,7 +657,7 @@ def _is_squeezed(output: Tensor) -> bool:
             return False
         following, number = after[0]
         if list(following._input_metadata[number].shape[:1]) == [1]:
-            return not is_answered(node)
+            return not is_recorded(node)
         node = following
     return False
 
@@ -947,6 +949,6 @@ def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str
     elements has made."""
     for node in history(output.grad_fn):
         name = type(node).__name__
-        known = is_answered(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)
+        known = is_recorded(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)
         if not known and depends(node):
             yield name

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_abslrp.calls import on_host
-from captum_abslrp.messages import warn
-from captum_abslrp.steps import in_full_precision
+from captum_abslrp.engine.arguments import on_host
+from captum_abslrp.engine.messages import warn
+from captum_abslrp.engine.saved import in_full_precision
 
 __all__ = [
     "Contrast",

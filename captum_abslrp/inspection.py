@@ -15,13 +15,16 @@ from captum._utils.common import _format_additional_forward_args
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
-from captum_abslrp.alignment import Misaligned
 from captum_abslrp.attribution import AbsLRP, check_initialized
-from captum_abslrp.calls import tensors_in
-from captum_abslrp.interception import Call, Interception, carries_relevance
-from captum_abslrp.mappings import Mapping
-from captum_abslrp.state import unchanged
-from captum_abslrp.steps import Answer
+from captum_abslrp.engine.arguments import tensors_in
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.modules import Frame
+from captum_abslrp.engine.recording import Recording
+from captum_abslrp.engine.samples import Misaligned
+from captum_abslrp.engine.state import unchanged
+from captum_abslrp.engine.tape import Record
+from captum_abslrp.mappings import Mapping, MappingScope, find_layer_rule, get_mapping
 
 __all__ = ["InspectedCall", "Inspection", "inspect_rules"]
 
@@ -135,14 +138,14 @@ def inspect_rules(
     def survey(rows: slice) -> Inspection:
         with torch.inference_mode(False), torch.enable_grad(), unchanged(attributor.model):
             leaves = [x[rows].clone().detach().requires_grad_() for x in given]
-            interception = _Survey(attributor.mapping, attributor.model, leaves)
-            _, unseen_nodes = attributor.run(leaves, extra, interception)
+            recording = _Survey(attributor.mapping, attributor.model, leaves)
+            _, unseen_nodes = attributor.run(leaves, extra, recording)
         unseen = {
             InspectedCall(node, "", type(attributor.model).__name__, None, "")
             for node in unseen_nodes
-            if node.removesuffix("Backward") not in interception.opaque
+            if node.removesuffix("Backward") not in recording.opaque
         }
-        return Inspection((*interception.calls, *unseen))
+        return Inspection((*recording.calls, *unseen))
 
     try:
         return survey(slice(None))
@@ -150,15 +153,12 @@ def inspect_rules(
         return survey(slice(1))
 
 
-class _Survey(Interception):
+class _Survey(Recording):
     """Notes the rule of each call, and goes on where there is none."""
 
     def __init__(self, mapping: Mapping | None, model: nn.Module, inputs: list[Tensor]) -> None:
         super().__init__(
-            None if mapping is None else mapping.rule_of_call,
-            inputs=inputs,
-            batch_size=len(inputs[0]),
-            model=model,
+            MappingScope(mapping), inputs=inputs, batch_size=len(inputs[0]), model=model
         )
         self.fuses = False  # each part is listed
         self.mapping = mapping
@@ -174,28 +174,30 @@ class _Survey(Interception):
     def rule_of(self, call: Call) -> Any:
         rule, frame = super().rule_of(call), self.innermost
         if rule is not None:
-            found = (self.mapping or frame.mapping).find(call)
+            found = (self.mapping or frame.table or get_mapping()).find(call)
             origin = found[1] if frame.rule is None and found else "module.rule"
             self._note(_name_of(call.func), repr(rule), origin)
         return rule
 
-    def answer_layer(self, rule: Any, frame: Any, output: Tensor) -> Any:
+    def record_layer(self, frame: Frame, output: Any) -> Any:
         kind = type(frame.module).__name__
-        own = getattr(frame.module, "rule", None) is rule
+        own = find_layer_rule(frame.module) is not frame.layer_rule  # type: ignore[arg-type]
         origin = "module.rule" if own else "registered"
-        self.calls.append(InspectedCall(f"{kind}.forward", frame.path, kind, str(rule), origin))
-        return super().answer_layer(rule, frame, output)
+        self.calls.append(
+            InspectedCall(f"{kind}.forward", frame.path, kind, repr(frame.layer_rule), origin)
+        )
+        return super().record_layer(frame, output)
 
-    def _pass_through(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def pass_through(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         self._note(_name_of(func), MOVES, "")
-        return super()._pass_through(name, func, args, kwargs)
+        return super().pass_through(name, func, args, kwargs)
 
-    def _without_rule(self, call: Call) -> Any:
+    def run_without_rule(self, call: Call) -> Any:
         with torch.no_grad():
             result = call.func(*call.args, **call.kwargs)
         if not tensors_in(result):  # a fact about a tensor
             return result
-        sources = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
+        inputs = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
         self._note(_name_of(call.func), None, "")
 
         def as_dependent(value: Any) -> Any:
@@ -205,11 +207,12 @@ class _Survey(Interception):
                 isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
             ):
                 return value
-            return self.attach(Answer(value, sources, lambda relevance: []))
+            return self.attach(Record(value, inputs, lambda relevance: []))
 
         return as_dependent(result)
 
-    def _opaque(self, function: str, frame: Any) -> None:
+    def refuse_autograd_function(self, node: Any) -> None:
+        function = node.name().removesuffix("Backward")
         if function not in self.opaque:
             self.opaque.add(function)
             self._note(function, None, "")

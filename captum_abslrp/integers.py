@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from captum_abslrp.calls import canonical_name, tensors_in
-from captum_abslrp.interception import add_input, carries_relevance
+from captum_abslrp.engine.arguments import tensors_in
+from captum_abslrp.engine.dependence import add_input, carries_relevance
+from captum_abslrp.engine.names import canonical_name
 
 __all__ = ["IntegerInputs", "new_leaf"]
 
@@ -25,7 +26,7 @@ __all__ = ["IntegerInputs", "new_leaf"]
 class IntegerInputs(TorchFunctionMode):
     """Context that marks what a forward pass makes of integer inputs, until relevance starts.
 
-    It is entered around an :class:`~captum_abslrp.interception.Interception`, which follows what depends on
+    It is entered around an :class:`~captum_abslrp.engine.recording.Recording`, which follows what depends on
     floating-point inputs by its history.
 
     Args:
@@ -90,7 +91,7 @@ def new_leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A leaf with the values of a tensor, and what is handed on instead of the tensor.
 
     Its samples count as those of its leading dimension. Where they are elsewhere, the model moves them back
-    afterwards, which the interception sees as a move out of order: the samples are run one at a time then.
+    afterwards, which the recording sees as a move out of order: the samples are run one at a time then.
     """
     with torch._C.DisableTorchFunction():  # calls on parameters and leaves are run without history
         leaf = tensor.detach().clone().requires_grad_()

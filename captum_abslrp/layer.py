@@ -12,7 +12,6 @@ from captum.attr._utils.attribution import LayerAttribution
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_abslrp.alignment import Misaligned, check_aligned, hand_on_samples
 from captum_abslrp.attribution import (
     AbsLRP,
     IndependentOutput,
@@ -20,13 +19,15 @@ from captum_abslrp.attribution import (
     for_captum,
     unwrapped,
 )
-from captum_abslrp.calls import map_instances, tensors_in
 from captum_abslrp.contrast import Contrast, Target
-from captum_abslrp.diagnostics import Watch
+from captum_abslrp.diagnostics import Observer
+from captum_abslrp.engine.arguments import map_instances, tensors_in
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.samples import Misaligned, check_aligned, copy_samples
+from captum_abslrp.engine.state import own_hooks
 from captum_abslrp.integers import IntegerInputs, new_leaf
-from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.mappings import Mapping
-from captum_abslrp.state import own_hooks
+from captum_abslrp.rules.captum import rule_of_layer
 
 __all__ = ["LayerAbsLRP"]
 
@@ -185,7 +186,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         in_order: list[tuple[int, list[bool]]] = []
 
         def forward(
-            leaves: Sequence[Tensor], extra: tuple[Any, ...], watch: Watch | None
+            leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
         ) -> tuple[Tensor, Sequence[Tensor]]:
             tokens = not all(leaf.is_floating_point() for leaf in leaves)
             integers = IntegerInputs(leaves) if tokens else None
@@ -201,7 +202,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                 _captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
             ):
                 try:
-                    output = self._forward(leaves, extra, watch)
+                    output = self._forward(leaves, extra, observer)
                 except IndependentOutput as error:
                     choose()  # raises if that is why
                     if not tokens:
@@ -228,7 +229,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             internal_batch_size,
             class_dim=class_dim,
             forward=forward,
-            watch=Watch(finite=True) if check_finite else None,
+            observer=Observer(finite=True) if check_finite else None,
         )
         batch_size = sum(len(started) for _, started in chunks)
         parts = [iter(relevances) for relevances, _ in chunks]
@@ -438,7 +439,7 @@ def _captured_of(
     def register() -> Iterator[Any]:
         yield layer.register_forward_hook(after)
         if of_input and rule_of_layer(layer) is not None:
-            # The hooks of the interception, which come before those of the layer, cut its positional
+            # The hooks of the recording, which come before those of the layer, cut its positional
             # inputs off.
             yield register_module_forward_pre_hook(before)
             yield layer.register_forward_pre_hook(before_with_keywords, with_kwargs=True)
@@ -450,7 +451,7 @@ def _captured_of(
 
 
 def _clone_unseen(tensor: Tensor) -> Tensor:
-    """A clone that the interception does not see."""
+    """A clone that the recording does not see."""
     with torch._C.DisableTorchFunction():
         clone = tensor.clone()
-    return hand_on_samples(tensor, clone)
+    return copy_samples(tensor, clone)

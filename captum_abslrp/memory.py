@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_abslrp.propagation import kept_bytes
+from captum_abslrp.engine.propagation import saved_bytes
 
 __all__ = ["fitting", "free_bytes", "is_out_of_memory"]
 
@@ -58,7 +58,7 @@ def fitting(output: Tensor, batch_size: int) -> int:
     free = free_bytes(output.device)
     if free is None:
         return batch_size
-    return max(1, min(batch_size, int(SHARE * free / (NEEDED * max(1, kept_bytes(output))))))
+    return max(1, min(batch_size, int(SHARE * free / (NEEDED * max(1, saved_bytes(output))))))
 
 
 def is_out_of_memory(error: Any) -> bool:

@@ -52,8 +52,8 @@ nitpick_ignore_regex = [
 nitpick_ignore = [
     ("py:class", name)  # types of the inside, and names of types
     for name in (
-        "captum_abslrp.interception.Interception",
-        "captum_abslrp.diagnostics.Watch",
+        "captum_abslrp.engine.recording.Recording",
+        "captum_abslrp.diagnostics.Observer",
         "Array",
         "Key",
         "Propagate",

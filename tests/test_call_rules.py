@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP
-from captum_abslrp.calls import TRANSFORMS
-from captum_abslrp.interception import Call, Interception
+from captum_abslrp.engine.names import TRANSFORMS
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.recording import Recording
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.propagation import TOTAL, propagate
+from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.rules import Rule
 from tests.conftest import relative_error
 from tests.test_closed_forms import EPS, draw_tensor, literal, share
@@ -51,7 +52,7 @@ def by_mapping(
     """The output of a call, the relevance of its inputs, and the relevance that it was given."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     given_ = [leaf.clone() for leaf in leaves]
-    with Interception(own_rule, inputs=given_, batch_size=1, total=TOTAL):
+    with Recording(own_rule, inputs=given_, batch_size=1, total=TOTAL):
         z = call(*given_)
     relevance = draw_tensor(seed + 9, *z.shape).abs()
     shares = propagate(z, leaves, relevance.unsqueeze(0))
@@ -433,7 +434,7 @@ def test_a_divisor_is_a_constant(seed: int) -> None:
 @pytest.mark.parametrize("name", ["rsqrt", "reciprocal"])
 def test_what_is_only_divided_by_gets_nothing(name: str) -> None:
     x = torch.ones(2, 3, requires_grad=True).clone()
-    with Interception(own_rule, inputs=[x], batch_size=1):
+    with Recording(own_rule, inputs=[x], batch_size=1):
         assert not getattr(x, name)().requires_grad
         assert not (1 / x).requires_grad
         assert not (x**-0.5).requires_grad
@@ -468,7 +469,7 @@ def test_relu_by_any_name(call: Callable[[Tensor], Tensor]) -> None:
     x = draw_tensor(0, 2, 50)
     leaf = x.clone().requires_grad_()
     given_ = leaf.clone()
-    with Interception(own_rule, inputs=[given_], batch_size=1, total=TOTAL):
+    with Recording(own_rule, inputs=[given_], batch_size=1, total=TOTAL):
         z = call(given_)
     relevance = draw_tensor(1, 2, 50).abs() * (z > 0)
     ((actual,),) = propagate(z, [leaf], relevance.unsqueeze(0))
@@ -568,7 +569,7 @@ def test_recurrent_layers_keep_their_output(name: str, options: dict[str, Any]) 
     layer = with_noise(LAYERS[name][0](3, 4, **options))
     x = draw_tensor(1, 5, 2, 3)
     given_ = x.requires_grad_().clone()
-    with Interception(own_rule, inputs=[given_], batch_size=1):
+    with Recording(own_rule, inputs=[given_], batch_size=1):
         output, state = layer(given_)
     expected, expected_state = layer(x)
     torch.testing.assert_close(output, expected)
@@ -670,7 +671,7 @@ def by_mapping_unused(
 def test_an_extremum_has_its_indices() -> None:
     x = draw_tensor(0, 2, 5)
     given_ = x.clone().requires_grad_().clone()
-    with Interception(own_rule, inputs=[given_], batch_size=1):
+    with Recording(own_rule, inputs=[given_], batch_size=1):
         found = given_.max(1)
     assert torch.equal(found.indices, x.max(1).indices)
     assert torch.equal(found.values, x.max(1).values)

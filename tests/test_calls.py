@@ -24,9 +24,9 @@ from captum_abslrp import (
     inspect_rules,
     register_call_rule,
 )
-from captum_abslrp.interception import Interception
+from captum_abslrp.engine.recording import Recording
 from captum_abslrp.mappings import Mapping, get_mapping, registry
-from captum_abslrp.propagation import TOTAL, propagate
+from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.rules import AbsLRPRule, ConstantRule, TwinRule
 from tests.conftest import relative_error
 from tests.test_call_rules import by_mapping, own_rule
@@ -194,12 +194,12 @@ def test_calls_of_numpy_are_refused_with_a_remedy(name: str) -> None:
 
 def test_a_mask_is_known_to_be_nonnegative() -> None:
     given = samples().requires_grad_().clone()
-    with Interception(get_mapping().rule_of_call, inputs=[given], batch_size=4) as interception:
+    with Recording(get_mapping().rule_of_call, inputs=[given], batch_size=4) as recording:
         h = given.relu()
         known = [h * (h > 0), h * MASK[:6], (h > 0) * h, torch.where(h > 1, h, MASK[:6])]
         unknown = [h * COUNTS[:6], torch.where(h > 1, h, COUNTS[:6]), h + COUNTS[:6]]
-        assert all(map(interception.is_nonnegative, known))
-        assert not any(map(interception.is_nonnegative, unknown))
+        assert all(map(recording.is_nonnegative, known))
+        assert not any(map(recording.is_nonnegative, unknown))
 
 
 def test_rounded_quotients_are_steps() -> None:
@@ -376,12 +376,12 @@ def test_hard_gumbel_softmax_passes_relevance_to_the_share_of_the_choice() -> No
     leaf = x.clone().requires_grad_()
     given = leaf.clone()
     torch.manual_seed(4)
-    with Interception(own_rule, inputs=[given], batch_size=2, total=TOTAL):
+    with Recording(own_rule, inputs=[given], batch_size=2, total=TOTAL):
         chosen = F.gumbel_softmax(given, hard=True)
     torch.manual_seed(4)
     assert torch.equal(chosen, F.gumbel_softmax(x, hard=True))
     torch.manual_seed(4)
-    with Interception(own_rule, inputs=[given], batch_size=2, total=TOTAL):
+    with Recording(own_rule, inputs=[given], batch_size=2, total=TOTAL):
         soft = F.gumbel_softmax(given)
     seed = draw_tensor(1, 2, 5).abs()
     hard = propagate(chosen, [leaf], seed[None])[0]
@@ -629,7 +629,7 @@ def test_deformable_convolution(told: bool, gated: bool) -> None:
     given = [leaf.clone() for leaf in leaves]
     inputs = [tensor for tensor in given if tensor.requires_grad]
     find_rule = get_mapping().extended(rules).rule_of_call
-    with Interception(find_rule, inputs=inputs, batch_size=1, total=TOTAL):
+    with Recording(find_rule, inputs=inputs, batch_size=1, total=TOTAL):
         z = call(*given, w, b)
     relevance = draw_tensor(9, *z.shape).abs()
     sources = leaves if gated else leaves[:1]

@@ -23,9 +23,9 @@ from captum_abslrp import (
     register_call_rule,
     trace_relevance,
 )
-from captum_abslrp.interception import Interception
+from captum_abslrp.engine.recording import Recording
 from captum_abslrp.mappings import At, get_mapping, registry
-from captum_abslrp.propagation import TOTAL, propagate
+from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.rules import AbsLRPRule, Rule, TwinRule
 
 EPS = 1e-9
@@ -50,7 +50,7 @@ def found_by_rule(
     given = [leaf.clone() for leaf in leaves]
     # A rule that is not the one of the generic mapping itself holds on the tail of the score, too.
     find = (lambda call: rule) if rule else lambda call: copy.copy(get_mapping().rule_of_call(call))
-    with Interception(find, inputs=given, batch_size=1, total=TOTAL):
+    with Recording(find, inputs=given, batch_size=1, total=TOTAL):
         args = [torch.view_as_complex(t) if x.is_complex() else t for t, x in zip(given, inputs)]
         output = function(*args)
         output = torch.view_as_real(output) if output.is_complex() else output.clone()

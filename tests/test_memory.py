@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from captum_abslrp import AbsLRP, memory
-from captum_abslrp.interception import Call
-from captum_abslrp.propagation import kept_bytes
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.propagation import saved_bytes
 from tests.conftest import load_golden, relative_error
 
 
@@ -33,7 +33,7 @@ def test_auto_runs_as_many_samples_as_fit(name: str, monkeypatch: pytest.MonkeyP
     x, target = golden.x.repeat(3, 1, 1, 1)[:5], golden.target.repeat(3)[:5]
     attributor = AbsLRP(golden.model)
     expected = attributor.attribute(x, target)
-    one = kept_bytes(attributor._forward([x[:1].clone().requires_grad_()], ()))
+    one = saved_bytes(attributor._forward([x[:1].clone().requires_grad_()], ()))
     room_for_two = int(2.5 * one * memory.NEEDED / memory.SHARE)
     monkeypatch.setattr(memory, "free_bytes", lambda device: room_for_two)
     sizes = sizes_of_batches(attributor, monkeypatch)
@@ -90,9 +90,9 @@ def test_norms_and_activations_are_made_again_rather_than_kept(
     attributor = AbsLRP(golden.model)
 
     def kept() -> int:
-        return kept_bytes(attributor._forward([golden.x.clone().requires_grad_()], ()))
+        return saved_bytes(attributor._forward([golden.x.clone().requires_grad_()], ()))
 
     made_again, relevance = kept(), attributor.attribute(golden.x, 1)
-    monkeypatch.setattr(Call, "keep_output", lambda call, output, remake: call.keep(output))
+    monkeypatch.setattr(Call, "keep_output", lambda call, output, remake: call.save(output))
     assert made_again < share * kept()
     torch.testing.assert_close(relevance, attributor.attribute(golden.x, 1), rtol=1e-9, atol=1e-15)

@@ -70,8 +70,8 @@ class CrashForward(nn.Module):
 
 
 class CrashBackward(Rule):
-    def answer(self, call: object) -> object:
-        answer = AbsLRPRule().answer(call)  # type: ignore[arg-type]
+    def record(self, call: object) -> object:
+        answer = AbsLRPRule().record(call)  # type: ignore[arg-type]
 
         def propagate(relevance: Tensor) -> list[Tensor]:
             raise Crash

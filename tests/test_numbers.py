@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, demo, trace_relevance
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.rules import Answer, Rule
+from captum_abslrp.rules import Record, Rule
 from tests.conftest import relative_error
 
 X = demo.render_scenes("single", 2, generator=0).inputs
@@ -147,9 +147,9 @@ def test_masks_of_minus_infinity_are_no_fault() -> None:
 class Spoiling(Rule):
     """A rule that hands on what is not finite."""
 
-    def answer(self, call: object) -> Answer:
+    def record(self, call: object) -> Record:
         x = call.args[0]  # type: ignore[attr-defined]
-        return Answer(x.tanh(), [x], lambda s: [s / torch.zeros_like(s)])
+        return Record(x.tanh(), [x], lambda s: [s / torch.zeros_like(s)])
 
 
 def test_a_rule_that_went_wrong_is_named() -> None:

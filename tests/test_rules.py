@@ -11,17 +11,8 @@ from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRu
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP
-from captum_abslrp.propagation import propagate
-from captum_abslrp.rules import (
-    AbsLRPRule,
-    BatchNormRule,
-    LayerNormRule,
-    MaxPoolRule,
-    PassThroughRule,
-    Rule,
-    SoftmaxRule,
-    TwinRule,
-)
+from captum_abslrp.engine.propagation import propagate
+from captum_abslrp.rules import AbsLRPRule, BatchNormRule, LayerNormRule, MaxPoolRule, PassThroughRule, Rule, SoftmaxRule, TwinRule
 from tests.conftest import relative_error
 
 

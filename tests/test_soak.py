@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 
 from captum_abslrp import AbsLRP, LayerAbsLRP
-from captum_abslrp.state import _SNAPSHOTS
+from captum_abslrp.engine.state import _SNAPSHOTS
 
 WARM_UP = 100
 """Attributions before those that are looked at: what PyTorch makes once is made."""

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
 from captum_abslrp.attribution import unchanged
-from captum_abslrp.steps import storage_of
+from captum_abslrp.engine.saved import storage_of
 from tests.test_no_trace import Crash, digest, no_trace
 
 

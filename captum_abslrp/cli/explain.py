@@ -39,7 +39,7 @@ from captum_abslrp.cli.files import (
     with_suffix,
 )
 from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
-from captum_abslrp.interception import UnsupportedCallError
+from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section
 from captum_abslrp.visualization import plot_grid, plot_rows

@@ -8,7 +8,6 @@ from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import (
     At,
     Mapping,
-    find_layer_rule,
     find_mapping,
     get_mapping,
     list_mappings,
@@ -16,8 +15,10 @@ from captum_abslrp.mappings.registry import (
     register_mapping,
 )
 from captum_abslrp.mappings.resnet import RESNET
+from captum_abslrp.mappings.scope import MappingScope
 from captum_abslrp.mappings.vgg import VGG
 from captum_abslrp.mappings.vit import VIT
+from captum_abslrp.rules.captum import find_layer_rule
 
 __all__ = [
     "GENERIC",
@@ -26,6 +27,7 @@ __all__ = [
     "VIT",
     "At",
     "Mapping",
+    "MappingScope",
     "find_layer_rule",
     "find_mapping",
     "get_mapping",

@@ -1,22 +1,9 @@
 """The generic mapping: the rules that every architecture starts from."""
 
-from captum_abslrp import forms
 from captum_abslrp.mappings.registry import Mapping, register_mapping
-from captum_abslrp.rules import (
-    AbsLRPRule,
-    ActivationRule,
-    AdditionRule,
-    BatchNormRule,
-    CompositeRule,
-    ConstantRule,
-    LayerNormRule,
-    MatmulRule,
-    MaxPoolRule,
-    PassThroughRule,
-    ProductRule,
-    SoftmaxRule,
-    TwinRule,
-)
+from captum_abslrp.rules import AbsLRPRule, ConstantRule, PassThroughRule, TwinRule
+from captum_abslrp.rules.abslrp import CLOSED_FORMS
+from captum_abslrp.rules.elementwise import DROPOUTS
 
 __all__ = ["GENERIC"]
 
@@ -36,17 +23,8 @@ GENERIC = register_mapping(
     Mapping(
         "generic",
         [
-            (tuple(forms.AFFINE), AbsLRPRule()),
-            (tuple(ActivationRule.closed_forms), ActivationRule()),
-            (tuple(MaxPoolRule.closed_forms), MaxPoolRule()),
-            (tuple(BatchNormRule.closed_forms), BatchNormRule()),
-            (tuple(LayerNormRule.closed_forms), LayerNormRule()),
-            (tuple(SoftmaxRule.closed_forms), SoftmaxRule()),
-            (tuple(MatmulRule.closed_forms), MatmulRule()),
-            (tuple(AdditionRule.closed_forms), AdditionRule()),
-            (tuple(ProductRule.closed_forms), ProductRule()),
-            (tuple(CompositeRule.closed_forms), CompositeRule()),
-            ((*forms.DROPOUTS, *SHIFTED_OR_SCALED), PassThroughRule()),
+            (tuple(CLOSED_FORMS), AbsLRPRule()),
+            ((*DROPOUTS, *SHIFTED_OR_SCALED), PassThroughRule()),
             (DIVISORS, ConstantRule()),
             (BY_DEFINITION, TwinRule()),
         ],

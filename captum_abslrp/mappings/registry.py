@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from captum_abslrp.calls import CONSTANT, PASS_THROUGH, canonical_name
-from captum_abslrp.interception import Call
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.names import CONSTANT, PASS_THROUGH, canonical_name
 from captum_abslrp.rules import Rule
+from captum_abslrp.rules.captum import _LAYER_RULES
 
 __all__ = [
     "At",
     "Key",
     "Mapping",
-    "find_layer_rule",
     "find_mapping",
     "get_mapping",
     "list_mappings",
@@ -64,7 +64,7 @@ class Mapping:
     Raises:
         TypeError: if a rule is not an instance of :class:`~captum_abslrp.rules.Rule`.
 
-    Calls that only move elements (``captum_abslrp.calls.PASS_THROUGH``: reshape, cat, ...) are not
+    Calls that only move elements (``captum_abslrp.engine.names.PASS_THROUGH``: reshape, cat, ...) are not
     asked for: relevance moves with its element there.
 
     Example:
@@ -138,7 +138,6 @@ class Mapping:
 _MAPPINGS: dict[str, Mapping] = {}
 _ARCHITECTURES: dict[str, Mapping] = {}
 _CALL_RULES: dict[str, Rule] = {}
-_LAYER_RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_mapping(
@@ -262,24 +261,6 @@ def register_call_rule(
             f"replace it."
         )
     _CALL_RULES[name] = rule
-
-
-def find_layer_rule(module: nn.Module) -> Rule | None:
-    """The rule that is registered for the class of a layer, or a class it derives from.
-
-    Args:
-        module: the layer.
-
-    Returns:
-        The rule, or None.
-
-    Example:
-        >>> find_layer_rule(nn.Linear(3, 2)) is None
-        True
-    """
-    if not _LAYER_RULES:
-        return None
-    return next((_LAYER_RULES[c] for c in type(module).__mro__ if c in _LAYER_RULES), None)
 
 
 def get_mapping(name: str = "generic") -> Mapping:

@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.forms.base import Form
-from captum_abslrp.functional import EPS
-from captum_abslrp.interception import Call
-from captum_abslrp.steps import Answer
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.numerics import EPS
+from captum_abslrp.engine.tape import Record
+from captum_abslrp.rules.base import Form
 
 
-def _composite(parts: Callable[..., Any]) -> Form:
-    def answer_composite(call: Call, *args: Any, **kwargs: Any) -> Any:
-        return call.interception.composite(parts, *args, **kwargs)
+def _decomposed(parts: Callable[..., Any]) -> Form:
+    def record_parts(call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call.recording.run_parts(parts, *args, **kwargs)
 
-    return answer_composite
+    record_parts.runs_parts = True  # type: ignore[attr-defined]
+    return record_parts
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -54,7 +55,7 @@ def _polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * angle.cos(), abs * angle.sin())
 
 
-def answer_gumbel_softmax(
+def record_gumbel_softmax(
     call: Call,
     logits: Tensor,
     tau: float = 1,
@@ -69,13 +70,13 @@ def answer_gumbel_softmax(
         noise = torch.empty_like(logits.detach()).exponential_().log()
         return ((logits - noise) / tau).softmax(dim)
 
-    share: Tensor = call.interception.composite(soft)
+    share: Tensor = call.recording.run_parts(soft)
     if not hard:
         return share
     chosen = share.detach().argmax(dim, keepdim=True)
     output = torch.zeros_like(share.detach()).scatter_(dim, chosen, 1.0)
-    z, p = call.keep(output), call.keep(share)
-    return Answer(
+    z, p = call.save(output), call.save(share)
+    return Record(
         output,
         [share],
         lambda s: [s * z() / p().clamp(min=EPS)],
@@ -129,5 +130,6 @@ _PARTS: dict[str, Callable[..., Any]] = {
     "std_mean": _statistics("std"),
     "var_mean": _statistics("var"),
 }
-COMPOSITES: dict[str, Form] = {name: _composite(parts) for name, parts in _PARTS.items()}
-COMPOSITES["gumbel_softmax"] = answer_gumbel_softmax
+
+
+DECOMPOSITIONS: dict[str, Form] = {name: _decomposed(parts) for name, parts in _PARTS.items()}

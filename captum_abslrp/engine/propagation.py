@@ -1,13 +1,12 @@
-"""The way back: relevance of tensors that an output depends on, for several seeds.
+"""The backward pass: relevance of tensors that an output depends on, for several seeds at once.
 
-The history of the output is a graph of steps (calls that were answered by a rule) and of the nodes that
-autograd has made for calls that move elements. It is run back here rather than by autograd, node by node
-for all seeds, so that what does not depend on the seed is made once, and what a step has kept is freed
-when it is done.
+The history of the output is a graph of steps (calls that a rule has recorded) and of the nodes that autograd has
+made for calls that move elements. It runs here rather than in autograd, node by node for all seeds, so that what
+does not depend on the seed is computed once, and what a step has saved is freed when the step is done.
 
-The scale of a sample's relevance matters only where relevance from several calls is added up. In
-between it is left as it is: sums over whole tensors are the dearest part of a rule that is otherwise one
-transposed product.
+The scale of a sample's relevance matters only where relevance from several calls is added up. In between it is
+left as it is: sums over whole tensors are the most expensive part of a rule that is otherwise one transposed
+product.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_abslrp import functional
-from captum_abslrp.complex_calls import as_parts
-from captum_abslrp.functional import EPS, LEAST
-from captum_abslrp.steps import Step, in_full_precision, is_answered, is_hook
-
-__all__ = ["kept_bytes", "propagate"]
+from captum_abslrp.engine import numerics
+from captum_abslrp.engine.complex import as_parts
+from captum_abslrp.engine.numerics import EPS, LEAST
+from captum_abslrp.engine.saved import in_full_precision
+from captum_abslrp.engine.tape import Step, is_hook, is_recorded
 
 TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
 keeps the relevance of single elements and of sums over branches within the range of float16, too."""
+
 
 UNSCALED_STEPS = 8
 """How many steps may follow each other unscaled, so that nothing leaves the range of float32."""
@@ -46,7 +45,7 @@ def propagate(
     Axes: S seeds.
 
     Args:
-        output: made under an :class:`~captum_abslrp.interception.Interception` with ``total=TOTAL``; its
+        output: made under an :class:`~captum_abslrp.engine.recording.Recording` with ``total=TOTAL``; its
             history is used up.
         explained: the tensors; zeros where the output does not depend on one.
         seeds: relevance of the output, (S, ``*output.shape``).
@@ -75,7 +74,7 @@ def propagate(
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
         found = _run_back(order, (last, output.output_nr), list(start), explained_at, positive)
     if changes is not None:
-        steps = [node.step for node in order if is_answered(node)]
+        steps = [node.step for node in order if is_recorded(node)]
         changes += [torch.stack(step.changes) / TOTAL for step in steps if step.changes]
     results = []
     for tensor in explained:
@@ -88,9 +87,7 @@ def propagate(
         values = in_full_precision(as_parts(tensor.detach()))
         if first and place[0] in tail:  # was divided by this as well
             values = values.abs() + EPS
-        shares = [
-            functional.relevance(values, in_full_precision(as_parts(s))) for s in found[place]
-        ]
+        shares = [numerics.relevance(values, in_full_precision(as_parts(s))) for s in found[place]]
         relevance = torch.stack(shares) / TOTAL
         if tensor.is_complex():
             relevance = relevance.sum(-1)
@@ -98,12 +95,12 @@ def propagate(
     return results
 
 
-def kept_bytes(output: Tensor) -> int:
+def saved_bytes(output: Tensor) -> int:
     """Memory of the tensors that the way back from an output keeps, without those that are made again."""
     order, _ = _in_order(output.grad_fn)
     sizes: dict[int, int] = {}
     for node in order:
-        for kept in node.step.sources if is_answered(node) else ():
+        for kept in node.step.inputs if is_recorded(node) else ():
             storage = kept.storage()
             if storage is not None:
                 sizes[storage._cdata] = storage.nbytes()
@@ -152,7 +149,7 @@ def _run_back(
         if not following:
             continue
         hands_on_signed = node in signed
-        if is_answered(node):
+        if is_recorded(node):
             step: Step = node.step
             step.positive = not hands_on_signed
             keeps_sign = step.tail is not None and step.tail.keeps_sign
@@ -258,12 +255,12 @@ def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> tuple[bool, se
         if from_tail[node] < arriving[node]:
             continue
         nodes.add(node)
-        if is_answered(node):
+        if is_recorded(node):
             step: Step = node.step
             step.on_tail = step.tail is not None
             divides |= step.on_tail or step.scaled
             if not step.on_tail:
-                step.stabilised, step.vanishing = step.scaled, None
+                step.stabilized, step.vanishing = step.scaled, None
                 continue
         for following, _ in node.next_functions:
             if following is not None:
@@ -275,10 +272,10 @@ def logits(output: Tensor) -> Tensor:
     """The values that an output holds the probabilities of, or the output itself.
 
     Args:
-        output: made under an :class:`~captum_abslrp.interception.Interception`.
+        output: made under an :class:`~captum_abslrp.engine.recording.Recording`.
     """
     node = output.grad_fn
-    while node is not None and not is_answered(node):
+    while node is not None and not is_recorded(node):
         after = [following for following, _ in node.next_functions if following is not None]
         node = after[0] if len(after) == 1 else None
     kept = None if node is None else node.step.logits  # type: ignore[attr-defined]  # a step's node
@@ -290,7 +287,7 @@ def logits(output: Tensor) -> Tensor:
 def _prepare(
     order: Sequence[Any], arriving: dict[Any, int], explained_at: Collection[Place]
 ) -> None:
-    """Tell the steps which of their sources need not be scaled, and that what arrives is their own.
+    """Tell the steps which of their inputs need not be scaled, and that what arrives is their own.
 
     Each step hands on memory of its own, and calls that move elements hand on what they get to one place.
     """
@@ -300,7 +297,7 @@ def _prepare(
     def next_step(node: Any) -> Any:
         """The scaled step that all of what reaches a node goes to, and nothing else; or None."""
         while node is not None and node not in stops and arriving[node] == 1:
-            if is_answered(node) and node.step.scaled:
+            if is_recorded(node) and node.step.scaled:
                 return node
             after = [following for following, _ in node.next_functions if following is not None]
             if len(after) != 1:
@@ -309,14 +306,14 @@ def _prepare(
         return None
 
     for node in order:
-        if not is_answered(node):
+        if not is_recorded(node):
             continue
         step: Step = node.step
         step.shared = False
         if step.on_tail:
             continue
-        traced = step.watched is not None and step.watched.output is not None
-        if not step.scaled or step.output is not None or step.at_once or traced:
+        traced = step.observed is not None and step.observed.output is not None
+        if not step.scaled or step.output is not None or step.scale_now or traced:
             continue
         unscaled = set()
         for i, ((following, _), (_, dtype)) in enumerate(

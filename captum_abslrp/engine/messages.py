@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's code that caused them."""
+"""Warnings that point at the line of the user's code, and how messages name a module."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from types import FrameType
 
 import captum
 import torch
-
-__all__ = ["warn"]
+from torch import nn
 
 _LIBRARIES = tuple(
     os.path.join(os.path.dirname(os.path.abspath(path)), "")
-    for path in (__file__, captum.__file__, torch.__file__)
+    for path in (os.path.dirname(__file__), captum.__file__, torch.__file__)
 )
 
 
@@ -38,3 +37,9 @@ def warn(message: str) -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(message, stacklevel=level)
+
+
+def place(path: str, module: nn.Module | None) -> str:
+    """Where a module is in the model, for messages."""
+    where = f"`{path}`" if path else "the model itself"
+    return where if module is None else f"{where} ({type(module).__name__})"

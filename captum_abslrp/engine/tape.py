@@ -1,42 +1,34 @@
-"""The steps of the way back: what a rule answers, and how relevance goes back through it.
-
-A call that was answered by a rule leaves a :class:`Step` in the autograd graph of the output. What it
-hands on is the relevance per magnitude (:mod:`captum_abslrp.functional`) of each source of the call, for
-every seed.
-"""
+"""The tape: what a rule records for a call, and the step of the backward pass that it becomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module as _module
 from torch.nn.modules._functions import BackwardHookFunction
 
-from captum_abslrp import functional
-
-if TYPE_CHECKING:
-    from captum_abslrp.diagnostics import Watched
-
-__all__ = ["Answer", "Given", "Kept", "Propagate", "Returned", "Step", "Tail", "is_answered"]
+from captum_abslrp.engine import numerics
+from captum_abslrp.engine.observers import ObservedCall
+from captum_abslrp.engine.saved import SavedTensor, in_full_precision, storage_of
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
-sources share may be left out. What is given may be overwritten, and what is returned will be."""
+inputs share may be left out. What is given may be overwritten, and what is returned will be."""
 
 
-class Answer(NamedTuple):
+class Record(NamedTuple):
     """What a rule makes of a call."""
 
     output: Tensor
     """The result of the call, without history."""
-    sources: Sequence[Tensor]
+    inputs: Sequence[Tensor]
     """The inputs of the call that receive relevance."""
     propagate: Propagate
-    """Hands relevance per magnitude of the output to the sources; is called once per seed."""
+    """Hands relevance per magnitude of the output to the inputs; is called once per seed."""
     scaled: bool = True
     """Whether the relevance of each sample is scaled afterwards, as for all but pass-through calls."""
     constants: Sequence[Tensor] = ()
@@ -49,17 +41,17 @@ class Answer(NamedTuple):
     is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
     keeps_sign: bool = False
     """Whether the rule hands on nothing negative where nothing negative arrives."""
-    kept: Kept | None = None
+    saved_output: SavedTensor | None = None
     """The output as it is kept by whoever needs it later on, see ``Call.keep_output``."""
-    together: bool = False
+    all_seeds: bool = False
     """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
-    at_once: bool = False
+    scale_now: bool = False
     """Whether relevance must be scaled at once, because the rule takes it out of its range."""
-    kept_sources: Sequence[Kept] | None = None
-    """The sources as they were, where the call has changed one of them in place."""
+    saved_inputs: Sequence[SavedTensor] | None = None
+    """The inputs as they were, where the call has changed one of them in place."""
     tail: Tail | None = None
     """What the call does on the tail of the score; None if the tail ends before it."""
-    logits: Kept | None = None
+    logits: SavedTensor | None = None
     """The input, where the output holds probabilities of it (softmax, sigmoid)."""
 
 
@@ -72,66 +64,24 @@ class Tail(NamedTuple):
 
     propagate: Propagate
     """From relevance over magnitude of the output, ``R / (|z| + EPS)``, to that of each source."""
-    output: Kept
-    sources: Sequence[Kept] | None = None
+    output: SavedTensor
+    inputs: Sequence[SavedTensor] | None = None
     """The inputs; None where the call scales its only input by `factor`."""
     factor: Callable[[], Tensor | float] | None = None
     keeps_sign: bool = False
-    """Whether nonnegative relevance of the output makes nonnegative relevance of the sources."""
+    """Whether nonnegative relevance of the output makes nonnegative relevance of the inputs."""
 
     def change(self, s: Tensor, shares: Sequence[Tensor], batch_size: int) -> Tensor:
         """By how much the sum of the relevance of each sample changes, because signs do."""
-        relevance = functional.relevance(self.output(), s)
-        if self.sources is None:
+        relevance = numerics.relevance(self.output(), s)
+        if self.inputs is None:
             assert self.factor is not None
             factor = torch.as_tensor(self.factor(), dtype=s.dtype, device=s.device)
             change = relevance * (factor.sign() - 1)
             return change.reshape(batch_size, -1).sum(1)
-        found = [functional.relevance(x(), r) for x, r in zip(self.sources, shares, strict=True)]
+        found = [numerics.relevance(x(), r) for x, r in zip(self.inputs, shares, strict=True)]
         sums = [r.reshape(batch_size, -1).sum(1) for r in (relevance, *found)]
         return torch.stack(sums[1:]).sum(0) - sums[0]
-
-
-class Kept:
-    """A tensor kept for the backward pass, or the way to make it again.
-
-    A call that is about to change a tensor in place has it cloned first (see
-    ``Interception.keep``), so that what is kept always is what the call has seen.
-    """
-
-    __slots__ = ("_remake", "_tensor")
-
-    def __init__(
-        self, tensor: Tensor | None = None, remake: Callable[[], Tensor] | None = None
-    ) -> None:
-        # Outside of inference mode a tensor that was made in it cannot be used for everything.
-        self._tensor = tensor.clone() if tensor is not None and tensor.is_inference() else tensor
-        self._remake = remake
-
-    def __call__(self) -> Tensor:
-        """The tensor, in float32 where it is of half precision."""
-        return in_full_precision(self.as_given())
-
-    def as_given(self) -> Tensor:
-        """The tensor in its own dtype."""
-        if self._tensor is None:
-            assert self._remake is not None
-            self._tensor, self._remake = self._remake(), None
-        return self._tensor
-
-    def contiguous(self) -> Tensor:
-        """The tensor as from ``__call__``, in contiguous memory, in which it is kept from now on."""
-        self._tensor = self.as_given().contiguous()
-        return self()
-
-    def storage(self) -> torch.UntypedStorage | None:
-        """The memory that is kept, if any is."""
-        return None if self._tensor is None else self._tensor.untyped_storage()
-
-    def release(self) -> None:
-        """Get ready for a change of the tensor in place."""
-        if self._tensor is not None:
-            self._tensor = self._tensor.clone()
 
 
 @dataclass
@@ -142,19 +92,19 @@ class Step:
     keeps_sign: bool
     nonnegative: Sequence[bool]
     """Whether each source is known to have no negative entry that takes part."""
-    sources: Sequence[Kept]
-    """The sources, where what they get is scaled."""
-    output: Kept | None
-    """The output, where all sources together are scaled to what arrived at it (``"joint"``)."""
+    inputs: Sequence[SavedTensor]
+    """The inputs, where what they get is scaled."""
+    output: SavedTensor | None
+    """The output, where all inputs together are scaled to what arrived at it (``"joint"``)."""
     layouts: Sequence[tuple[torch.Size, torch.dtype]]
     """Shape and dtype of each source."""
     batch_size: int
     total: float
-    vanishing: Kept | None
+    vanishing: SavedTensor | None
     """The output, where it may be next to nothing."""
-    together: bool = False
+    all_seeds: bool = False
     """Whether the rule takes all seeds at once."""
-    stabilised: bool = False
+    stabilized: bool = False
     """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
     positive: bool = False
     """Whether what arrives is known to be nowhere negative."""
@@ -162,34 +112,34 @@ class Step:
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
     """Sources whose scale does not matter, because what comes next is scaled itself."""
-    at_once: bool = False
-    """Whether all sources are to be scaled nevertheless."""
-    watched: Watched | None = None
+    scale_now: bool = False
+    """Whether all inputs are to be scaled nevertheless."""
+    observed: ObservedCall | None = None
     """Who looks at what goes through, if anybody does."""
     tail: Tail | None = None
     """What the call does on the tail of the score."""
     on_tail: bool = False
     """Whether it is on the tail."""
-    rectified: Kept | None = None
+    rectified: SavedTensor | None = None
     """The output, if a ReLU has changed it in place: relevance of a score of zero ends there."""
     changes: list[Tensor] = field(default_factory=list)
     """By how much the relevance of each seed changed there, because of signs."""
-    logits: Kept | None = None
+    logits: SavedTensor | None = None
     """The input, where the output holds probabilities of it."""
 
     @property
     def scaled(self) -> bool:
-        """Whether what the sources get is scaled."""
-        return bool(self.sources)
+        """Whether what the inputs get is scaled."""
+        return bool(self.inputs)
 
     def __call__(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
         """Relevance per magnitude of each source, for each seed, from that of the output."""
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
-        if self.rectified is not None and (self.on_tail or self.stabilised):
+        if self.rectified is not None and (self.on_tail or self.stabilized):
             output = self.rectified()
-            seeds = [functional.rectify(in_full_precision(s), output) for s in seeds]
+            seeds = [numerics.rectify(in_full_precision(s), output) for s in seeds]
         self.rectified = None
         if self.on_tail:
             return self._run_tail(seeds)
@@ -197,12 +147,12 @@ class Step:
         own = not self.shared
         seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
         totals = [self._total(s) for s in seeds]
-        if self.watched is not None:
-            self.watched.arrives(seeds, stabilised=self.stabilised)
+        if self.observed is not None:
+            self.observed.arrives(seeds, stabilized=self.stabilized)
         if self.vanishing is not None:
-            functional.stabilise(seeds, self.vanishing())
+            numerics.stabilize(seeds, self.vanishing())
             self.vanishing = None
-        found = rule(seeds) if self.together else map(rule, seeds)  # type: ignore[arg-type]  # of one seed
+        found = rule(seeds) if self.all_seeds else map(rule, seeds)  # type: ignore[arg-type]  # of one seed
         of_seeds = [
             _apart(
                 [
@@ -215,21 +165,21 @@ class Step:
         del found
         del rule, seeds
         self._scale(of_seeds, totals)
-        if self.watched is not None:
-            self.watched.hands_on(of_seeds)
+        if self.observed is not None:
+            self.observed.passes(of_seeds)
         return [
             [shares[i].to(dtype) for shares in of_seeds]
             for i, (_, dtype) in enumerate(self.layouts)
         ]
 
     def _run_tail(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
-        """What a call on the tail of the score passes to its sources: nothing is scaled."""
+        """What a call on the tail of the score passes to its inputs: nothing is scaled."""
         assert self.tail is not None
         tail, self.tail = self.tail, None
-        self.sources, self.output, self.vanishing = (), None, None
+        self.inputs, self.output, self.vanishing = (), None, None
         full = [in_full_precision(s) for s in seeds]
-        if self.watched is not None:
-            self.watched.arrives(full, stabilised=True)
+        if self.observed is not None:
+            self.observed.arrives(full, stabilized=True)
         of_seeds = [
             [
                 share.sum_to_size(shape)
@@ -242,32 +192,32 @@ class Step:
                 tail.change(s, shares, self.batch_size)
                 for s, shares in zip(full, of_seeds, strict=True)
             ]
-        if self.watched is not None:
-            self.watched.hands_on(of_seeds, stabilised=True)
+        if self.observed is not None:
+            self.observed.passes(of_seeds, stabilized=True)
         return [[shares[i] for shares in of_seeds] for i in range(len(self.layouts))]
 
     def _total(self, s: Tensor) -> Tensor | float:
-        """What the relevance of the sources adds up to: for ``"joint"``, what arrives."""
+        """What the relevance of the inputs adds up to: for ``"joint"``, what arrives."""
         if self.output is None:
             return self.total
         magnitudes = self.output().abs()
-        if self.stabilised:
-            magnitudes += functional.EPS
+        if self.stabilized:
+            magnitudes += numerics.EPS
         else:  # as in what is passed to an output of zero
-            magnitudes.masked_fill_(magnitudes == 0, functional.LEAST)
-        return functional.sums(magnitudes, s, self.batch_size)
+            magnitudes.masked_fill_(magnitudes == 0, numerics.LEAST)
+        return numerics.sums(magnitudes, s, self.batch_size)
 
     def _scale(
         self, of_seeds: Sequence[Sequence[Tensor]], totals: Sequence[Tensor | float]
     ) -> None:
         """Scale each source to the total, or all of them to what arrived; in place."""
-        chosen = [i for i in range(len(self.sources)) if i not in self.unscaled]
+        chosen = [i for i in range(len(self.inputs)) if i not in self.unscaled]
         if chosen:
-            inputs = [_laid_out_as(of_seeds[0][i], self.sources[i]()) for i in chosen]
+            inputs = [_laid_out_as(of_seeds[0][i], self.inputs[i]()) for i in chosen]
             joint = self.output is not None
             for shares, total in zip(of_seeds, totals, strict=True):
                 scaled = [shares[i] for i in chosen]
-                functional.scale(
+                numerics.scale(
                     inputs,
                     scaled,
                     self.batch_size,
@@ -278,7 +228,7 @@ class Step:
                         self.positive and self.keeps_sign and self.nonnegative[i] for i in chosen
                     ],
                 )
-        self.sources, self.output = (), None
+        self.inputs, self.output = (), None
 
 
 def _laid_out_as(share: Tensor, x: Tensor) -> Tensor:
@@ -315,14 +265,14 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: Step, position: int | None, output: list[Tensor], *sources: Tensor
+        ctx: Any, step: Step, position: int | None, output: list[Tensor], *inputs: Tensor
     ) -> Tensor:
         """Args: ``position`` of the source that the call has changed in place, if it has."""
         ctx.step = step
         ctx.set_materialize_grads(False)
         if position is not None:
-            ctx.mark_dirty(sources[position])
-            return sources[position]
+            ctx.mark_dirty(inputs[position])
+            return inputs[position]
         # Handed over in a list: autograd takes a tensor that is an argument and is returned for a
         # view of it, which later in-place calls of the model could then not change.
         return output[0]
@@ -338,7 +288,7 @@ class Node(torch.autograd.Function):
         return None, None, None, *shares
 
 
-class Given(torch.autograd.Function):
+class ModuleInput(torch.autograd.Function):
     """The input of a module under Captum's ``LRP``, which is given relevance by the rule."""
 
     @staticmethod
@@ -348,10 +298,10 @@ class Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *s: Tensor) -> Tensor:
-        return functional.relevance(*ctx.saved_tensors, *s)
+        return numerics.relevance(*ctx.saved_tensors, *s)
 
 
-class Returned(torch.autograd.Function):
+class ModuleOutput(torch.autograd.Function):
     """The output of a module under Captum's ``LRP``, which gives relevance to the rule."""
 
     @staticmethod
@@ -361,16 +311,16 @@ class Returned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> Tensor:
-        return functional.divide(*relevance, *ctx.saved_tensors)
+        return numerics.divide(*relevance, *ctx.saved_tensors)
 
 
-def is_answered(node: Any) -> bool:
+def is_recorded(node: Any) -> bool:
     """Whether a node of the autograd graph is the answer of a rule."""
     return isinstance(node, _OWN_NODES[0])
 
 
 # The classes of the nodes themselves are an attribute that the metaclass adds.
-_OWN_NODES = tuple(f._backward_cls for f in (Node, Given, Returned))  # type: ignore[attr-defined]  # private
+_OWN_NODES = tuple(f._backward_cls for f in (Node, ModuleInput, ModuleOutput))  # type: ignore[attr-defined]  # private
 
 
 def is_own(node: Any) -> bool:
@@ -399,15 +349,3 @@ def history(last: Any) -> Iterator[Any]:
         seen.add(node)
         yield node
         stack.extend(before for before, _ in node.next_functions)
-
-
-def in_full_precision(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 where it is of half precision: ``EPS`` is zero there."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def storage_of(tensor: Tensor) -> int:
-    """A number for the memory of a tensor, which all of its views share."""
-    if tensor.layout != torch.strided:
-        tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
-    return int(tensor.untyped_storage()._cdata)

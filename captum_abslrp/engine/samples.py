@@ -1,13 +1,12 @@
 """Which sample an element belongs to, where a model moves the batch dimension.
 
-Rules scale relevance sample by sample. Nearly every intermediate result keeps samples in its leading
-dimension: B rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence
-first) or stack samples behind each other; as long as it moves it back before the next call with a rule,
-nothing is to be done. This module follows the calls that move elements with a small shadow, the number
-of its sample in place of every element, and says so where a rule would meet a tensor that is out of
-order. :class:`captum_abslrp.AbsLRP` then runs the samples one at a time. So it does where a call mixes
-samples, which is told from its arguments: a reduction, softmax or norm over the leading dimension, a
-product that adds up over it.
+Relevance is scaled sample by sample, so every call with a rule needs the samples in its leading dimension: B
+rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence first) as long as it
+moves it back before the next call with a rule. This module follows the calls that move elements with a *shadow*,
+a tensor that holds the number of the sample in place of each element. Where a call with a rule meets a tensor
+that is out of order, or its arguments show that it mixes samples (a reduction, softmax or norm over the leading
+dimension, a product that adds up over it), it raises :class:`Misaligned`, and :class:`captum_abslrp.AbsLRP` runs
+the samples one at a time.
 """
 
 from __future__ import annotations
@@ -19,20 +18,24 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.calls import ARITHMETIC, JOINING, TRANSFORMS, transformed_dims
-
-__all__ = ["Misaligned", "check_aligned", "check_apart", "follow", "hand_on_samples"]
+from captum_abslrp.engine.names import ARITHMETIC, JOINING, TRANSFORMS, transformed_dims
 
 _SHADOW = "_abslrp_samples"
+
+
 _KEEP_ORDER = frozenset(
     "clone contiguous to float half bfloat16 cfloat cdouble chalf type type_as pad masked_fill where tril "
     "triu alias real imag conj conj_physical resolve_conj resolve_neg".split()
 )
+
+
 _SAME_PLACE = frozenset(
     "to float double half bfloat16 cfloat cdouble chalf type type_as real imag conj conj_physical "
     "resolve_conj resolve_neg".split()
 )
 """Calls that leave every element where it is."""
+
+
 _KEEP_ELEMENT_ORDER = frozenset("view reshape flatten unflatten ravel".split())
 
 
@@ -54,7 +57,7 @@ def check_aligned(tensor: Tensor, batch_size: int) -> None:
         raise Misaligned
 
 
-def hand_on_samples(tensor: Tensor, copy: Tensor) -> Tensor:
+def copy_samples(tensor: Tensor, copy: Tensor) -> Tensor:
     """Mark a copy of a tensor as this is marked, and return it."""
     if hasattr(tensor, _SHADOW):
         setattr(copy, _SHADOW, getattr(tensor, _SHADOW))
@@ -79,16 +82,32 @@ _DIMS = (
 )
 """Calls on one tensor that mix its elements along some dimensions: where these are among the arguments,
 and which they are where they are not given (None: all)."""
+
+
 _LAYERS = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
+
+
 _PRODUCTS = frozenset("_sparse_mm linalg_matmul matmul mm spmm".split())
+
+
 _BY_ROW_OF_THE_SECOND = frozenset("cdist dot inner mv vdot".split())
+
+
 _PRODUCTS_AND_SUMS = frozenset("_sparse_addmm addmm addmv".split())
+
+
 _BY_ELEMENT = ARITHMETIC | {"pairwise_distance"}
+
+
 _BETWEEN_ROWS = frozenset("addbmm corrcoef cov pdist renorm".split())
+
+
 _OF_ANY_BATCH = frozenset("linalg_cross linalg_norm linalg_vecdot linalg_vector_norm".split())
 """Calls of ``torch.linalg`` that are not on matrices."""
+
+
 _OF_REGIONS = frozenset(
     f"torchvision::{name}" for name in ("ps_roi_align", "ps_roi_pool", "roi_align", "roi_pool")
 )

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.forms.base import Form
-from captum_abslrp.interception import Call
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.rules.base import Form
 
 State = tuple[Tensor, ...]
 """Hidden state (B, H), and of an LSTM the cell state (B, H), too."""
+
+
 Step = Callable[[Tensor, State], State]
 """From the input (B, D) and the state to the next state."""
 
@@ -86,11 +88,9 @@ _STEPS: dict[str, Callable[..., Step]] = {
 }
 
 
-def answer_recurrent(call: Call, input: Tensor, hidden: Any, weights: Any, *options: Any) -> Any:
+def record_recurrent(call: Call, input: Tensor, hidden: Any, weights: Any, *options: Any) -> Any:
     states = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
-    return call.interception.composite(
-        _recurrent, _STEPS[call.name], input, states, weights, *options
-    )
+    return call.recording.run_parts(_recurrent, _STEPS[call.name], input, states, weights, *options)
 
 
 def _recurrent(
@@ -132,16 +132,16 @@ def _recurrent(
     return output, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
-def answer_cell(call: Call, input: Tensor, hidden: Any, *weights: Tensor) -> Any:
+def record_cell(call: Call, input: Tensor, hidden: Any, *weights: Tensor) -> Any:
     states = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
 
     def cell() -> Any:
         state = _STEPS[call.name.removesuffix("_cell")](*weights)(input, states)
         return state if len(state) > 1 else state[0]
 
-    return call.interception.composite(cell)
+    return call.recording.run_parts(cell)
 
 
-RECURRENT: dict[str, Form] = dict.fromkeys(_STEPS, answer_recurrent) | dict.fromkeys(
-    [f"{name}_cell" for name in _STEPS], answer_cell
+RECURRENT: dict[str, Form] = dict.fromkeys(_STEPS, record_recurrent) | dict.fromkeys(
+    [f"{name}_cell" for name in _STEPS], record_cell
 )

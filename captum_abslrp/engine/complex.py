@@ -10,31 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.calls import TRANSFORMS
-
-if TYPE_CHECKING:
-    from captum_abslrp.interception import Call
-
-__all__ = [
-    "CONJUGATES",
-    "OnParts",
-    "PREFIX",
-    "as_complex",
-    "as_parts",
-    "call_on_parts",
-    "has_complex",
-    "phase",
-    "suits_parts",
-]
-
-PREFIX = "complex_"
-"""What the name of a call on parts starts with, where the form of the real call does not suit it."""
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.names import PREFIX, TRANSFORMS
 
 ARITHMETIC = frozenset(
     "add sub mul div matmul mm bmm mv dot ger outer inner kron tensordot linalg_matmul einsum addmm "
@@ -42,6 +25,7 @@ ARITHMETIC = frozenset(
     "conv_transpose3d".split()
 )
 """Calls in which a real tensor stands for the complex one of the same values."""
+
 
 _BY_FUNCTION = frozenset("mean sum cumsum".split()) | TRANSFORMS
 
@@ -86,6 +70,11 @@ def has_complex(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(has_complex, value.values()))
     return isinstance(value, complex)
+
+
+def is_complex(call: Call) -> bool:
+    """Whether there is a complex tensor or number among the arguments of a call."""
+    return has_complex((call.args, call.kwargs))
 
 
 def as_parts(x: Tensor) -> Tensor:

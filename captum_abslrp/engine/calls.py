@@ -1,0 +1,105 @@
+"""A call of the forward pass, as its rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+
+from captum_abslrp.engine.arguments import map_instances
+from captum_abslrp.engine.messages import place
+from captum_abslrp.engine.names import PREFIX
+from captum_abslrp.engine.saved import SavedTensor
+
+
+class Recorder(Protocol):
+    """What a rule may ask of the forward pass that is being recorded."""
+
+    fuses: bool
+    """Whether a call that is made of others may be recorded as one, where it makes no difference."""
+
+    def save(self, tensor: Tensor) -> SavedTensor: ...
+    def release(self, tensor: Tensor) -> None: ...
+    def is_fresh(self, tensor: Tensor) -> bool: ...
+    def is_nonnegative(self, tensor: Tensor) -> bool: ...
+    def mark_nonnegative(self, tensor: Tensor) -> None: ...
+    def run_parts(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
+    def rule_of(self, call: Call) -> Any: ...
+
+
+@dataclass
+class Call:
+    """One call of the forward pass.
+
+    Attributes:
+        name: canonical name: no module, no dunder, no trailing underscore (``"add"`` for
+            ``torch.add``, ``+``, ``+=`` and ``Tensor.add_``).
+        func: the function that was called, as ``torch.overrides`` hands it over.
+        args: its positional arguments.
+        kwargs: its keyword arguments, without ``out`` and ``inplace``.
+        module: the innermost module whose forward pass makes the call.
+        path: where this module is in the model, for example ``"blocks.0.attn.proj"``.
+        local_path: where it is in the part of the model that the mapping was found for.
+        recording: the forward pass that the call belongs to.
+        reflected: whether the positional arguments are in reverse order.
+        result: the output, where it is known already.
+        target: the tensor that the call overwrites, if it is an in-place call.
+        absolute_func: the function with the magnitude of its own parameters, where it has any (a layer).
+    """
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    module: nn.Module | None
+    path: str
+    local_path: str
+    recording: Recorder
+    reflected: bool = False
+    result: Any = None
+    target: Tensor | None = None
+    absolute_func: Callable[..., Any] | None = None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The positional arguments in the order of the operation, 2 and x for ``2 - x``."""
+        return self.args[::-1] if self.reflected else self.args
+
+    def save(self, tensor: Tensor) -> SavedTensor:
+        """Keep a tensor for the backward pass."""
+        return self.recording.save(tensor)
+
+    def save_output(self, output: Tensor, remake: Callable[[], Tensor]) -> SavedTensor:
+        """Keep the output of a call for the backward pass by what it is made from.
+
+        It is made again when it is asked for, which costs little for an activation or a norm. In half
+        precision the tensor itself is kept: what is kept is used in float32, where it would differ.
+        """
+        exact = output.dtype in (torch.float32, torch.float64)
+        if not exact or (not output.is_meta and torch.is_autocast_enabled(output.device.type)):
+            return self.save(output)
+        return SavedTensor(remake=remake)
+
+    def run(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The output of the call: computed, unless it is known already."""
+        if self.result is None:
+            return compute()
+        result: Tensor = map_instances(Tensor, Tensor.detach, self.result)
+        return result
+
+    def is_nonnegative(self, *values: Any) -> bool:
+        """Whether it is known, without a look at them, that no value is negative: numbers and tensors."""
+        return all(
+            self.recording.is_nonnegative(v)
+            if isinstance(v, Tensor)
+            else isinstance(v, (int, float)) and v >= 0
+            for v in values
+        )
+
+    def __str__(self) -> str:
+        name = resolve_name(self.func) or self.name.removeprefix(PREFIX)
+        return f"`{name}` in {place(self.path, self.module)}"

@@ -1,0 +1,86 @@
+"""Which tensors depend on the explained inputs, and so carry relevance."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+class Dependence:
+    """Which nodes of the autograd graph come from the explained inputs, during one forward pass.
+
+    Args:
+        inputs: the explained tensors, which require gradients.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._known: dict[Any, bool] = {}
+        for tensor in inputs:
+            self.add_input(tensor)
+
+    def start(self) -> None:
+        """Decide what :func:`carries_relevance` says in this thread, until :meth:`stop`."""
+        _running().append(self)
+
+    def stop(self) -> None:
+        """Leave the decision to whoever decided before, and forget the graph."""
+        _running().remove(self)
+        self._known.clear()
+
+    def add_input(self, tensor: Tensor) -> None:
+        """Explain one more tensor, which requires gradients."""
+        self._known[torch.autograd.graph.get_gradient_edge(tensor).node] = True
+
+    def __call__(self, node: Any) -> bool:
+        """Whether a node comes from one of the explained inputs."""
+        known = self._known
+        stack = [node]
+        while stack:
+            last = stack[-1]
+            before = [n for n, _ in last.next_functions if n is not None]
+            unknown = [n for n in before if n not in known]
+            if last not in known and not unknown:
+                known[last] = any(known[n] for n in before)
+            if last in known:
+                stack.pop()
+            else:
+                stack.extend(unknown)
+        return known[node]
+
+
+def carries_relevance(tensor: Tensor) -> bool:
+    """Whether a tensor depends on the inputs that the running forward pass explains.
+
+    A history alone does not tell: a constant may have one of its own, such as text features that were
+    computed with gradients, or a slice of a parameter.
+    """
+    if not tensor.requires_grad or tensor.is_leaf:
+        return False
+    running = _running()
+    return not running or running[-1](tensor.grad_fn)
+
+
+def is_source(value: Any) -> bool:
+    """Whether an argument of a call is a tensor that carries relevance."""
+    return isinstance(value, Tensor) and carries_relevance(value)
+
+
+def add_input(tensor: Tensor) -> None:
+    """Let the running forward pass explain one more tensor, see :meth:`Dependence.add_input`."""
+    _running()[-1].add_input(tensor)
+
+
+_LOCAL = threading.local()
+
+
+def _running() -> list[Dependence]:
+    """What decides in this thread, the innermost last."""
+    try:
+        return cast("list[Dependence]", _LOCAL.running)
+    except AttributeError:
+        _LOCAL.running = []
+        return cast("list[Dependence]", _LOCAL.running)

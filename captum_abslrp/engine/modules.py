@@ -1,0 +1,196 @@
+"""Which module of the model is running, and what holds for the calls that it makes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from captum_abslrp.engine.arguments import instances_in, map_instances, tensors_in
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.engine.layers import state_of, version, with_state
+from captum_abslrp.engine.messages import place
+from captum_abslrp.engine.protocols import CallRule, Scope
+from captum_abslrp.engine.samples import check_aligned
+from captum_abslrp.engine.tape import hooks_all_modules
+
+
+class Frame(NamedTuple):
+    """A running module."""
+
+    module: nn.Module | None
+    path: str
+    root: str
+    """Path of the module that the table of rules was found for."""
+    table: Any
+    """The table of rules, see :class:`~captum_abslrp.engine.protocols.Scope`."""
+    rule: CallRule | None
+    """The rule that the user has set on this module or one around it."""
+    layer_rule: CallRule | None = None
+    """The rule that records the module as one call."""
+    inputs: tuple[Any, ...] | None = None
+    """The positional arguments of a module that is recorded as one call."""
+    kwargs: dict[str, Any] = {}
+    """Its keyword arguments, once it has run."""
+    is_whole: bool = False
+    """Whether the module, or one around it, is recorded as one call."""
+    as_it_was: nn.Module | None = None
+    """The module before the call, with what it holds beside its weights."""
+    held: Sequence[tuple[Tensor, int]] = ()
+    """The tensors that it held before the call, and their versions."""
+    from_outside: list[Tensor] = []
+    """Tensors that carry relevance and that calls inside of such a module have used."""
+
+    def __str__(self) -> str:
+        return place(self.path, self.module)
+
+    @property
+    def local_path(self) -> str:
+        """The path from the module that the table of rules was found for."""
+        inside = self.path == self.root or self.path.startswith(f"{self.root}.")
+        return self.path[len(self.root) :].lstrip(".") if self.root and inside else self.path
+
+
+class LayerRecorder(Protocol):
+    """What the stack of modules asks of the recording."""
+
+    def check_visible(self, value: Any) -> None: ...
+    def record_layer(self, frame: Frame, output: Any) -> Any: ...
+
+
+class ModuleStack:
+    """The running modules, the innermost last, in this thread.
+
+    PyTorch's hooks for all modules of the process report them while the forward pass runs. The model itself gets
+    no hook, and modules of other threads are let through. A module with a rule for the whole layer is recorded
+    here as one call.
+
+    Args:
+        recorder: records layers.
+        scope: finds rules.
+        model: the model, for the paths of its modules.
+        batch_size: number of samples.
+    """
+
+    def __init__(
+        self, recorder: LayerRecorder, scope: Scope, model: nn.Module | None, batch_size: int
+    ) -> None:
+        self._recorder = recorder
+        self._scope = scope
+        self._batch_size = batch_size
+        # A compiled part is called as the module inside of its wrapper.
+        self._paths = (
+            {m: name.replace("_orig_mod.", "") for name, m in model.named_modules()}
+            if model is not None
+            else {}
+        )
+        self._stack: list[Frame] = []
+        self._handles: list[Any] = []
+        self._thread = -1
+
+    def start(self) -> None:
+        """Register the hooks."""
+        self._thread = threading.get_ident()
+        self._stack = [Frame(None, "", "", None, None)]
+        enter: Callable[..., Any] = self._enter
+        self._handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+            # PyTorch forgets to remove this mark of a hook.
+            _global_forward_hooks_with_kwargs.pop(handle.id, None)
+        self._handles.clear()
+        self._stack.clear()
+        self._paths.clear()
+
+    @property
+    def innermost(self) -> Frame:
+        """The innermost running module."""
+        return self._stack[-1]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != self._thread:
+            return None
+        with torch._C.DisableTorchFunction():  # the hooks run under the mode
+            self._check_hooked(module, args)
+            around = self._stack[-1]
+            path = self._paths.get(module, type(module).__name__)
+            found = self._scope.table_of(module)
+            root, table = (path, found) if found is not None else (around.root, around.table)
+            alone = self._scope.rule_of_layer(module)
+            frame = Frame(
+                module,
+                path,
+                root,
+                table,
+                self._scope.rule_of_module(module) or around.rule,
+                alone,
+                is_whole=around.is_whole or alone is not None,
+                from_outside=around.from_outside if around.is_whole else [],
+            )
+            if alone is None or around.is_whole:
+                self._stack.append(frame)
+                return None
+            held = [(tensor, version(tensor)) for tensor in state_of(module)]
+            try:
+                as_it_was = with_state(module)
+            except Exception:  # it may hold what cannot be copied; its rule may not need a copy
+                as_it_was = module
+            self._stack.append(frame._replace(inputs=args, held=held, as_it_was=as_it_was))
+            # Clones, because the module may change its input in place.
+            result: tuple[Any, ...] = map_instances(
+                Tensor, lambda t: t.detach().clone() if carries_relevance(t) else t, args
+            )
+            return result
+
+    def _check_hooked(self, module: nn.Module, value: Any) -> None:
+        """Check the samples of tensors that PyTorch copies, with the loss of their marks, because the module
+        has backward hooks."""
+        if module._backward_hooks or module._backward_pre_hooks or hooks_all_modules():
+            for tensor in tensors_in(value):
+                if carries_relevance(tensor):
+                    check_aligned(tensor, self._batch_size)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        # After an exception PyTorch calls hooks without keyword arguments.
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
+        if threading.get_ident() != self._thread or len(self._stack) < 2:
+            return None
+        # Without an output an exception is on its way.
+        if output is not None:
+            with torch._C.DisableTorchFunction():
+                self._check_hooked(module, output)
+                if not self.innermost.is_whole:
+                    self._recorder.check_visible(output)
+        frame = self._stack.pop()
+        if frame.layer_rule is None or output is None or frame.inputs is None:
+            return None
+        with torch._C.DisableTorchFunction():
+            given = [
+                t for t in instances_in(Tensor, (frame.inputs, kwargs)) if carries_relevance(t)
+            ]
+            if any(not any(t is known for known in given) for t in frame.from_outside):
+                raise UnsupportedCallError(
+                    f"Expected `{frame.path}`, which has the rule {frame.layer_rule} for the "
+                    f"whole layer, to depend on the explained inputs by its arguments alone, but got one "
+                    f"that uses another tensor that does, too. Pass that tensor to it as an argument."
+                )
+            return (
+                self._recorder.record_layer(frame._replace(kwargs=kwargs), output)
+                if given
+                else None
+            )

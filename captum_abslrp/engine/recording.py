@@ -1,0 +1,531 @@
+"""The forward pass in which every call meets its rule.
+
+The model is never changed. Its forward pass runs under a ``TorchFunctionMode``: each call on a tensor that carries
+relevance (``F.linear``, ``+``, ``@``, ``softmax``, an in-place ReLU ...) has one of three fates.
+
+1. It has a rule. The rule runs the call and records how relevance goes back through it; the output gets a node
+   of the autograd graph whose backward is that record.
+2. It only moves elements (reshape, slice, cat, ...). It runs as it is, and the gradient that autograd defines for
+   it moves the relevance with its element.
+3. Anything else whose result depends on a tensor that carries relevance is an error that names it.
+
+Autograd does the bookkeeping: relevance of a tensor that is used twice adds up, and views and slices route it.
+Calls on tensors that carry no relevance (weights, position tables, masks) run untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from captum_abslrp.engine import refusals
+from captum_abslrp.engine.arguments import (
+    as_differentiable,
+    cast_constants,
+    has_in_place_argument,
+    instances_in,
+    map_instances,
+    out_of_place,
+    tensors_in,
+    written_tensors,
+)
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.complex import (
+    CONJUGATES,
+    as_complex,
+    as_parts,
+    call_on_parts,
+    has_complex,
+    is_complex,
+    phase,
+)
+from captum_abslrp.engine.dependence import Dependence, carries_relevance, is_source
+from captum_abslrp.engine.detached import DetachedParts
+from captum_abslrp.engine.layers import (
+    LeftStates,
+    comes_from_outside,
+    from_its_state,
+    with_magnitudes,
+)
+from captum_abslrp.engine.modules import Frame, ModuleStack
+from captum_abslrp.engine.names import (
+    ARITHMETIC,
+    CONSTANT,
+    IN_PLACE_PASS_THROUGH,
+    JOINING,
+    PASS_THROUGH,
+    canonical_name,
+)
+from captum_abslrp.engine.observers import Observer
+from captum_abslrp.engine.protocols import CallRule, Scope
+from captum_abslrp.engine.samples import check_aligned, check_apart, follow
+from captum_abslrp.engine.saved import SavedTensor, SavedTensors
+from captum_abslrp.engine.tape import Node, Record, Step, Tail, is_hook, is_own
+
+
+class Recording(TorchFunctionMode):
+    """Context in which the calls of one forward pass are recorded by their rules.
+
+    Args:
+        scope: finds the rule of a call or a layer.
+        inputs: the explained tensors, which require gradients. Only what depends on them carries
+            relevance; every other tensor is a constant, whatever history it has.
+        batch_size: number of samples B; the leading dimension of the inputs.
+        model: the model, for the paths of its modules.
+        joint: scale the relevance of the inputs of one call together.
+        total: sum of relevance of each sample after a call, where each input is scaled on its own.
+        result: output of the one call of a module, where it is known already.
+        observer: looks at every call that is recorded.
+
+    Attributes:
+        fuses: whether a call that is made of others may be recorded as one, where it makes no difference.
+        depends: whether a node of the autograd graph comes from one of the explained inputs.
+        detached: the values that leave the history.
+        before_change: a function that gets each tensor that a call is about to overwrite, or None.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        *,
+        inputs: Sequence[Tensor],
+        batch_size: int,
+        model: nn.Module | None = None,
+        joint: bool = False,
+        total: float = 1.0,
+        result: Tensor | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.fuses = not joint
+        self.depends = Dependence(inputs)
+        self.detached = DetachedParts()
+        self.observer = observer
+        self.before_change: Callable[[Tensor], None] | None = None
+        self._scope = scope
+        self._joint = joint
+        self._total = total
+        self._result = result
+        self._modules = ModuleStack(self, scope, model, batch_size)
+        self._saved = SavedTensors()
+        self._states = LeftStates()
+        self._fresh: Tensor | None = None
+        # What a rule may ask for, see `Recorder`.
+        self.save = self._saved.save
+        self.release = self._saved.release
+        self.is_nonnegative = self._saved.is_nonnegative
+        self.mark_nonnegative = self._saved.mark_nonnegative
+
+    def __enter__(self) -> Recording:
+        self._modules.start()
+        try:
+            super().__enter__()
+        except BaseException:
+            self._modules.stop()
+            raise
+        self.depends.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        self._modules.stop()
+        for part in (self._saved, self._states, self.detached):
+            part.clear()
+        self.depends.stop()
+        self._fresh = None
+        self.before_change = None
+        super().__exit__(exc_type, exc_val, exc_tb)
+
+    @property
+    def innermost(self) -> Frame:
+        """The innermost running module."""
+        return self._modules.innermost
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if not any(cls not in _PLAIN for cls in types):
+            return self._see(func, args, kwargs)
+        # Subclasses of Tensor count as plain tensors: their own handlers would see the calls of rules.
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._see(func, args, kwargs)
+
+    def _see(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        """Run a call of the model."""
+        kwargs = dict(kwargs or {})
+        if self.before_change is not None:
+            for tensor in written_tensors(func, args, kwargs):
+                self.before_change(tensor)
+        name, in_place, reflected = canonical_name(func)
+        refusals.check_untransformed((args, kwargs), self.innermost)
+        self._states.check_unused((args, kwargs))
+        tensors = tensors_in((args, kwargs))
+        path = self.detached.path_before(name, args, tensors, self.innermost, reflected=reflected)
+        result = self._run_call(name, func, args, kwargs, tensors, in_place, reflected)
+        if path is not None:
+            self.detached.follow(name, path, args[:1] if in_place else result)
+        return result
+
+    def _run_call(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Tensor],
+        in_place: bool,
+        reflected: bool,
+    ) -> Any:
+        if self.innermost.is_whole:
+            return self._run_inside_layer(name, in_place, func, args, kwargs)
+        if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
+            return self._run_in_place(name, func, args, kwargs)
+        # To ask for the history is not to use the tensor: checkpoints of older PyTorch ask for it.
+        if func == _GET_HISTORY or not any(map(carries_relevance, tensors)):
+            return _untracked(func, args, kwargs)
+        self._fresh = None
+        kwargs.pop("out", None)
+        self.check_visible(tensors)
+        return self._run_with_relevance(name, func, args, kwargs, reflected=reflected)
+
+    def _run_with_relevance(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        reflected: bool = False,
+        target: Tensor | None = None,
+    ) -> Any:
+        """Run a call on a tensor that carries relevance: it moves elements, has a rule, or is refused."""
+        is_property = getattr(func, "__name__", "") == "__get__"
+        name, func, args, kwargs = as_differentiable(name, func, args, kwargs, self.run_parts)
+        if name in PASS_THROUGH and torch.is_grad_enabled():
+            return self.pass_through(name, func, args, kwargs)
+        if is_property or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if name == "sgn" and has_complex((args, kwargs)):
+            return self.run_parts(phase, *args, **kwargs)
+        if name in CONSTANT:
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        if name in ARITHMETIC:
+            args, kwargs = self._cast(args, kwargs)
+        call = self._call(name, func, args, kwargs, self.innermost, self._result)
+        call.reflected, call.target = reflected, target
+        rule = self.rule_of(call)
+        if rule is None:
+            return self.run_without_rule(call)
+        check_apart(name, call.operands, kwargs, self.batch_size, is_source=is_source)
+        return self._record(rule, call)
+
+    def run_without_rule(self, call: Call) -> Any:
+        """Refuse a call that has no rule, unless its result does not depend on its arguments by a gradient."""
+        output = call.func(*call.args, **call.kwargs)
+        if any(t.requires_grad for t in instances_in(Tensor, output)):
+            refusals.refuse_without_rule(call, output, type(self.innermost.module).__name__)
+        return output
+
+    def refuse_autograd_function(self, node: Any) -> None:
+        """Refuse an autograd function of the model, whose inside cannot be seen."""
+        refusals.refuse_autograd_function(node, self.innermost)
+
+    def _call(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: Frame,
+        result: Any,
+    ) -> Call:
+        return Call(
+            name,
+            func,
+            args,
+            kwargs,
+            frame.module,
+            frame.path,
+            frame.local_path,
+            self,
+            result=result,
+        )
+
+    def rule_of(self, call: Call) -> CallRule | None:
+        """The rule of a call: that of the innermost module with one of its own, or of the table."""
+        rule = self.innermost.rule
+        if rule is None:
+            rule = self._scope.rule_of_call(call, self.innermost.table)
+        if rule is not None and is_complex(call) and not rule.suits_complex(call):
+            return None
+        return rule
+
+    def run_parts(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function of ours under this mode, so that the calls that it makes meet their rules."""
+        with torch.enable_grad(), _Reentered(self):
+            return func(*args, **kwargs)
+
+    def _record(self, rule: CallRule, call: Call) -> Any:
+        """Let the rule record a call; one that reads or makes a complex tensor as one on real views."""
+        if not is_complex(call) or rule.runs_parts_of(call):
+            with torch.no_grad():
+                record = rule.record(call)
+            if not (isinstance(record, Record) and record.output.is_complex()):
+                refusals.check_inputs(record, call)
+                return self.attach(record, call, rule)
+            call.result = record.output
+        with torch.no_grad():
+            output = call.run(lambda: call.func(*call.args, **call.kwargs))
+        on_parts = call_on_parts(call, output, self._move, carries_relevance)
+        with torch.no_grad():
+            record = rule.record(on_parts)
+        refusals.check_inputs(record, on_parts)
+        result = self.attach(record, call, rule)
+        if isinstance(output, Tensor) and output.is_complex():
+            return self._move("view_as_complex", as_complex, result)
+        return result
+
+    def record_layer(self, frame: Frame, output: Any) -> Any:
+        """Record a layer as one call."""
+        layer, rule, as_it_was = frame.module, frame.layer_rule, frame.as_it_was
+        assert layer is not None and rule is not None
+        assert as_it_was is not None and frame.inputs is not None
+        self._states.note(layer, frame.path, frame.held)
+        func = partial(from_its_state, as_it_was)
+        call = self._call(type(layer).__name__, func, frame.inputs, frame.kwargs, frame, output)
+        call.absolute_func = partial(with_magnitudes, as_it_was)
+        return self._record(rule, call)
+
+    def attach(self, record: Record | Any, call: Call | None = None, rule: Any = None) -> Any:
+        """Give the output of a call the history that its record asks for; each of several on its own."""
+        if not isinstance(record, Record):
+            return map_instances(Record, lambda one: self.attach(one, call, rule), record)
+        for x in record.inputs:
+            check_aligned(x, self.batch_size)
+        output = record.output
+        if output.layout != torch.strided:
+            refusals.refuse_sparse(
+                call or self.innermost.path, type(self.innermost.module).__name__
+            )
+        position = None
+        if record.saved_inputs is not None:  # one of them may be the output now
+            position = next((i for i, x in enumerate(record.inputs) if x is output), None)
+        if position is None:
+            # Dropout in evaluation mode returns its input.
+            aliased = self._saved.note_aliases(output, record.inputs)
+            if aliased or output._is_view():  # of a tensor that nothing else has
+                output = output.data
+        step = self._step(record, output, record.tail if self._may_be_on_tail(call, rule) else None)
+        if self.observer is not None and call is not None:
+            inputs = record.inputs
+            if record.saved_inputs is not None:  # as they were before the call
+                inputs = [saved.as_given() for saved in record.saved_inputs]
+            step.observed = self.observer.recorded(call, rule, inputs, output, self.batch_size)
+        result: Tensor = Node.apply(step, position, [output], *record.inputs)
+        if record.nonnegative:
+            self.mark_nonnegative(result)
+        if record.saved_output is not None:
+            self._saved.save_as(result, record.saved_output)
+        self._fresh = result
+        return result
+
+    def _step(self, record: Record, output: Tensor, tail: Tail | None) -> Step:
+        """The step of the backward pass through a call."""
+
+        def saved_output() -> SavedTensor:
+            # The step must not hold the output itself, whose history it becomes.
+            return self.save(output) if record.saved_output is None else record.saved_output
+
+        inputs: Sequence[SavedTensor] = ()
+        if record.scaled and record.saved_inputs is not None:
+            inputs = record.saved_inputs
+        elif record.scaled:
+            inputs = [self.save(x) for x in record.inputs]
+        return Step(
+            record.propagate,
+            record.keeps_sign,
+            [self.is_nonnegative(x) for x in record.inputs],
+            inputs,
+            saved_output() if record.scaled and self._joint else None,
+            [(x.shape, x.dtype) for x in record.inputs],
+            self.batch_size,
+            self._total,
+            saved_output() if record.vanishing else None,
+            record.all_seeds,
+            scale_now=record.scale_now,
+            tail=tail,
+            logits=record.logits,
+        )
+
+    def _may_be_on_tail(self, call: Call | None, rule: Any) -> bool:
+        """Whether nobody has chosen the rule. One that the user or an architecture has chosen holds on the
+        tail of the score as well."""
+        if call is None:
+            return True
+        return self.innermost.rule is None and self._scope.is_default(call, rule)
+
+    def is_fresh(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the output of the last call, so that nothing else has made use of it."""
+        return tensor is self._fresh
+
+    def check_visible(self, value: Any) -> None:
+        """Refuse tensors that an autograd function of the model has made, or whose history is wrong."""
+        for tensor in tensors_in(value):
+            node = tensor.grad_fn
+            opaque = isinstance(node, BackwardCFunction) and not (is_own(node) or is_hook(node))
+            if node is not None and opaque and self.depends(node):
+                self.refuse_autograd_function(node)
+            if self._saved.is_stale(tensor):
+                refusals.refuse_stale(self.innermost)
+
+    def _cast(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an arithmetic call, with its constants in the dtype that it casts them to."""
+        args, kwargs, cast = cast_constants(args, kwargs, carries_relevance)
+        for constant, number in cast:
+            if self.is_nonnegative(constant) and not number.is_complex():
+                self.mark_nonnegative(number)
+        return args, kwargs
+
+    def pass_through(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call that moves elements; one that takes a conjugate negates some of them, too."""
+        if not (name in CONJUGATES and has_complex((args, kwargs))):
+            return self._move(name, func, *args, **kwargs)
+        moved = self._move(name, CONJUGATES[name], *args, **kwargs)
+        parts = self._move("view_as_real", as_parts, moved)
+        output = as_parts(moved.detach().conj())
+        # Relevance has no sign, so it passes what is negated; autograd would conjugate it.
+        tail = Tail(
+            lambda s: [as_parts(as_complex(s).conj())], self.save(output), [self.save(parts)]
+        )
+        record = Record(output, [parts], lambda s: [s], scaled=False, keeps_sign=True, tail=tail)
+        return self._move("view_as_complex", as_complex, self.attach(record))
+
+    def _move(self, name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that moves elements, with the gradient that autograd defines for it."""
+        if any(t.is_inference() for t in tensors_in((args, kwargs))):
+            # Autograd cannot save such a tensor, which the caller or the model made in inference mode.
+            leaves, spec = tree_flatten((args, kwargs))
+            leaves = [
+                t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in leaves
+            ]
+            args, kwargs = tree_unflatten(leaves, spec)
+        result = func(*args, **kwargs)
+        tensors = tensors_in((args, kwargs))
+        follow(name, func, args, kwargs, result, self.batch_size, tensors)
+        # An index is no value: it says nothing about what is moved.
+        values = [t for t in tensors if name in JOINING or t.is_floating_point() or t.is_complex()]
+        if all(map(self.is_nonnegative, values)) and not (
+            name in _FILLING and any(map(_may_be_negative, tree_flatten((args, kwargs))[0]))
+        ):
+            for tensor in tensors_in(result):
+                self.mark_nonnegative(tensor)
+        return result
+
+    def _run_in_place(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an in-place call as the out-of-place one, and copy the result into the target."""
+        target = kwargs.get("out")
+        if target is None:
+            target = args[0] if args else next(iter(tensors_in(kwargs)), None)
+        if not isinstance(target, Tensor):
+            return _untracked(func, args, kwargs)
+        if not any(map(carries_relevance, tensors_in((args, kwargs)))):
+            self.release(target)
+            return _untracked(func, args, kwargs)
+        if name in IN_PLACE_PASS_THROUGH:
+            self.release(target)
+            for tensor in tensors_in((args, kwargs)):
+                if carries_relevance(tensor):
+                    check_aligned(tensor, self.batch_size)
+            return func(*args, **kwargs)
+        self.check_visible((args, kwargs))
+        func, args, kwargs = out_of_place(name, func, args, kwargs)
+        result = self._run_with_relevance(name, func, args, kwargs, target=target)
+        if result is target:  # the rule has changed it already
+            return target
+        self.release(target)
+        if not target._is_view() and not target.is_leaf:
+            target.detach_()  # what was there has no part in what is there now
+        target.copy_(result)
+        if isinstance(result, Tensor) and self.is_nonnegative(result):
+            self.mark_nonnegative(target)
+        return target
+
+    def _run_inside_layer(
+        self,
+        name: str,
+        in_place: bool,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call inside of a layer that is recorded as one call."""
+        if name in CONSTANT or getattr(func, "__name__", "") == "__get__":
+            return _untracked(func, args, kwargs)
+        from_outside = [t for t in tensors_in((args, kwargs)) if comes_from_outside(t)]
+        self.innermost.from_outside.extend(from_outside)
+        if from_outside and (in_place or has_in_place_argument(func, args, kwargs)):
+            target = args[0] if args else kwargs.get("input")
+            if any(target is tensor for tensor in from_outside):
+                refusals.refuse_changed_argument(self.innermost)
+        return _untracked(func, args, kwargs)
+
+
+class _Reentered:
+    """Context that turns a recording on again inside of the call that it records."""
+
+    def __init__(self, mode: Recording) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        TorchFunctionMode.__enter__(self._mode)
+
+    def __exit__(self, *exc: Any) -> None:
+        TorchFunctionMode.__exit__(self._mode, *exc)
+
+
+def _may_be_negative(value: Any) -> bool:
+    """Whether a number, of which both parts count, is perhaps negative."""
+    return isinstance(value, complex) or (isinstance(value, (int, float)) and value < 0)
+
+
+def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call that carries no relevance; parameters leave no history on its result."""
+    if not any(t.requires_grad for t in tensors_in((args, kwargs))):
+        return func(*args, **kwargs)
+    with torch.no_grad():
+        return func(*args, **kwargs)
+
+
+_PLAIN = frozenset([Tensor, nn.Parameter])
+_GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # of the class: a descriptor
+_FILLING = frozenset(
+    "__setitem__ index_copy masked_fill masked_scatter pad scatter select_scatter slice_scatter "
+    "diagonal_scatter where".split()
+)
+"""Calls that move elements and may put numbers beside them."""

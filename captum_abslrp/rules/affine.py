@@ -1,0 +1,322 @@
+"""Linear layers and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.numerics import rectify_in_place
+from captum_abslrp.engine.saved import SavedTensor
+from captum_abslrp.engine.tape import Record
+from captum_abslrp.rules.base import Form, check_batched, once, without_noise
+from captum_abslrp.rules.contributions import (
+    SignedParts,
+    chosen,
+    positive_contributions,
+    signed_parts,
+)
+from captum_abslrp.rules.matmul import matmul
+from captum_abslrp.rules.sparse import is_sparse, record_sparse
+from captum_abslrp.rules.twin import record_twin
+
+LARGE = 2**22
+"""Elements of a weight from which on its parts are made piece by piece: it is never copied whole."""
+
+
+def linear(
+    x: Tensor, weight: Tensor | SignedParts, s: Tensor, *, nonnegative: bool = False
+) -> Tensor:
+    """:func:`positive_contributions` of ``F.linear``.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        s: (..., out_features).
+        nonnegative: whether ``x`` is known to have no negative entry that takes part.
+
+    Example:
+        >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1))
+        tensor([[3., 4.]])
+    """
+    parts = signed_parts(weight)
+    if parts.weight.numel() <= LARGE:
+        return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
+    columns = s.flatten(0, -2)
+    positive = columns.new_zeros(len(columns), x.shape[-1])
+    negative = None if nonnegative else torch.zeros_like(positive)
+    for rows, piece in parts.rows(max(1, LARGE // x.shape[-1])):
+        positive.addmm_(columns[:, rows], piece.positive)
+        if negative is not None:
+            negative.addmm_(columns[:, rows], piece.negative)
+    if negative is None:
+        return rectify_in_place(positive.view(x.shape), x)
+    return chosen([positive.view(x.shape), negative.view(x.shape)], x)
+
+
+def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Record:
+    output = call.run(lambda: F.linear(input, weight, bias))
+    if is_sparse(weight):
+        return record_sparse(call, output, input, weight.detach().t())
+    if input.dim() == 1:
+        return record_twin(call)
+    x, w = call.save(input), call.save(weight)
+    nonnegative = call.is_nonnegative(input)
+    if not carries_relevance(weight):
+        full = torch.promote_types(output.dtype, torch.float32)
+        parts = SignedParts(w.as_given(), dtype=full)  # of a large weight, one piece at a time
+        masked = without_noise(call, output, input, weight, F.linear)
+        return Record(
+            output,
+            [input],
+            lambda s: [linear(x(), parts, masked(s), nonnegative=nonnegative)],
+            keeps_sign=True,
+        )
+    wanted = [carries_relevance(t) for t in (input, weight)]
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        rows, columns = x().flatten(0, -2), w().mT
+        of_input, of_weight = matmul(rows, columns, s.flatten(0, -2))
+        return list(compress([of_input.view_as(x()), of_weight.mT], wanted))
+
+    return Record(output, list(compress([input, weight], wanted)), propagate)
+
+
+FEW = 8
+"""Channels of an input for which two convolutions cost as much as one with twice as many."""
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor | SignedParts,
+    s: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_padding: Sequence[int] | None = None,
+    nonnegative: bool = False,
+) -> Tensor:
+    """:func:`positive_contributions` of a convolution in one, two or three dimensions.
+
+    Args:
+        x: (B, C_in, ...).
+        weight: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...) where transposed.
+        s: (B, C_out, ...).
+        stride, padding, dilation: one number per spatial dimension.
+        groups: number of blocks of channels.
+        output_padding: of a transposed convolution; None for a convolution.
+        nonnegative: whether ``x`` is known to have no negative entry that takes part.
+
+    Example:
+        >>> x, w = torch.ones(1, 1, 2, 2), torch.tensor([[[[2.0]]], [[[-1.0]]]])
+        >>> convolution(x, w, torch.ones(1, 2, 2, 2), stride=(1, 1), padding=(0, 0),
+        ...             dilation=(1, 1), groups=1).flatten()
+        tensor([2., 2., 2., 2.])
+    """
+    parts = signed_parts(weight)
+    is_transposed = output_padding is not None
+    covers_all = parts.weight.shape[2:] == x.shape[2:] and not any(padding)
+    if covers_all and groups == 1 and not is_transposed:
+        # A linear layer, perhaps with a very large weight.
+        flat = SignedParts(parts.weight.flatten(1), dtype=s.dtype)
+        return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
+
+    spatial = parts.weight.shape[2:]
+    if max(stride) > 1 and not any(padding) and set(spatial) == {1} and not is_transposed:
+        # Most places of the input take no part.
+        seen = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+        result = torch.zeros_like(x, dtype=s.dtype)
+        result[seen] = convolution(
+            x[seen],
+            parts,
+            s,
+            stride=[1] * len(spatial),
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            nonnegative=nonnegative,
+        )
+        return result
+    plain = groups == 1 and not is_transposed and set(dilation) == {1}
+    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not any(padding)
+    few = x.shape[1] <= FEW
+
+    def transposed(w: Tensor, like: Tensor = x) -> Tensor:
+        if plain and (side_by_side or (few and max(stride) > 1)):
+            return _by_phases(s, w, like, stride, padding)
+        # Of the input, only shape and layout are looked at.
+        grad_input: Tensor = torch.ops.aten.convolution_backward(
+            s, like, w, None, stride, padding, dilation, is_transposed,
+            output_padding or [0] * len(stride), groups, [True, False, False],
+        )[0]  # fmt: skip
+        return grad_input
+
+    if nonnegative or groups > 1 or is_transposed or not few:
+        return positive_contributions(x, parts, transposed, nonnegative=nonnegative)
+    # An image: the products with the positive and the negative part of the weight as one.
+    both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
+    positive, negative = both.chunk(2, 1)
+    return chosen([t.contiguous() for t in (positive, negative)], x)
+
+
+def _by_phases(
+    s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The transposed product of a convolution with a stride, as a convolution without; shaped like the input.
+
+    Input places that are a stride apart meet the same taps: place ``k a + r`` meets tap ``r + p - k d`` of
+    output place ``a + d``. So each phase ``r`` is a channel of its own, over places ``a``.
+    """
+    channels, dims = weight.shape[1], len(stride)
+    pads, kept = [], [slice(None), slice(None)]
+    for dim, (k, p, size) in enumerate(zip(stride, padding, like.shape[2:], strict=True)):
+        taps = weight.shape[2 + 2 * dim]
+        lowest, highest = -((taps - 1 - p) // k), (k - 1 + p) // k
+        phase = torch.arange(k, device=weight.device).unsqueeze(1)
+        offset = torch.arange(lowest, highest + 1, device=weight.device)
+        # A tap that does not exist is the last one, which is zero.
+        met = (phase + p - k * offset).flatten().clamp_(-1, taps) % (taps + 1)
+        end = [0, 0] * (weight.dim() - 3 - 2 * dim) + [0, 1]
+        weight = F.pad(weight, end).index_select(2 + 2 * dim, met)
+        weight = weight.unflatten(2 + 2 * dim, (k, -1))
+        places = -(-size // k)
+        pads.append(max(0, -lowest, places - 1 + highest - (s.shape[2 + dim] - 1)))
+        kept.append(slice(pads[-1] + lowest, pads[-1] + lowest + places))
+    # (C_out, C_in, phase, offset, phase, offset ...) to (C_in phases, C_out, offsets)
+    phases, offsets = ([2 + 2 * dim + i for dim in range(dims)] for i in (0, 1))
+    weight = weight.permute(1, *phases, 0, *offsets).flatten(0, dims)
+    if set(weight.shape[2:]) == {1} and not any(pads):  # patches side by side
+        cells = (s.movedim(1, -1) @ weight.flatten(1).mT).movedim(-1, 1)
+    else:
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
+        cells = convolve(s, weight, padding=pads)
+    cells = cells[tuple(kept)]
+    cells = cells.unflatten(1, (channels, *stride))
+    # (B, C_in, phase, phase ..., place, place ...)
+    order = [i + dim for dim in range(dims) for i in (2 + dims, 2)]
+    grown = [k * n for k, n in zip(stride, cells.shape[2 + dims :], strict=True)]
+    result = cells.permute(0, 1, *order).reshape(len(s), channels, *grown)
+    result = result[tuple(map(slice, (len(s), channels, *like.shape[2:])))]
+    if like.is_contiguous():
+        return result.contiguous()
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)
+
+
+class _Geometry(TypedDict):
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def _convolution(dims: int) -> Form:
+    run = getattr(F, f"conv{dims}d")
+
+    def record_convolution(
+        call: Call,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Record:
+        check_batched(call, input, dims)
+        if carries_relevance(weight):
+            return record_twin(call)
+        if padding == "same":
+            reach = [d * (k - 1) for d, k in zip(_each(dilation, dims), weight.shape[2:])]
+            pads = [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
+            if any(total % 2 for total in reach):
+                return call.recording.run_parts(
+                    lambda: run(F.pad(input, pads), weight, bias, stride, 0, dilation, groups)
+                )
+            padding = [total // 2 for total in reach]
+        elif padding == "valid":
+            padding = 0
+        geometry: _Geometry = {
+            "stride": _each(stride, dims),
+            "padding": _each(padding, dims),
+            "dilation": _each(dilation, dims),
+            "groups": groups,
+        }
+        output = call.run(lambda: run(input, weight, bias, **geometry))
+        x, parts = call.save(input), _saved_parts(call.save(weight))
+        nonnegative = call.is_nonnegative(input)
+        masked = without_noise(
+            call, output, input, weight, lambda x, w: run(x, w, None, **geometry)
+        )
+        return Record(
+            output,
+            [input],
+            lambda s: [convolution(x(), parts(), masked(s), nonnegative=nonnegative, **geometry)],
+            keeps_sign=True,
+        )
+
+    return record_convolution
+
+
+def _transposed_convolution(dims: int) -> Form:
+    run = getattr(F, f"conv_transpose{dims}d")
+
+    def record_transposed_convolution(
+        call: Call,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Record:
+        check_batched(call, input, dims)
+        if carries_relevance(weight):
+            return record_twin(call)
+        geometry: _Geometry = {
+            "stride": _each(stride, dims),
+            "padding": _each(padding, dims),
+            "dilation": _each(dilation, dims),
+            "groups": groups,
+        }
+        extra = _each(output_padding, dims)
+        output = call.run(lambda: run(input, weight, bias, output_padding=extra, **geometry))
+        x, parts = call.save(input), _saved_parts(call.save(weight))
+        nonnegative = call.is_nonnegative(input)
+        return Record(
+            output,
+            [input],
+            lambda s: [
+                convolution(
+                    x(), parts(), s, output_padding=extra, nonnegative=nonnegative, **geometry
+                )
+            ],
+        )
+
+    return record_transposed_convolution
+
+
+def _saved_parts(weight: SavedTensor) -> Callable[[], SignedParts]:
+    return once(lambda: SignedParts(weight()))
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per spatial dimension."""
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+LINEAR: dict[str, Form] = {"linear": record_linear}
+CONVOLUTIONS: dict[str, Form] = {f"conv{d}d": _convolution(d) for d in (1, 2, 3)} | {
+    f"conv_transpose{d}d": _transposed_convolution(d) for d in (1, 2, 3)
+}

@@ -1,0 +1,222 @@
+"""Captum's rules in the place of ours, ours under Captum's ``LRP``, and rules for whole layers."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum.attr._utils.lrp_rules import PropagationRule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from captum_abslrp.engine import numerics
+from captum_abslrp.engine.arguments import instances_in
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.complex import has_complex
+from captum_abslrp.engine.dependence import carries_relevance, is_source
+from captum_abslrp.engine.protocols import CallRule
+from captum_abslrp.engine.recording import Recording
+from captum_abslrp.engine.tape import ModuleInput, ModuleOutput, Record
+
+_LAYER_RULES: dict[type[nn.Module], CallRule] = {}
+"""Rules by the class of layer that they record as one call."""
+
+
+def find_layer_rule(module: nn.Module) -> Any:
+    """The rule that is registered for the class of a layer, or a class it derives from.
+
+    Args:
+        module: the layer.
+
+    Returns:
+        The rule, or None.
+
+    Example:
+        >>> find_layer_rule(nn.Linear(3, 2)) is None
+        True
+    """
+    if not _LAYER_RULES:
+        return None
+    return next((_LAYER_RULES[c] for c in type(module).__mro__ if c in _LAYER_RULES), None)
+
+
+def rule_of_module(module: nn.Module) -> Any:
+    """The rule of ours that the user has set on a module, for all calls inside of it; or None."""
+    own = getattr(module, "rule", None)
+    return own if _is_ours(own) else None
+
+
+def rule_of_layer(module: nn.Module) -> CallRule | None:
+    """The rule that records a module as one call, or None.
+
+    It is one of Captum's (``EpsilonRule``) that is set on the module, or the one that is registered for its class.
+    One of ours on a module of a class with a registered rule replaces that rule.
+    """
+    own, registered = getattr(module, "rule", None), find_layer_rule(module)
+    if isinstance(own, PropagationRule):
+        if not _is_ours(own):
+            return CaptumRule(own)
+        if registered is not None:
+            ours: Any = own
+            return ours  # type: ignore[no-any-return]
+    return registered  # type: ignore[no-any-return]
+
+
+def _is_ours(rule: Any) -> bool:
+    return isinstance(rule, PropagationRule) and hasattr(rule, "record")
+
+
+class CaptumRule:
+    """A rule of Captum's, or one written for it, that records a layer as one call.
+
+    The rule runs as under ``captum.attr.LRP``, on copies of the layer and of the rule, because it changes weights
+    and keeps state on both.
+
+    Args:
+        rule: Captum's rule.
+    """
+
+    def __init__(self, rule: PropagationRule) -> None:
+        self.rule = rule
+
+    def __repr__(self) -> str:
+        return f"{type(self.rule).__name__}()"
+
+    def suits_complex(self, call: Call) -> bool:
+        """Whether the rule can record a complex call: :meth:`record` raises where it cannot."""
+        return True
+
+    def runs_parts_of(self, call: Call) -> bool:
+        """Whether the call is not turned into one on real views."""
+        return True
+
+    def record(self, call: Call) -> Record:
+        """Record a layer with positional tensors and one output."""
+        _check_simple(call, self)
+        output, layer, inputs = call.result, call.module, call.args
+        z = call.save(output)
+        saved = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+        at = [i for i, x in enumerate(inputs) if is_source(x)]
+
+        def propagate(s: Tensor) -> list[Tensor]:
+            relevances = self._relevance(layer, saved, at, numerics.relevance(z(), s))
+            return [
+                numerics.per_magnitude(r, saved[i]) for i, r in zip(at, relevances, strict=True)
+            ]
+
+        return Record(output.detach(), [inputs[i] for i in at], propagate, scaled=False)
+
+    def _relevance(
+        self, module: nn.Module | None, inputs: list[Any], at: list[int], relevance: Tensor
+    ) -> list[Tensor]:
+        """Relevance of the inputs at some positions."""
+        layer: Any = copy.deepcopy(module)
+        own = copy.copy(self.rule)
+        own.relevance_input = defaultdict(list)
+        own.relevance_output = {}
+        layer.activations = {}  # Captum keeps them on the module
+        with torch.no_grad():
+            own.forward_hook_weights(layer, tuple(inputs), layer(*map(_copied, inputs)))
+        with torch.enable_grad():
+            leaves = {i: inputs[i].clone().requires_grad_() for i in at}
+            given = tuple(leaves[i].clone() if i in leaves else x for i, x in enumerate(inputs))
+            # Clones, because the layer may change its input in place.
+            result = own.forward_hook(layer, given, layer(*map(_copied, given)))
+            return list(
+                torch.autograd.grad(result, list(leaves.values()), relevance.to(result.dtype))
+            )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _check_simple(call: Call, rule: CaptumRule) -> None:
+    """Raise where a rule of Captum's cannot record a layer, because it knows positional real tensors only."""
+    name = type(rule.rule).__name__
+    if not isinstance(call.result, Tensor):
+        raise TypeError(
+            f"Expected `{call.path}`, which has the rule {name}, to return one tensor, but got "
+            f"{type(call.result).__name__}. Set the rule on a layer inside."
+        )
+    others = [x for x in call.args if not isinstance(x, Tensor)]
+    if any(map(carries_relevance, instances_in(Tensor, (others, call.kwargs)))):
+        raise TypeError(
+            f"Expected `{call.path}`, which has the rule {name}, to be called with positional tensors, but "
+            f"got keyword arguments or containers that hold tensors. Set the rule on a layer inside, or "
+            f"register the layer with `captum_abslrp.rules.TwinRule()`."
+        )
+    if has_complex((call.args, call.result)):
+        raise TypeError(
+            f"Expected `{call.path}`, which has the rule {name} of Captum, to work on real tensors, but got "
+            f"complex ones. Set one of captum_abslrp.rules on it, or register the layer with `TwinRule()`."
+        )
+
+
+class SingleRule:
+    """The scope of one module under Captum's ``LRP``: a rule for all calls inside.
+
+    Args:
+        rule: the rule.
+    """
+
+    def __init__(self, rule: CallRule) -> None:
+        self._rule = rule
+
+    rule_of_module: Callable[..., Any] = staticmethod(rule_of_module)
+    rule_of_layer: Callable[..., Any] = staticmethod(rule_of_layer)
+
+    def table_of(self, module: nn.Module) -> Any:
+        """None: architectures have no say here."""
+        return None
+
+    def rule_of_call(self, call: Call, table: Any) -> CallRule | None:
+        """The rule."""
+        return self._rule
+
+    def is_default(self, call: Call, rule: Any) -> bool:
+        """False: the user has chosen the rule."""
+        return False
+
+
+_IDEMPOTENT = (nn.ReLU, nn.modules.dropout._DropoutNd)
+"""Modules whose output may stand for their input: Captum passes an input that was changed in place."""
+
+
+def run_under_captum(rule: CallRule, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Run a module again under Captum's ``LRP`` so that its backward pass is a rule of ours.
+
+    Args:
+        rule: the rule.
+        module: a module with one input tensor of shape (B, ...).
+        inputs: its inputs.
+        outputs: its output, which is not computed again where the module is a single call.
+
+    Returns:
+        The output, with a history whose backward pass is the rule.
+    """
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    if has_complex((inputs, outputs)):
+        raise TypeError(
+            f"Expected {type(module).__name__} to map real tensors to a real one under Captum's `LRP`, "
+            f"but got complex ones. Set the rule on a module around it, or use `AbsLRP`."
+        )
+    if getattr(module, "inplace", False) and not isinstance(module, _IDEMPOTENT):
+        raise ValueError(
+            f"Expected {type(module).__name__} to keep its input, which {rule} needs, but got "
+            f"`inplace=True`. Set `module.inplace = False`."
+        )
+    # Leaf modules of torch make a single call, whose result is the module's.
+    own = type(module).__module__.startswith("torch.nn.") and not list(module.children())
+    given = [ModuleInput.apply(x) for x in inputs]
+    with Recording(
+        SingleRule(rule),
+        inputs=[x for x in given if x.requires_grad],
+        batch_size=inputs[0].shape[0],
+        result=outputs if own and isinstance(outputs, Tensor) else None,
+    ):
+        output = module.forward(*given)
+    return tree_map_only(Tensor, ModuleOutput.apply, output)

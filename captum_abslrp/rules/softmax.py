@@ -1,0 +1,95 @@
+"""Softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.numerics import EPS, LEAST, in_pieces
+from captum_abslrp.engine.tape import Record
+from captum_abslrp.rules.base import Form, once
+from captum_abslrp.rules.tails import passed_on
+
+
+def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
+    r"""The factor of softmax; maximum and denominator are constants of the call.
+
+    :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`, per magnitude
+    :math:`k = \mathrm{sign}(x) p + \mathrm{softmax}(|x|)`. What is masked, by :math:`-\infty` or a number
+    that leaves it a probability of at most ``EPS``, takes no part; where all is masked there is none.
+
+    Args:
+        x: logits, any shape.
+        probabilities: ``p = softmax(x)``.
+        dim: the dimension that adds up to one.
+
+    Returns:
+        What ``s`` is multiplied by, shaped like ``x``.
+
+    Example:
+        >>> x = torch.tensor([0.0, -float("inf"), 1.0])
+        >>> softmax(x, x.softmax(0), 0)
+        tensor([0.0000, -0.0000, 1.4621])
+    """
+
+    factor = torch.empty_like(x)
+    whole = dim % x.dim() == 0
+    pieces = (
+        ([t] for t in (x, probabilities, factor)) if whole else in_pieces(x, probabilities, factor)
+    )
+    for few, shares, into in zip(*pieces, strict=True):
+        softmax_factor(few, shares, dim, into, [torch.empty_like(few) for _ in range(2)])
+    return factor
+
+
+def softmax_factor(
+    x: Tensor, probabilities: Tensor, dim: int, factor: Tensor, scratch: Sequence[Tensor]
+) -> None:
+    """:func:`softmax`, into the memory of ``factor``; what two more tensors of the shape hold is lost."""
+    sizes, twin_part = scratch
+    torch.nan_to_num(probabilities, out=factor)
+
+    def unmask(values: Tensor) -> Tensor:
+        torch.ops.aten.threshold_backward.grad_input(values, factor, EPS, grad_input=values)
+        return values
+
+    # What is masked counts as zero here, and is left out of the denominator by the division below.
+    torch.softmax(unmask(torch.abs(x, out=sizes)), dim, out=twin_part)
+    unmask(twin_part).div_(twin_part.sum(dim, keepdim=True).clamp_(min=LEAST))
+    sign = torch.sign(x, out=sizes)
+    unmask(factor).addcmul_(twin_part, sign).mul_(sign)
+
+
+def record_softmax(
+    call: Call,
+    input: Tensor,
+    dim: int | None = None,
+    *options: Any,
+    dtype: torch.dtype | None = None,
+    _stacklevel: int = 3,
+) -> Record:
+    # F.softmax(x, dim, _stacklevel, dtype); torch.softmax(x, dim, dtype)
+    dtype = next((o for o in options if isinstance(o, torch.dtype)), dtype)
+    if dim is None:
+        raise ValueError(f"Expected softmax to be called with its dimension, but got {call}.")
+    output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
+    x = call.save(input)
+    p = call.save_output(output, lambda: torch.softmax(x(), dim))
+    factor = once(lambda: softmax(x(), p(), dim))
+    return Record(
+        output,
+        [input],
+        lambda s: [s.mul_(factor())],
+        nonnegative=True,
+        vanishing=True,
+        saved_output=p,
+        tail=passed_on(p, x),
+        logits=x,
+    )
+
+
+SOFTMAX: dict[str, Form] = {"softmax": record_softmax}

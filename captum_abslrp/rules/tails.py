@@ -1,0 +1,57 @@
+"""Relevance on the tail of the score: how calls behind the last layer with weights share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from captum_abslrp.engine import numerics
+from captum_abslrp.engine.numerics import EPS
+from captum_abslrp.engine.saved import SavedTensor
+from captum_abslrp.engine.tape import Tail
+
+
+def tail_of(
+    output: SavedTensor,
+    inputs: Sequence[SavedTensor],
+    share: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    keeps_sign: bool = False,
+) -> Tail:
+    """A tail that says how relevance itself is shared, from that of the output to that of each source."""
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        relevance = numerics.relevance(_plus_eps(output()), s)
+        return [
+            r / _plus_eps(x()).clamp(max=torch.finfo(r.dtype).max)
+            for r, x in zip(share(relevance), inputs, strict=True)
+        ]
+
+    return Tail(propagate, output, inputs, keeps_sign=keeps_sign)
+
+
+def scaled_tail(output: SavedTensor, factor: Callable[[], Tensor | float]) -> Tail:
+    """The tail of a product with a constant: relevance passes, with the sign of the constant."""
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        c = torch.as_tensor(factor(), dtype=s.dtype, device=s.device)
+        size = output().abs()
+        of_input = size / c.abs().clamp(min=torch.finfo(s.dtype).tiny)
+        return [s * c.sign() * ((size + EPS) / (of_input + EPS))]
+
+    return Tail(propagate, output, factor=factor)
+
+
+def passed_on(
+    output: SavedTensor, source: SavedTensor, sign: Callable[[], Tensor | float] | None = None
+) -> Tail:
+    """The tail of a call that acts on each element alone: relevance passes, with the sign of the slope."""
+    if sign is None:
+        return tail_of(output, [source], lambda relevance: [relevance], keeps_sign=True)
+    return tail_of(output, [source], lambda relevance: [relevance * sign()])
+
+
+def _plus_eps(values: Tensor) -> Tensor:
+    return values.abs() + EPS
