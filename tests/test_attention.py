@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, functional
-from captum_abslrp.forms import attention
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.rules import PassThroughRule, TwinRule
+from captum_abslrp.rules import PassThroughRule, TwinRule, attention
 from tests.conftest import relative_error
 
 TOKENS, HEADS, WIDTH = 6, 4, 3

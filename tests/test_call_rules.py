@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP
-from captum_abslrp.engine.names import TRANSFORMS
 from captum_abslrp.engine.calls import Call
-from captum_abslrp.engine.recording import Recording
-from captum_abslrp.mappings import get_mapping
+from captum_abslrp.engine.names import TRANSFORMS
 from captum_abslrp.engine.propagation import TOTAL, propagate
+from captum_abslrp.engine.recording import Recording
+from captum_abslrp.mappings import Mapping, MappingScope, get_mapping
 from captum_abslrp.rules import Rule
 from tests.conftest import relative_error
 from tests.test_closed_forms import EPS, draw_tensor, literal, share
@@ -41,9 +41,14 @@ class Case(NamedTuple):
     """The call with its constants fixed; ``call`` itself by default."""
 
 
-def own_rule(call: Call) -> Rule | None:
-    """The rule of the mapping as a user's own, which holds where a call is all of the score, too."""
-    return copy.copy(get_mapping().rule_of_call(call))
+class OwnRules(MappingScope):
+    """The generic rules, but as if the user had chosen them, so that none is on the tail of the score."""
+
+    def rule_of_call(self, call: Call, table: Mapping | None) -> Rule | None:
+        return copy.copy(get_mapping().rule_of_call(call))
+
+
+own_rule = OwnRules()
 
 
 def by_mapping(

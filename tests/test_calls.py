@@ -24,10 +24,11 @@ from captum_abslrp import (
     inspect_rules,
     register_call_rule,
 )
-from captum_abslrp.engine.recording import Recording
-from captum_abslrp.mappings import Mapping, get_mapping, registry
 from captum_abslrp.engine.propagation import TOTAL, propagate
+from captum_abslrp.engine.recording import Recording
+from captum_abslrp.mappings import Mapping, MappingScope, get_mapping
 from captum_abslrp.rules import AbsLRPRule, ConstantRule, TwinRule
+from captum_abslrp.rules import captum as captum_rules
 from tests.conftest import relative_error
 from tests.test_call_rules import by_mapping, own_rule
 from tests.test_closed_forms import draw_tensor, literal, share
@@ -194,7 +195,7 @@ def test_calls_of_numpy_are_refused_with_a_remedy(name: str) -> None:
 
 def test_a_mask_is_known_to_be_nonnegative() -> None:
     given = samples().requires_grad_().clone()
-    with Recording(get_mapping().rule_of_call, inputs=[given], batch_size=4) as recording:
+    with Recording(MappingScope(), inputs=[given], batch_size=4) as recording:
         h = given.relu()
         known = [h * (h > 0), h * MASK[:6], (h > 0) * h, torch.where(h > 1, h, MASK[:6])]
         unknown = [h * COUNTS[:6], torch.where(h > 1, h, COUNTS[:6]), h + COUNTS[:6]]
@@ -502,10 +503,10 @@ class Sparsely(nn.Module):
 @pytest.fixture
 def registered() -> Iterator[Callable[[Any], None]]:
     """Registers rules of layers as messages tell, until the test ends."""
-    rules = dict(registry._LAYER_RULES)
+    rules = dict(captum_rules._LAYER_RULES)
     yield lambda layer: register_call_rule(layer, TwinRule())
-    registry._LAYER_RULES.clear()
-    registry._LAYER_RULES.update(rules)
+    captum_rules._LAYER_RULES.clear()
+    captum_rules._LAYER_RULES.update(rules)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +629,7 @@ def test_deformable_convolution(told: bool, gated: bool) -> None:
     leaves = [x.clone().requires_grad_(), gate.clone().requires_grad_(gated)]
     given = [leaf.clone() for leaf in leaves]
     inputs = [tensor for tensor in given if tensor.requires_grad]
-    find_rule = get_mapping().extended(rules).rule_of_call
+    find_rule = MappingScope(get_mapping().extended(rules))
     with Recording(find_rule, inputs=inputs, batch_size=1, total=TOTAL):
         z = call(*given, w, b)
     relevance = draw_tensor(9, *z.shape).abs()
@@ -1052,7 +1053,7 @@ def test_a_call_that_cannot_be_differentiated_is_refused_with_a_remedy() -> None
         register_call_rule(Step, ConstantRule(), overwrite=True)
         assert torch.equal(explain(lambda h: h * step(h)), explain(lambda h: h * (h > 0)))
     finally:
-        registry._LAYER_RULES.pop(Step)
+        captum_rules._LAYER_RULES.pop(Step)
 
 
 @pytest.mark.parametrize(

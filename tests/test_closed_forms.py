@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from captum_abslrp.engine.recording import Recording
 from captum_abslrp.engine.propagation import TOTAL, propagate
+from captum_abslrp.engine.recording import Recording
 from captum_abslrp.rules import AbsLRPRule, DropoutRule, MaxPoolRule, Rule, TwinRule
+from captum_abslrp.rules.captum import SingleRule
 
 EPS = 1e-9
 settings.register_profile("closed forms", deadline=None, max_examples=25, derandomize=True)
@@ -66,7 +67,7 @@ def by_rule(
     """Relevance of the inputs as the rule hands it over, and the relevance that it was given."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     given_ = [leaf.clone() for leaf in leaves]
-    with Recording(lambda call: rule, inputs=given_, batch_size=1, total=TOTAL):
+    with Recording(SingleRule(rule), inputs=given_, batch_size=1, total=TOTAL):
         z = call(*given_)
     r = relevance(z.detach())
     return [of_leaf[0] for of_leaf in propagate(z, leaves, r.unsqueeze(0))], r

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +22,13 @@ from captum_abslrp import (
     register_call_rule,
     trace_relevance,
 )
+from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.mappings import At, get_mapping, registry
-from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.rules import AbsLRPRule, Rule, TwinRule
+from captum_abslrp.rules import captum as captum_rules
+from captum_abslrp.rules.captum import SingleRule
+from tests.test_call_rules import own_rule
 
 EPS = 1e-9
 Function = Callable[..., Any]
@@ -49,7 +51,7 @@ def found_by_rule(
     leaves = [real_view(x).clone().requires_grad_() for x in inputs]
     given = [leaf.clone() for leaf in leaves]
     # A rule that is not the one of the generic mapping itself holds on the tail of the score, too.
-    find = (lambda call: rule) if rule else lambda call: copy.copy(get_mapping().rule_of_call(call))
+    find = SingleRule(rule) if rule else own_rule
     with Recording(find, inputs=given, batch_size=1, total=TOTAL):
         args = [torch.view_as_complex(t) if x.is_complex() else t for t, x in zip(given, inputs)]
         output = function(*args)
@@ -435,7 +437,7 @@ def test_layers_of_complex_tensors_as_one_call(by: str) -> None:
         single = [AbsLRP(model).attribute(row, 1) for row in x.split(1)]
         assert [c.call for c in inspect_rules(model, x).calls].count("Spectrum.forward") == 1
     finally:
-        del registry._LAYER_RULES[Spectrum]
+        del captum_rules._LAYER_RULES[Spectrum]
     torch.testing.assert_close(got, torch.cat(single))
     assert got.isfinite().all() and got.abs().sum() > 0.01
     assert not torch.allclose(got, plain)

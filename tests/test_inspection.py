@@ -23,7 +23,8 @@ from captum_abslrp import (
 )
 from captum_abslrp.cli import main
 from captum_abslrp.mappings import get_mapping, list_mappings, registry
-from captum_abslrp.rules import ActivationRule, PassThroughRule, TwinRule
+from captum_abslrp.rules import AbsLRPRule, PassThroughRule, TwinRule
+from captum_abslrp.rules import captum as captum_rules
 from tests.conftest import relative_error
 from tests.test_no_trace import no_trace
 
@@ -32,7 +33,7 @@ from tests.test_no_trace import no_trace
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers that are forgotten after the test."""
     monkeypatch.setattr(registry, "_CALL_RULES", {})
-    monkeypatch.setattr(registry, "_LAYER_RULES", {})
+    monkeypatch.setattr(captum_rules, "_LAYER_RULES", {})
 
 
 def batch(*shape: int) -> Tensor:
@@ -215,9 +216,9 @@ def test_a_registered_rule_holds_behind_those_of_the_architecture_and_of_modules
     register_call_rule("gelu", PassThroughRule(), overwrite=True)
     passed = AbsLRP(model).attribute(x, 1)
     assert relative_error(passed, before) > 1e-3
-    wins = get_mapping().extended({"gelu": ActivationRule()})
+    wins = get_mapping().extended({"gelu": AbsLRPRule()})
     assert torch.equal(AbsLRP(model, wins).attribute(x, 1), before)
-    model[1].rule = ActivationRule()
+    model[1].rule = AbsLRPRule()
     assert torch.equal(AbsLRP(model).attribute(x, 1), before)
 
 
@@ -305,7 +306,7 @@ def test_samples_that_a_model_mixes_are_inspected_one_at_a_time() -> None:
             return (x.T.exp()).T
 
     calls = inspect_rules(Mixing(), batch(3, 6)).calls
-    assert [c.rule for c in calls if c.call == "torch.Tensor.exp"] == ["ActivationRule()"]
+    assert [c.rule for c in calls if c.call == "torch.Tensor.exp"] == ["AbsLRPRule()"]
 
 
 def test_models_without_values_are_inspected() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules, register_call_rule
-from captum_abslrp.mappings import registry
 from captum_abslrp.rules import TwinRule
+from captum_abslrp.rules import captum as captum_rules
 from tests.conftest import relative_error
 
 NORMALIZATIONS = ["separate", "joint"]
@@ -346,7 +346,7 @@ def test_autograd_functions_on_weights_are_constants(
             register_call_rule(cls, TwinRule())
         relevance = AbsLRP(model, normalization="joint").attribute(x, 1, contrast=None)
     finally:
-        registry._LAYER_RULES.pop(cls, None)
+        captum_rules._LAYER_RULES.pop(cls, None)
     total = torch.ones(len(x), dtype=torch.float64)
     torch.testing.assert_close(relevance.flatten(1).abs().sum(1), total, rtol=1e-6, atol=0)
 
@@ -372,7 +372,7 @@ def test_an_autograd_function_inside_a_registered_layer() -> None:
         register_call_rule(Activated, TwinRule())
         assert AbsLRP(model).attribute(images(), 1).abs().sum() > 0
     finally:
-        registry._LAYER_RULES.pop(Activated, None)
+        captum_rules._LAYER_RULES.pop(Activated, None)
 
 
 class Branch(nn.Module):

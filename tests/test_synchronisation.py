@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, attribution, contrast
-from captum_abslrp.forms import elementwise
+from captum_abslrp.rules import elementwise
 from tests.conftest import GOLDEN_NAMES, load_golden, realistic, relative_error
 
 WAITING = frozenset(

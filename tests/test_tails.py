@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, trace_relevance
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.rules import ActivationRule
+from captum_abslrp.rules import AbsLRPRule
 from tests.conftest import relative_error
 
 Tail = Callable[[Tensor], Tensor]
@@ -243,12 +243,12 @@ def test_a_rule_of_the_users_holds_on_the_tail() -> None:
     x, negative = images(), 0
     of_logit = AbsLRP(model).attribute(x, negative, contrast=None)
     assert relative_error(AbsLRP(activated).attribute(x, negative, contrast=None), of_logit) < 1e-9
-    activated[1].rule = ActivationRule()
+    activated[1].rule = AbsLRPRule()
     with pytest.warns(UserWarning, match=r"The map of the target is zero for 3 of 3 .*sigmoid"):
         by_rule = AbsLRP(activated).attribute(x, negative, contrast=None)
     assert by_rule.abs().max() == 0
     del activated[1].rule
-    own = get_mapping().extended({"sigmoid": ActivationRule()})
+    own = get_mapping().extended({"sigmoid": AbsLRPRule()})
     with pytest.warns(
         UserWarning, match=r"first for sample 0: its relevance ends at `torch.sigmoid`"
     ):

@@ -15,7 +15,7 @@ from torch import nn
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.names import CONSTANT, PASS_THROUGH, canonical_name
 from captum_abslrp.rules import Rule
-from captum_abslrp.rules.captum import _LAYER_RULES
+from captum_abslrp.rules.captum import register_layer_rule
 
 __all__ = [
     "At",
@@ -232,12 +232,7 @@ def register_call_rule(
     if not isinstance(rule, Rule):
         raise TypeError(f"Expected `rule` to be one of captum_abslrp.rules, but got {rule!r}.")
     if isinstance(call, type) and issubclass(call, nn.Module):
-        if call in _LAYER_RULES and not overwrite:
-            raise ValueError(
-                f"Expected a class of layers without a rule, but got {call.__name__}, which has "
-                f"{_LAYER_RULES[call]}. Pass `overwrite=True` to replace it."
-            )
-        _LAYER_RULES[call] = rule
+        register_layer_rule(call, rule, overwrite=overwrite)
         return
     if not (isinstance(call, str) or callable(call)) or isinstance(call, type):
         raise TypeError(

@@ -25,6 +25,25 @@ _LAYER_RULES: dict[type[nn.Module], CallRule] = {}
 """Rules by the class of layer that they record as one call."""
 
 
+def register_layer_rule(layer: type[nn.Module], rule: CallRule, *, overwrite: bool) -> None:
+    """Record the layers of a class as one call, by a rule.
+
+    Args:
+        layer: the class; subclasses are meant, too.
+        rule: the rule.
+        overwrite: replace the rule that the class has.
+
+    Raises:
+        ValueError: if the class has one and ``overwrite`` is not set.
+    """
+    if layer in _LAYER_RULES and not overwrite:
+        raise ValueError(
+            f"Expected a class of layers without a rule, but got {layer.__name__}, which has "
+            f"{_LAYER_RULES[layer]}. Pass `overwrite=True` to replace it."
+        )
+    _LAYER_RULES[layer] = rule
+
+
 def find_layer_rule(module: nn.Module) -> Any:
     """The rule that is registered for the class of a layer, or a class it derives from.
 

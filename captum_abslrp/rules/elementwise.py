@@ -137,6 +137,7 @@ def _record_function(
         [input],
         lambda s: [s.mul_(factor())],
         nonnegative=call.name in _NONNEGATIVE,
+        keeps_sign=even_slope and increases,
         vanishing=True,
         saved_output=kept,
         tail=passed_on(

@@ -184,7 +184,7 @@ def record_rms_norm(
     x = call.save(input)
     w = None if weight is None else call.save(weight)
     factor = once(lambda: rms_norm(x(), len(normalized_shape), w() if w else None, eps))
-    return Record(output, [input], lambda s: [s.mul_(factor())])
+    return Record(output, [input], lambda s: [s.mul_(factor())], keeps_sign=True)
 
 
 def record_group_norm(
@@ -249,6 +249,7 @@ def record_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Reco
         [input],
         lambda s: [s.mul_(factor())],
         nonnegative=call.is_nonnegative(input),
+        keeps_sign=True,
         tail=passed_on(z, x),
     )
 

@@ -44,7 +44,7 @@ def record_product(call: Call, input: Any, other: Any) -> Record:
         tail = tail_of(
             z, [a, b], lambda r: [(r / 2).sum_to_size(shape) for shape in shapes], keeps_sign=True
         )
-    return Record(output, inputs, propagate, nonnegative=nonnegative, tail=tail)
+    return Record(output, inputs, propagate, nonnegative=nonnegative, keeps_sign=True, tail=tail)
 
 
 def _record_scaled(call: Call, output: Tensor, value: Any, input: Tensor) -> Record:
@@ -72,6 +72,7 @@ def record_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
         lambda s: [s.mul_(factor())],
         constants=[other] if is_source(other) else [],
         nonnegative=nonnegative,
+        keeps_sign=True,
         tail=scaled_tail(call.save(output), lambda: c().reciprocal()),
     )
 
