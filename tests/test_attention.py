@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, functional
+from captum_abslrp import AbsLRP
 from captum_abslrp.mappings import get_mapping
 from captum_abslrp.rules import PassThroughRule, TwinRule, attention
 from tests.conftest import relative_error
@@ -60,16 +60,16 @@ def test_at_once_and_part_by_part(
     torch.manual_seed(0)
     model = Attention(**CASES[case]).double()
     x = torch.randn(3, TOKENS, 5).double()
-    monkeypatch.setitem(functional.BLOCK, "cpu", blocks)
-    monkeypatch.setattr(functional, "ROWS", 1)
+    monkeypatch.setitem(attention.BLOCK, "cpu", blocks)
+    monkeypatch.setattr(attention, "ROWS", 1)
     calls: list[int] = []
-    at_once = functional.attention
+    at_once = attention.attention
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return at_once(*args, **kwargs)
 
-    monkeypatch.setattr(functional, "attention", counted)
+    monkeypatch.setattr(attention, "attention", counted)
     attributor = AbsLRP(model, mapping=mapping)
     maps = attributor.attribute(x, 1)
     assert calls == [1]
@@ -85,7 +85,7 @@ def test_parts_with_rules_of_their_own_are_answered_one_by_one(
         raise AssertionError("answered at once")
 
     torch.manual_seed(0)
-    monkeypatch.setattr(functional, "attention", refused)
+    monkeypatch.setattr(attention, "attention", refused)
     model, x = Attention(), torch.randn(2, TOKENS, 5)
     for name, rule in (("softmax", TwinRule()), ("mul", PassThroughRule())):
         mapping = get_mapping().extended({name: rule})

@@ -9,7 +9,7 @@ from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
 
 from captum_abslrp.engine import numerics
-from captum_abslrp.engine.arguments import tensors_in
+from captum_abslrp.engine.arguments import on_host, tensors_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.complex import suits_parts
 from captum_abslrp.engine.dependence import carries_relevance, is_source
@@ -230,11 +230,11 @@ def without_noise(
 
 def _has_one_sign(weight: Tensor) -> bool:
     """Whether it is known that a constant has no two entries of different signs."""
-    if weight.device.type != "cpu" or weight.numel() == 0 or is_source(weight):
+    if weight.numel() == 0 or weight.is_meta or is_source(weight):
         return False
 
     def has_one_sign(values: Tensor) -> bool:
-        return not (bool((values < 0).any()) and bool((values > 0).any()))
+        return on_host((values < 0).any() & (values > 0).any()) is False
 
     weight = weight.detach()
     # The weights of almost every layer differ in sign in their first row already.
