@@ -218,6 +218,7 @@ def test_processes_that_part_at_once_come_to_an_end(by_hand: bool) -> None:
     assert [process.exitcode for process in pair] == [0, 0]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(tmp_path: Path) -> None:
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
     command += "-m captum_abslrp evaluate --demo --model demo:vgg --n-mosaics 2 --methods random"

@@ -15,6 +15,8 @@ from tests.test_no_trace import no_trace
 
 SMALL = 4.0
 """Million parameters up to which a model is run in every test run."""
+LONG = {"efficientformer_v2"}
+"""Families with a small model that takes long nevertheless: it is made for images of 224 pixels."""
 
 
 class Representative(NamedTuple):
@@ -46,7 +48,8 @@ FAMILIES = [TABLE.get(family) or smallest_of(family) for family in timm.list_mod
 
 
 def parameter(representative: Representative) -> object:
-    marks = [pytest.mark.slow] if representative.millions > SMALL else []
+    slow = representative.millions > SMALL or representative.family in LONG
+    marks = [pytest.mark.slow] if slow else []
     return pytest.param(representative, id=representative.family, marks=marks)
 
 
