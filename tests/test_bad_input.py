@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib.font_manager  # which writes a file as it is imported
+import matplotlib.font_manager  # noqa: F401  # writes a file when it is imported first
 import numpy as np
 import pytest
 import timm
