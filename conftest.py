@@ -1,4 +1,6 @@
-"""Names that the examples in docstrings use without importing them."""
+"""One thread per worker; names that the examples in docstrings use without importing them."""
+
+import os
 
 import captum
 import pytest
@@ -9,6 +11,10 @@ from torch import nn
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules
 from captum_abslrp.mappings import At, get_mapping
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # other workers have the other cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

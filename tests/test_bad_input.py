@@ -7,8 +7,6 @@ import os
 import pickle
 import resource
 import struct
-import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib.font_manager  # noqa: F401  # writes a file when it is imported first
 import numpy as np
 import pytest
 import timm
@@ -260,19 +259,15 @@ def without_room(*words: str) -> Any:
 
     def attempt(tmp_path: Path, capsys: Any) -> None:
         picture(tmp_path / "x.png")
-        # Some libraries write files of their own as they are imported.
-        program = "import matplotlib.font_manager, timm.data, torch.distributed.nn; "
-        program += "import resource, sys; from captum_abslrp.cli import main; "
-        program += f"resource.setrlimit(resource.RLIMIT_FSIZE, (1024, {resource.RLIM_INFINITY})); "
-        program += "sys.exit(main(sys.argv[1:]))"
         given = [word.replace("PICTURE", str(tmp_path / "x.png")) for word in words]
-        result = subprocess.run(
-            [sys.executable, "-c", program, *given, "--out", tmp_path / "out"],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert result.returncode == 2 and "Traceback" not in result.stderr
-        assert not list((tmp_path / "out").glob("*.part")) + list((tmp_path / "out").glob("*.png"))
-        raise Refused(result.stderr.splitlines()[-1])
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        try:
+            command(*given, "--out", tmp_path / "out", capsys=capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            out = tmp_path / "out"
+            assert not list(out.glob("*.part")) + list(out.glob("*.png"))
 
     return attempt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -649,11 +649,14 @@ def test_version_and_help(capsys: Capture) -> None:
     assert "demo:vgg, demo:resnet, demo:vit" in shown
 
 
-def test_python_runs_the_package_as_a_module() -> None:
-    words = [sys.executable, "-m", "captum_abslrp", "explain", "a.png", "--model", "demo:x"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("captum-abslrp: error: Expected `--model` to be a demo model")
+def test_python_runs_the_package_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["captum_abslrp", "explain", "a.png", "--model", "demo:x"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("captum_abslrp", run_name="__main__")
+    assert stop.value.code == 2
+    assert "Expected `--model` to be a demo model" in one_error(capsys)
 
 
 def test_class_names_come_with_the_weights() -> None:

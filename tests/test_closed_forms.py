@@ -246,7 +246,9 @@ def test_elementwise(function: Callable[[Tensor], Tensor], seed: int, b: int) ->
     assert_literal(function, [draw_tensor(seed, b, 5)], seed=seed)
 
 
-@pytest.mark.parametrize("function", [F.relu, torch.relu, Tensor.relu, F.relu_], ids=str)
+@pytest.mark.parametrize(
+    "function", [F.relu, torch.relu, Tensor.relu, F.relu_], ids=["F", "torch", "Tensor", "in place"]
+)
 @given(seed=seeds, b=sizes)
 def test_relu(function: Callable[[Tensor], Tensor], seed: int, b: int) -> None:
     """Relevance that reaches a ReLU is zero where its output is: the next call multiplied by it.

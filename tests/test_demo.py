@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,10 +226,13 @@ def test_learning_rate_rises_and_falls(name: str) -> None:
     assert max(rates) == pytest.approx(1) and rates[-1] == pytest.approx(0)
 
 
-def test_training_script_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_script_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sklearn")
     if not hasattr(timm.models.VGG, "forward_intermediates"):
         pytest.skip(f"the VGG of timm {timm.__version__} hands out no features to train on")
+    monkeypatch.setitem(RECIPES, "vgg", replace(RECIPES["vgg"], batch=8))
     threads = torch.get_num_threads()
     try:
         main(["--out", str(tmp_path), "--model", "vgg", "--steps", "2", "--scenes", "20"])

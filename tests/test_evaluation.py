@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import InputXGradient, Saliency
+from captum.attr import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from PIL import Image
 from torch import Tensor, nn
 
@@ -388,9 +388,19 @@ def test_what_the_vit_cannot_run_says_so(evaluate: Evaluate, tmp_path: Path) -> 
     assert "feature map" in str(failures["gradcam"])
 
 
-def test_all_methods_run_on_the_vgg(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_all_methods_run_on_the_vgg(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from captum_abslrp.methods import list_methods
 
+    def coarsely(method: Any, **fewer: Any) -> None:
+        def attribute(*args: Any, attribute: Any = method.attribute, **options: Any) -> Any:
+            return attribute(*args, **options | fewer)
+
+        monkeypatch.setattr(method, "attribute", attribute)
+
+    coarsely(IntegratedGradients, n_steps=2)
+    coarsely(Occlusion, sliding_window_shapes=(3, 32, 32), strides=(3, 32, 32))
     every = ",".join(list_methods())
     assert evaluate("--demo", "--model", "demo:vgg", "--n-mosaics", 1, methods=every) == 0
     table = Comparison.load(tmp_path / "out" / "comparison.json").methods
@@ -398,6 +408,7 @@ def test_all_methods_run_on_the_vgg(evaluate: Evaluate, tmp_path: Path) -> None:
     assert {scores.failure for scores in table.values()} == {None}
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(tmp_path: Path, folder: Path) -> None:
     def command(out: str) -> list[str]:
         args = f"--model demo:vgg --data {folder} --methods abslrp,random,saliency --n-mosaics 5"
@@ -442,8 +453,8 @@ def test_the_model_of_a_folder_is_any_of_timm(
 ) -> None:
     import timm
 
-    state = timm.create_model("resnet18", num_classes=10).state_dict()
+    state = timm.create_model("test_resnet", num_classes=10).state_dict()
     torch.save(state, tmp_path / "weights.pt")
-    args = ["--model", "resnet18", "--checkpoint", tmp_path / "weights.pt", "--data", folder]
+    args = ["--model", "test_resnet", "--checkpoint", tmp_path / "weights.pt", "--data", folder]
     assert evaluate(*args, "--n-mosaics", 1, methods="saliency") == 0
     assert load_subject("demo:vgg", None, torch.device("cpu")).channels == 3

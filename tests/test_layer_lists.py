@@ -56,9 +56,23 @@ def check(model: nn.Module, layers: list[Any], x: Any, **kwargs: Any) -> list[An
     return together
 
 
-@pytest.mark.parametrize("of_input", [False, True])
-@pytest.mark.parametrize("normalization", ["separate", "joint"])
-@pytest.mark.parametrize("contrast", ["others", None, 0])
+# All pairs of options by default; the rest of their product is left to the slow tests.
+@pytest.mark.parametrize(
+    ("contrast", "normalization", "of_input"),
+    [
+        pytest.param(
+            contrast,
+            normalization,
+            of_input,
+            marks=[pytest.mark.slow]
+            if contrast != "others" and of_input == (normalization == "joint")
+            else [],
+        )
+        for contrast in ("others", None, 0)
+        for normalization in ("separate", "joint")
+        for of_input in (False, True)
+    ],
+)
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_each_entry_is_that_of_the_layer_alone(
     name: str, contrast: Any, normalization: str, of_input: bool

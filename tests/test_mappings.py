@@ -22,10 +22,10 @@ from captum_abslrp.rules import DropoutRule, PassThroughRule, TwinRule
 from tests.conftest import load_golden
 
 TIMM = """
-    vgg11 vgg16 vgg16_bn vgg19 resnet18 resnet26d resnet50 resnext50_32x4d wide_resnet50_2 seresnet50
-    vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 deit_tiny_distilled_patch16_224
-    vit_small_patch14_reg4_dinov2
+    vgg11 resnet18 resnet26d resnet50 resnext50_32x4d seresnet50 vit_tiny_patch16_224
+    deit_tiny_distilled_patch16_224 vit_small_patch14_reg4_dinov2
 """.split()
+LARGER = "vgg16 vgg16_bn vgg19 wide_resnet50_2 vit_small_patch16_224 vit_base_patch16_224".split()
 TORCHVISION = ["vgg11", "resnet18", "vit_b_16"]
 
 
@@ -42,7 +42,9 @@ def check(model: nn.Module, x: Tensor, target: int = 0) -> None:
 
 # With random weights the classes of some are told apart in float64 only.
 @pytest.mark.filterwarnings("ignore:The maps of target and contrast")
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(
+    "name", [*TIMM, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)]
+)
 def test_timm_models(name: str) -> None:
     torch.manual_seed(0)
     # DINOv2 comes for 518 pixels and without a head, its output being features.
@@ -124,8 +126,8 @@ def test_other_models_get_the_generic_mapping() -> None:
     x = torch.rand(2, 2)
     model = nn.Sequential(nn.Linear(2, 2), nn.MaxPool1d(1))
     torch.testing.assert_close(
-        AbsLRP(model).attribute(x[:, None], (0, 1)),
-        AbsLRP(model, get_mapping("generic")).attribute(x[:, None], (0, 1)),
+        AbsLRP(model).attribute(x[:, None], (0, 1), class_dim=2),
+        AbsLRP(model, get_mapping("generic")).attribute(x[:, None], (0, 1), class_dim=2),
     )
 
 

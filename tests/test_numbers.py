@@ -38,11 +38,10 @@ def test_maps_are_finite(name: str, normalization: str, given: Tensor) -> None:
     assert torch.equal(relevance, attributor.attribute(given, 1, contrast=None, check_finite=True))
     # Where an image is (nearly) constant, rounding decides which of a window is the largest.
     if relevance.any() and (name == "vit" or given.abs().max() > 100):
-        errors = [
-            relative_error(relevance.double(), exact_map(name, normalization, given, seed))
+        assert any(
+            relative_error(relevance.double(), exact_map(name, normalization, given, seed)) < 1e-5
             for seed in (None, 0, 1, 2, 3)
-        ]
-        assert min(errors) < 1e-5
+        )
 
 
 def exact_map(name: str, normalization: str, given: Tensor, seed: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from captum_abslrp.cli import main
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["captum_abslrp.cli", "timm", "matplotlib.figure"])
 Process = Any
+NUMBERS = itertools.count(random.SystemRandom().randrange(1_000))
 
 
 def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
@@ -59,11 +60,15 @@ def exchange_and_end(rank: int, ports: list[int], by_hand: bool) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
+    """Ports that are free, from a range of this worker's own that the system gives to nobody by itself."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+    free: list[int] = []
+    while len(free) < count:
+        port = 16_000 + 1_000 * worker + next(NUMBERS) % 1_000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):  # nobody answers
+                free.append(port)
+    return free
 
 
 def start(n_processes: int, *arguments: object, log: Path) -> list[Process]:
@@ -106,7 +111,7 @@ def run(tmp_path: Path) -> Callable[..., list[int]]:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Scenes of single digits in a folder per class, and a file that is no picture."""
-    scenes = demo.render_scenes("single", 12, generator=0)
+    scenes = demo.render_scenes("single", 8, generator=0)
     for number, image in enumerate(scenes.images):
         path = tmp_path / "pictures" / f"class {number % 4}" / f"{number // 8}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,21 +130,21 @@ def scores(out: Path) -> dict[str, Any]:
 def test_the_table_of_several_processes_is_that_of_one(
     run: Callable[..., list[int]], pictures: Path, tmp_path: Path
 ) -> None:
-    command = ["evaluate", "--model", "demo:resnet", "--data", pictures, "--n-mosaics", 5]
+    command = ["evaluate", "--model", "demo:resnet", "--data", pictures, "--n-mosaics", 4]
     command += ["--methods", "abslrp,lrp,random", "--out"]
     assert run(1, *command, tmp_path / "one") == [0]
     assert run(3, *command, tmp_path / "three") == [0, 0, 0]
     expected = scores(tmp_path / "one")
     assert expected["lrp"][1] is not None and expected["random"][1] is None
-    assert len(expected["abslrp"][0]["gae"]) == 5
+    assert len(expected["abslrp"][0]["gae"]) == 4
     assert scores(tmp_path / "three") == expected
 
     def lines(path: Path) -> list[str]:
         return [line for line in path.read_text().splitlines() if "skipped" not in line]
 
-    # Five mosaics, none of them done twice; a method that fails is tried once by each process.
+    # Four mosaics, none of them done twice; a method that fails is tried once by each process.
     counts = {p.name: len(lines(p)) for p in (tmp_path / "three").glob("scores*.jsonl")}
-    assert counts == {"scores.jsonl": 5, "scores-1.jsonl": 5, "scores-2.jsonl": 3}
+    assert counts == {"scores.jsonl": 5, "scores-1.jsonl": 3, "scores-2.jsonl": 3}
     texts = [(tmp_path / name / "comparison.md").read_text() for name in ("one", "three")]
     assert ["broken.png" in text for text in texts] == [True, True]
 
@@ -156,23 +161,25 @@ def test_explanations_of_several_processes_are_those_of_one(
         {path.relative_to(tmp_path / n): np.load(path) for path in (tmp_path / n).rglob("*.npy")}
         for n in ("1", "2")
     ]
-    assert len(maps[0]) == 12 and maps[0].keys() == maps[1].keys()
+    assert len(maps[0]) == 8 and maps[0].keys() == maps[1].keys()
     assert all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0])
-    assert Path("class 3/2-abslrp.npy") in maps[0]
+    assert Path("class 3/1-abslrp.npy") in maps[0]
     shown = [
         re.findall(r'"name": ?"([^"]*\.png)"', (tmp_path / n / "report.html").read_text())
         for n in "12"
     ]
-    assert shown[0] == shown[1] and len(shown[0]) == 12
+    assert shown[0] == shown[1] and len(shown[0]) == 8
     log = (tmp_path / "log").read_text()
     assert log.count("broken.png could not be read as an image") == 2
 
 
-@pytest.mark.parametrize("n_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n_kills", "n_mosaics"), [(1, 3), pytest.param(10, 6, marks=pytest.mark.slow)]
+)
 def test_sigkill_at_random_moments_loses_nothing(
-    n_kills: int, run: Callable[..., list[int]], tmp_path: Path
+    n_kills: int, n_mosaics: int, run: Callable[..., list[int]], tmp_path: Path
 ) -> None:
-    command = ["evaluate", "--demo", "--model", "demo:vgg", "--n-mosaics", 6]
+    command = ["evaluate", "--demo", "--model", "demo:vgg", "--n-mosaics", n_mosaics]
     command += ["--methods", "saliency,random", "--out"]
     began = time.monotonic()
     assert run(2, *command, tmp_path / "whole") == [0, 0]
@@ -218,6 +225,7 @@ def test_processes_that_part_at_once_come_to_an_end(by_hand: bool) -> None:
     assert [process.exitcode for process in pair] == [0, 0]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(tmp_path: Path) -> None:
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
     command += "-m captum_abslrp evaluate --demo --model demo:vgg --n-mosaics 2 --methods random"

@@ -65,16 +65,24 @@ def test_nothing_waits(name: str, normalization: str, known: str) -> None:
     assert torch.equal(actual, expected)
 
 
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "efficientnet_b0": {},
+    "mobilenetv3_small_050": {},
+    "convnext_atto": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 112, "embed_dim": 24, "depths": (2, 2, 2, 2)},
+    "mixer_s32_224": {"img_size": 96, "num_blocks": 2},
+    "pvt_v2_b0": {},
+}
+
+
 @pytest.mark.filterwarnings("ignore:The maps of target and contrast differ")
-@pytest.mark.parametrize(
-    "name",
-    ["efficientnet_b0", "mobilenetv3_small_050", "convnext_atto", "swin_tiny_patch4_window7_224",
-     "mixer_s32_224", "pvt_v2_b0"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_waits_in_other_architectures(name: str, known: str) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 224, 224)
-    model = realistic(timm.create_model(name), x)
+    options = ARCHITECTURES[name]
+    size = options.get("img_size", 96)
+    x = torch.randn(2, 3, size, size)
+    model = realistic(timm.create_model(name, **options), x)
     expected = AbsLRP(model).attribute(x, [3, 4])
     with NoWaiting():
         actual = AbsLRP(model).attribute(x, [3, 4])
