@@ -24,6 +24,7 @@ from captum_abslrp.metrics.comparison import score_maps
 from captum_abslrp.metrics.evaluation import plan_mosaics
 from captum_abslrp.metrics.functional import mosaic
 from captum_abslrp.metrics.gae import Setting
+from captum_abslrp.text import markdown_table
 
 SEED = 0
 HERE = Path(__file__).parent
@@ -190,7 +191,7 @@ def overview(tables: dict[str, Comparison]) -> str:
         )
         for column in columns
     }
-    lines = [["method", *header], ["---"] * (len(header) + 1)]
+    rows = []
     for name, title in NAMES.items():
         cells = [title]
         for model, score in columns:
@@ -203,8 +204,8 @@ def overview(tables: dict[str, Comparison]) -> str:
             if "oracle" not in name and text == f"{best[model, score]:.2f}":
                 text = f"**{text}**"
             cells.append(f"{text} [{low:.2f}, {high:.2f}]" if score == "gae" else text)
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+        rows.append(cells)
+    return markdown_table(["method", *header], rows, aligned=False) + "\n"
 
 
 def write_between_marks(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from torch.overrides import resolve_name
 
 from captum_abslrp.functional import EPS, sums
 from captum_abslrp.steps import Kept, in_full_precision
+from captum_abslrp.text import markdown_table
 
 if TYPE_CHECKING:
     from captum_abslrp.contrast import Target
@@ -58,9 +59,7 @@ class RelevanceTrace:
     calls: tuple[TracedCall, ...]
 
     def __str__(self) -> str:
-        from captum_abslrp.inspection import table
-
-        return table(
+        return markdown_table(
             ["call", "in", "rule", "arrived", "handed on"],
             [
                 [

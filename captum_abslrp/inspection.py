@@ -6,7 +6,7 @@ them are named at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from captum_abslrp.interception import Call, Interception, carries_relevance
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.state import unchanged
 from captum_abslrp.steps import Answer
+from captum_abslrp.text import markdown_table
 
 __all__ = ["InspectedCall", "Inspection", "inspect_rules"]
 
@@ -70,24 +71,13 @@ class Inspection:
             groups.setdefault((call.call, rule, call.origin), []).append(call)
         # What has no rule comes first.
         ordered = sorted(groups.items(), key=lambda group: group[1][0].rule is not None)
-        return table(
+        return markdown_table(
             ["call", "rule", "from", "calls", "first in"],
             [
                 [*key, str(len(calls)), f"{calls[0].path or '(model)'} ({calls[0].layer})"]
                 for key, calls in ordered
             ],
         )
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """Rows as Markdown, columns aligned."""
-    cells = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(map(str.ljust, row, widths)) + " |"
-        for row in [header, ["-" * width for width in widths], *cells[1:]]
-    ]
-    return "\n".join(lines)
 
 
 def inspect_rules(

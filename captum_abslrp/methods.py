@@ -15,7 +15,6 @@ Axes: B images, C channels, H height, W width.
 from __future__ import annotations
 
 import copy
-import difflib
 import warnings
 import zlib
 from collections import Counter
@@ -30,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.operations import LINEAR, MOVING, find_operation
+from captum_abslrp.text import did_you_mean
 
 __all__ = [
     "AttributionFunction",
@@ -106,11 +106,9 @@ def get_method(name: str) -> MethodFactory:
     """
     if name in _METHODS:
         return _METHODS[name]
-    near = difflib.get_close_matches(name, _METHODS, n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"Expected `name` to be an attribution method, but got {name!r}; "
-        f"{hint}There are: {', '.join(_METHODS)}."
+        f"Expected `name` to be an attribution method, but got {name!r}"
+        f"{did_you_mean(name, _METHODS)}. There are: {', '.join(_METHODS)}."
     )
 
 

@@ -919,9 +919,11 @@ def test_registration(registry: None) -> None:
 
 
 def test_unknown_methods_have_near_names() -> None:
-    with pytest.raises(ValueError, match="but got 'deeplif'; did you mean deeplift\\? There are: "):
+    with pytest.raises(
+        ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). There are: "
+    ):
         get_method("deeplif")
-    with pytest.raises(ValueError, match="but got 'qqq'; There are: abslrp, lrp"):
+    with pytest.raises(ValueError, match="but got 'qqq'. There are: abslrp, lrp"):
         get_method("qqq")
 
 

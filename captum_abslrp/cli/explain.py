@@ -6,7 +6,6 @@ Axes: C channels, H height, W width.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import warnings
 from collections import Counter
@@ -25,7 +24,6 @@ from captum_abslrp.cli.files import (
     UserError,
     all_image_files,
     complain,
-    did_you_mean,
     folder,
     html_file,
     output_names,
@@ -42,6 +40,7 @@ from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_sub
 from captum_abslrp.interception import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section
+from captum_abslrp.text import did_you_mean
 from captum_abslrp.visualization import plot_grid, plot_rows
 
 if TYPE_CHECKING:
@@ -441,9 +440,8 @@ def _class_index(
             f"Expected `{option}` to name one class, but got {text!r}, which names "
             f"{len(found)}: give the index {indices}."
         )
-    near = difflib.get_close_matches(wanted, [*other_words, *known], n=3)
     expected = f"{', '.join(other_words)} or a class" if other_words else "a class"
     raise UserError(
         f"Expected `{option}` to be {expected} of the model, but got {text!r}"
-        f"{did_you_mean(near)}; an index will do too."
+        f"{did_you_mean(wanted, [*other_words, *known])}; an index will do too."
     )

@@ -250,10 +250,6 @@ def complain(error: UserError | str, kind: str = "error") -> None:
     tqdm.write(f"{PROGRAM}: {kind}: {error}", file=sys.stderr)
 
 
-def did_you_mean(near: Sequence[str]) -> str:
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
 def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 

@@ -10,8 +10,9 @@ import torch
 from captum_abslrp import demo
 from captum_abslrp.cli.files import say
 from captum_abslrp.cli.models import DEMO_PREFIX, build_model
-from captum_abslrp.inspection import MOVES, Inspection, inspect_rules, table
+from captum_abslrp.inspection import MOVES, Inspection, inspect_rules
 from captum_abslrp.mappings import find_mapping
+from captum_abslrp.text import markdown_table
 
 
 def add_command(commands: Any) -> None:
@@ -49,7 +50,7 @@ def _inspect(args: argparse.Namespace) -> int:
             [call.path or "(model)", call.layer, call.call, call.rule or "NONE", call.origin]
             for call in shown
         ]
-        say(table(["module", "layer", "call", "rule", "from"], rows))
+        say(markdown_table(["module", "layer", "call", "rule", "from"], rows))
     else:
         say(str(Inspection(tuple(shown))))
     mapping = find_mapping(model)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from captum_abslrp.metrics import functional
 from captum_abslrp.metrics.gae import SCORES, Setting, bootstrap_interval, prepare
+from captum_abslrp.text import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,10 +107,8 @@ class Comparison:
     methods: dict[str, MethodScores]
 
     def __str__(self) -> str:
-        head, *rows = self.rows()
-        # A bar would end the cell.
-        lines = [head, ["---"] * len(head), *([c.replace("|", r"\|") for c in row] for row in rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        header, *rows = self.rows()
+        return markdown_table(header, rows, aligned=False)
 
     def rows(self) -> list[list[str]]:
         """The table as text: the names of the columns, then a row per method."""
