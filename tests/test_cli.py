@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, UnsupportedCallError, __version__, demo, methods
+from captum_abslrp import AbsLRP, UnsupportedCallError, __version__, demo, hookable, methods
 from captum_abslrp.cli import demo as demo_command
 from captum_abslrp.cli import explain as explain_command
 from captum_abslrp.cli import files, main
@@ -812,7 +812,7 @@ def test_methods_leave_no_trace_after_a_bad_target(
 
 
 def test_copies_to_hook_are_not_in_place(small: nn.Module) -> None:
-    copied = methods._hookable_copy(small)
+    copied = hookable.hookable_copy(small)
     assert copied is not small and not any(getattr(m, "inplace", False) for m in copied.modules())
     assert any(getattr(m, "inplace", False) for m in small.modules())
 
