@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from captum_abslrp.alignment import Misaligned
-from captum_abslrp.attribution import AbsLRP, check_initialized
+from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.calls import tensors_in
+from captum_abslrp.checks import check_initialized
 from captum_abslrp.interception import Call, Interception, carries_relevance
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.state import unchanged

@@ -1,102 +1,70 @@
-"""What relevance does at each call: where it stops being finite, where it is lost.
+"""Observers: what looks at the calls of a model, forward and back, while it is explained.
 
-Axes: B samples.
+The engine gives an :class:`Observer` every call that a rule has recorded; the :class:`ObservedCall` that it
+returns is given the relevance that arrives at the call and the relevance that the call passes on.
+
+Axes: B samples, S seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
+from captum_abslrp.calls import tensors_in
 from captum_abslrp.functional import EPS, sums
 from captum_abslrp.steps import Kept, in_full_precision
-from captum_abslrp.text import markdown_table
 
-if TYPE_CHECKING:
-    from captum_abslrp.contrast import Target
-    from captum_abslrp.interception import Call
-    from captum_abslrp.mappings import Mapping
-
-__all__ = ["RelevanceTrace", "TracedCall", "Watch", "trace_relevance"]
+__all__ = ["ObservedCall", "Observer"]
 
 
-@dataclass(frozen=True)
-class TracedCall:
-    """A call on the way back, and the relevance that went through it.
+class _Call(Protocol):
+    """What an observer reads of a call of the forward pass; `str` of it names the call and its place."""
 
-    Sums are of magnitudes, mean over the samples, in shares of what the output started with.
-
-    Attributes:
-        call: the function, for example ``"torch.nn.functional.conv2d"``.
-        path: the module that made the call, for example ``"blocks.0.attn.proj"``.
-        layer: the type of this module.
-        rule: what answered the call.
-        arrived: relevance of its output.
-        handed_on: relevance of each of its inputs.
-    """
-
-    call: str
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    module: nn.Module | None
     path: str
-    layer: str
-    rule: str
-    arrived: float
-    handed_on: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class RelevanceTrace:
-    """The calls on the way back from the output to the input; printed as a table.
-
-    Attributes:
-        calls: every call that a rule answered and that relevance went through.
-    """
-
-    calls: tuple[TracedCall, ...]
-
-    def __str__(self) -> str:
-        return markdown_table(
-            ["call", "in", "rule", "arrived", "handed on"],
-            [
-                [
-                    call.call,
-                    f"{call.path or '(model)'} ({call.layer})",
-                    call.rule,
-                    f"{call.arrived:.3g}",
-                    " + ".join(f"{share:.3g}" for share in call.handed_on),
-                ]
-                for call in self.calls
-            ],
-        )
 
 
 @dataclass
-class Watch:
-    """What is looked at while a model is explained.
+class Observer:
+    """Looks at every call while a model is explained.
 
     Args:
-        finite: raise FloatingPointError at the first call that makes something that is not finite.
-        traced: keep what is needed to tell the relevance at each call.
-        repeated: whether this is a second look, so that nothing is warned about again.
+        finite: raise FloatingPointError at the first call that makes a value that is not finite.
+        traced: measure the relevance that arrives at each call and that it passes on.
+        repeated: whether the pass repeats an earlier one, so that no warning is given again.
     """
 
     finite: bool = False
     traced: bool = False
     repeated: bool = False
-    calls: list[Watched] = field(default_factory=list)
-    """The calls on the way back, in its order, where they are traced."""
+    calls: list[ObservedCall] = field(default_factory=list)
+    """The calls of the backward pass in its order, where they are traced."""
 
     def answered(
-        self, call: Call, rule: Any, sources: Sequence[Tensor], output: Tensor, batch_size: int
-    ) -> Watched:
-        """Look at a call of the forward pass that a rule has answered."""
+        self, call: _Call, rule: Any, sources: Sequence[Tensor], output: Tensor, batch_size: int
+    ) -> ObservedCall:
+        """Look at a call of the forward pass that a rule has recorded.
+
+        Args:
+            call: the call.
+            rule: its rule.
+            sources: the inputs that get relevance.
+            output: its output.
+            batch_size: B.
+        """
         if self.finite:
             _check_output(call, sources, output)
-        return Watched(
+        return ObservedCall(
             self,
             str(call),
             resolve_name(call.func) or call.name,
@@ -109,20 +77,19 @@ class Watch:
         )
 
 
-def _check_output(call: Call, sources: Sequence[Tensor], output: Tensor) -> None:
-    from captum_abslrp.calls import tensors_in
-
+def _check_output(call: _Call, sources: Sequence[Tensor], output: Tensor) -> None:
+    """Raise where the output of a call is not finite."""
     # A mask may be of -inf, and so may be what it is added to.
     given = [t for t in (*tensors_in((call.args, call.kwargs)), *sources) if t.is_floating_point()]
     masked = any(bool(t.isinf().any()) for t in given)
     bad = output.isnan() if masked else ~output.isfinite()
     if not bool(bad.any()):
         return
-    spoilt = any(bool(t.isnan().any()) for t in given)
-    finite = [t.detach().abs().float().max().item() for t in given if t.numel() and not spoilt]
+    has_nan = any(bool(t.isnan().any()) for t in given)
+    finite = [t.detach().abs().float().max().item() for t in given if t.numel() and not has_nan]
     of = (
         "an input or weight of it has NaN already"
-        if spoilt
+        if has_nan
         else f"its inputs and weights are up to {max(finite, default=0):.3g} in magnitude"
     )
     raise FloatingPointError(
@@ -133,114 +100,59 @@ def _check_output(call: Call, sources: Sequence[Tensor], output: Tensor) -> None
 
 
 @dataclass
-class Watched:
-    """A call that is looked at again on the way back."""
+class ObservedCall:
+    """A call whose relevance is looked at in the backward pass."""
 
-    watch: Watch
-    name: str
-    call: str
+    observer: Observer
+    place: str
+    """The function and where it is called, for messages."""
+    function: str
+    """Qualified name of the function."""
     path: str
+    """The module that made the call."""
     layer: str
+    """The type of this module."""
     rule: str
     batch_size: int
     output: Kept | None
     sources: Sequence[Kept]
     arrived: Tensor | None = None
-    """What has arrived, of each seed and sample."""
-    handed_on: Sequence[Tensor] = ()
-    """What each source got, of each seed and sample."""
+    """Relevance of the output, (S, B)."""
+    passed: Sequence[Tensor] = ()
+    """Relevance of each source, (S, B)."""
 
     def arrives(self, seeds: Sequence[Tensor], *, stabilised: bool) -> None:
-        """What arrives, per magnitude of the output, for each seed."""
+        """Look at the relevance per magnitude of the output, of each seed."""
         self._check(seeds, "arrived at")
         if self.output is not None:
             magnitude = self.output().abs() + (EPS if stabilised else 0)
             self.arrived = torch.stack([sums(magnitude, s, self.batch_size) for s in seeds])
 
     def hands_on(self, of_seeds: Sequence[Sequence[Tensor]], *, stabilised: bool = False) -> None:
-        """What is handed on, per magnitude of each source."""
+        """Look at the relevance per magnitude of each source, of each seed."""
         for shares in of_seeds:
             self._check(shares, "came out of")
         if self.output is None:
             return
         magnitudes = [kept().abs() + (EPS if stabilised else 0) for kept in self.sources]
-        self.handed_on = [
+        self.passed = [
             torch.stack(
                 [sums(size, in_full_precision(shares[i]), self.batch_size) for shares in of_seeds]
             )
             for i, size in enumerate(magnitudes)
         ]
-        self.watch.calls.append(self)
+        self.observer.calls.append(self)
 
     def _check(self, values: Sequence[Tensor], what: str) -> None:
-        if self.watch.finite and not all(bool(s.isfinite().all()) for s in values):
+        if self.observer.finite and not all(bool(s.isfinite().all()) for s in values):
             raise FloatingPointError(
-                f"Expected relevance to be finite, but got NaN or infinite values that {what} {self.name} "
-                f"on the way back. Compute in a wider dtype: `model.float()`, `model.double()`."
+                f"Expected relevance to be finite, but got NaN or infinite values that {what} {self.place} "
+                f"in the backward pass. Compute in a wider dtype: `model.float()`, `model.double()`."
             )
 
     def ends(self, seed: int, samples: Sequence[int]) -> bool:
         """Whether relevance of a seed arrived for one of the samples, and no source got any of it."""
         assert self.arrived is not None
         arrived = self.arrived[seed, samples] > 0
-        passed = [share[seed, samples] > 0 for share in self.handed_on]
+        passed = [share[seed, samples] > 0 for share in self.passed]
         return bool((arrived & ~torch.stack(passed).any(0)).any())
-
-    def traced(self, total: float) -> TracedCall:
-        """What is told of the call; `total` is what the output started with."""
-        assert self.arrived is not None
-        return TracedCall(
-            self.call,
-            self.path,
-            self.layer,
-            self.rule,
-            float(self.arrived[0].mean()) / total,
-            tuple(float(share[0].mean()) / total for share in self.handed_on),
-        )
-
-
-def trace_relevance(
-    model: nn.Module,
-    inputs: Tensor | tuple[Tensor, ...],
-    target: Target = None,
-    additional_forward_args: Any = None,
-    *,
-    mapping: Mapping | str | None = None,
-    normalization: str = "separate",
-    output: Callable[[Any], Tensor] | None = None,
-    class_dim: int | None = None,
-) -> RelevanceTrace:
-    """Explain a target and tell how much relevance went through each call: where it is lost, or grows.
-
-    For debugging: everything is kept and looked at, which takes time and memory.
-
-    Args:
-        model, mapping, normalization, output: as for :class:`~captum_abslrp.AbsLRP`.
-        inputs, target, additional_forward_args, class_dim: as for :meth:`AbsLRP.attribute
-            <captum_abslrp.AbsLRP.attribute>`; the map is that of the target alone.
-
-    Returns:
-        The calls on the way back, from the output to the inputs. Calls that move elements are left out:
-        they keep all of it. With ``"joint"`` what is handed on adds up to what arrived, unless a rule hands
-        on nothing at all; with ``"separate"`` each input gets a total of one, and what arrives grows where
-        branches meet.
-
-    Raises:
-        TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as ``attribute``.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
-        >>> trace = trace_relevance(model, torch.rand(4, 3), target=1)
-        >>> [call.call for call in trace.calls]
-        ['torch.nn.functional.linear', 'torch.nn.functional.relu', 'torch.nn.functional.linear']
-        >>> trace.calls[0].path, trace.calls[0].arrived
-        ('2', 1.0)
-    """
-    from captum_abslrp.attribution import AbsLRP
-    from captum_abslrp.propagation import TOTAL
-
-    watch = Watch(traced=True)
-    AbsLRP(model, mapping, normalization=normalization, output=output).explain_watched(
-        inputs, target, additional_forward_args, watch, class_dim=class_dim
-    )
-    return RelevanceTrace(tuple(call.traced(TOTAL) for call in watch.calls))

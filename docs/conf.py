@@ -53,7 +53,7 @@ nitpick_ignore = [
     ("py:class", name)  # types of the inside, and names of types
     for name in (
         "captum_abslrp.interception.Interception",
-        "captum_abslrp.diagnostics.Watch",
+        "captum_abslrp.observers.Observer",
         "Array",
         "Key",
         "Propagate",
