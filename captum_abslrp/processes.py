@@ -1,4 +1,4 @@
-"""Work that is shared by the processes of ``torch.distributed``, where it is initialised.
+"""Work that is shared by the processes of ``torch.distributed``, where it is initialized.
 
 What is exchanged are small Python objects (scores, paths, messages), never tensors of the model. Without
 ``torch.distributed`` everything here is what one process does alone.
@@ -44,7 +44,7 @@ def started() -> Iterator[None]:
         [1, 2, 3]
     """
     described = all(name in os.environ for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"))
-    if not described or os.environ["WORLD_SIZE"] == "1" or _initialised():
+    if not described or os.environ["WORLD_SIZE"] == "1" or _initialized():
         yield
         return
     global _group
@@ -58,18 +58,18 @@ def started() -> Iterator[None]:
         _exchanged.clear()
 
 
-def _initialised() -> bool:
+def _initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return distributed.get_rank() if _initialised() else 0
+    return distributed.get_rank() if _initialized() else 0
 
 
 def count() -> int:
     """How many processes there are."""
-    return distributed.get_world_size() if _initialised() else 1
+    return distributed.get_world_size() if _initialized() else 1
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -26,7 +26,14 @@ from captum_abslrp.cli.files import (
     save_text,
     say,
 )
-from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
+from captum_abslrp.cli.models import (
+    DEMO_PREFIX,
+    Subject,
+    add_checkpoint,
+    add_device,
+    find_device,
+    load_subject,
+)
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.metrics.comparison import Comparison
 from captum_abslrp.metrics.evaluation import Evaluation
@@ -58,12 +65,7 @@ def add_command(commands: Any) -> None:
         + ", ".join(DEMO_PREFIX + name for name in demo.list_models())
         + " (default with --demo: these, each in a folder of its own)",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
-    )
+    add_checkpoint(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(
         "--data",
@@ -104,9 +106,7 @@ def add_command(commands: Any) -> None:
         metavar="B",
         help="images that are explained at a time, 20 of a mosaic (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads",
         type=positive_int,

@@ -36,7 +36,14 @@ from captum_abslrp.cli.files import (
     say,
     with_suffix,
 )
-from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
+from captum_abslrp.cli.models import (
+    DEMO_PREFIX,
+    Subject,
+    add_checkpoint,
+    add_device,
+    find_device,
+    load_subject,
+)
 from captum_abslrp.interception import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section
@@ -78,12 +85,7 @@ def add_command(commands: Any) -> None:
         help="a timm model, e.g. resnet50 or vit_base_patch16_224, or without network one of "
         + ", ".join(DEMO_PREFIX + name for name in demo.list_models()),
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
-    )
+    add_checkpoint(parser)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument(
         "--target",
@@ -118,9 +120,7 @@ def add_command(commands: Any) -> None:
         metavar="METHOD",
         help="show other methods too: %(choices)s",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads",
         type=positive_int,

@@ -6,21 +6,25 @@ import argparse
 import errno
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import captum
+import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from captum_abslrp import processes
+from captum_abslrp import __version__, processes
+from captum_abslrp.report import Section, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
-
-    from captum_abslrp.report import Section
 
 PROGRAM = "captum-abslrp"
 
@@ -46,7 +50,6 @@ def read_image(path: Path, channels: int) -> Image:
 
 def _of_eight_bits(image: Image, kind: str | None) -> Image:
     """A picture of 8 bits per channel: Pillow itself cuts off what is beyond 255."""
-    import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
@@ -188,16 +191,12 @@ def save_text(text: str, path: Path) -> None:
 
 
 def save_array(values: Tensor, path: Path) -> None:
-    import numpy as np
-
     with written(path) as file:
         np.save(file, values.numpy())
 
 
 def save_report(args: argparse.Namespace, sections: Sequence[Section], title: str) -> None:
     """Write the report of a command to where it was asked for."""
-    from captum_abslrp.report import render
-
     page = render(sections, title=title, settings=settings_of(args), command=args.line)
     save_text(page, args.html)
     say(f"The report is {args.html}.")
@@ -205,13 +204,7 @@ def save_report(args: argparse.Namespace, sections: Sequence[Section], title: st
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
     """What a command was asked for, and the versions that answered, for a report."""
-    import platform
-
-    import captum
     import timm
-    import torch
-
-    from captum_abslrp import __version__
 
     asked = {
         name.replace("_", "-"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -229,8 +222,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[Any]:
-    from tqdm import tqdm
-
     steps = list(items)
     show = show and processes.rank() == 0
     yield from tqdm(steps, unit=f" {unit}", file=sys.stderr, disable=not show)
@@ -238,15 +229,11 @@ def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[
 
 def say(text: str) -> None:
     """Tell the user; where several processes share the work, the first one speaks."""
-    from tqdm import tqdm
-
     if processes.rank() == 0:
         tqdm.write(text, file=sys.stdout)
 
 
 def complain(error: UserError | str, kind: str = "error") -> None:
-    from tqdm import tqdm
-
     tqdm.write(f"{PROGRAM}: {kind}: {error}", file=sys.stderr)
 
 

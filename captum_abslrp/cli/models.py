@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,23 @@ class Subject:
     def label(self, index: int) -> str:
         name = self.names[index].split(",")[0]
         return name if name in (str(index), f"class {index}") else f"{name} ({index})"
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--checkpoint`` to the parser of a command."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--device`` to the parser of a command."""
+    parser.add_argument(
+        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
+    )
 
 
 @contextmanager

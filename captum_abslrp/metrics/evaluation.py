@@ -47,7 +47,7 @@ class Evaluation:
     The folder holds ``settings.json``, what the scores depend on, and ``scores.jsonl``, one line per
     mosaic and attributor. Nothing else in it is touched.
 
-    Where ``torch.distributed`` is initialised, the processes share the mosaics: each of them makes the
+    Where ``torch.distributed`` is initialized, the processes share the mosaics: each of them makes the
     evaluation and calls :meth:`run`, which returns the whole table in each. Process n > 0 writes to
     ``scores-n.jsonl`` in the folder, which all must see. A run may be resumed by another number of
     processes. The scores are those of one process with as many threads as each of them has

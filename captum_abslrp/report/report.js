@@ -50,7 +50,7 @@ function panel(given) {
     "div",
     { class: "scale" },
     least,
-    element("img", { src: data.scale, alt: "Colours from against (blue) to for the class (red)" }),
+    element("img", { src: data.scale, alt: "Colors from against (blue) to for the class (red)" }),
     most,
   );
   const missing = element("p", { class: "missing", hidden: true }, "There is no such map.");
