@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from captum._utils.common import _format_additional_forward_args
 from captum.attr._utils.attribution import GradientAttribution
-from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_abslrp.calls import on_host
@@ -34,6 +33,7 @@ from captum_abslrp.interception import Interception, UnsupportedCallError
 from captum_abslrp.map_checks import ZeroMaps, warn_of_detached, warn_of_noise, zero_maps
 from captum_abslrp.mappings import Mapping, get_mapping
 from captum_abslrp.memory import fitting
+from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.observers import Observer
 from captum_abslrp.propagation import TOTAL, logits, propagate
 from captum_abslrp.seeds import (
@@ -43,7 +43,6 @@ from captum_abslrp.seeds import (
     check_contrast,
     contrast_seed,
     expand_target,
-    repeated,
     target_seed,
 )
 from captum_abslrp.state import saver, unchanged
@@ -56,30 +55,11 @@ Forward = Callable[
 """From inputs, further arguments and an observer to the output and the tensors that are explained."""
 
 Chunk = tuple[list[Tensor], Tensor]
-"""Relevance of what is explained, and the sum that the relevance of each sample started with, (B,)."""
-
-
-def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a method what Captum expects of ``attribute``: its calls are logged, unless they are Captum's own.
-
-    Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, but hands
-    over all other arguments as they are. There, and only there, a contrast per sample is repeated as well.
-    """
-
-    @wraps(attribute)
-    def unlogged(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
-        if "contrast" in kwargs and isinstance(first, Tensor) and first.dim() > 0:
-            kwargs["contrast"] = repeated(kwargs["contrast"], len(first))
-        return attribute(self, inputs, *args, **kwargs)
-
-    logged = log_usage()(attribute)
-    logged.__wrapped__ = unlogged
-    return logged
+"""Relevance of the explained tensors, and the sum that the relevance of each sample started with, (B,)."""
 
 
 class _Maps(NamedTuple):
-    """What one forward pass and one backward pass give."""
+    """Relevance from one forward pass and one backward pass."""
 
     relevances: list[Tensor]
     """Relevance of each explained tensor, (S, ...), for each of S seeds."""
@@ -92,9 +72,9 @@ class _Maps(NamedTuple):
 class AbsLRP(GradientAttribution):
     r"""Relative absolute magnitude layer-wise relevance propagation (absLRP).
 
-    Relevance starts at the target's output and goes back call by call: each call hands it to those
-    of its inputs that contributed positively, in proportion, relative to the magnitude of its net
-    output. What speaks for the other classes as well is taken out by the contrast:
+    Relevance starts at the target's output and goes back call by call. Each call passes it to those of
+    its inputs that contributed positively, in proportion, relative to the magnitude of its net output.
+    The contrast removes what speaks for the other classes as well:
     :math:`R(\text{target}) - R(\text{contrast})`.
 
     Source: Vukadin, Afrić, Šilić, Delač, *Advancing Attribution-Based Neural Network Explainability
@@ -106,8 +86,8 @@ class AbsLRP(GradientAttribution):
     Args:
         model: the model, in evaluation mode. A compiled one and one in ``nn.DataParallel`` or
             ``DistributedDataParallel`` is explained as the module inside, on the device of its weights.
-        mapping: which rule answers which call: a :class:`~captum_abslrp.mappings.Mapping`, the name of
-            a registered one, or None to choose it from the class of the model (``"generic"`` where
+        mapping: the rule of each call: a :class:`~captum_abslrp.mappings.Mapping`, the name of a
+            registered one, or None to choose it from the class of the model (``"generic"`` where
             the class is not registered). A rule set on a module, ``module.rule``, wins.
         normalization: ``"separate"`` scales the relevance of each input of a call to the same total
             on its own (as published); ``"joint"`` scales all inputs of a call together to what
@@ -117,9 +97,9 @@ class AbsLRP(GradientAttribution):
             ``logits_per_image`` of an object or dict (such as Hugging Face's ``ModelOutput``).
 
     Raises:
-        TypeError: if ``model`` is no module, if it or a part of it is scripted or quantized, if the
-            attribute ``rule`` of a part of it is a string or a class, which looks like a rule and is
-            none, or if another argument is not of a type that is listed here.
+        TypeError: if ``model`` is not a module, if it or a part of it is scripted or quantized, if the
+            attribute ``rule`` of a part of it is a string or a class instead of a rule, or if another
+            argument is not of a type that is listed here.
         ValueError: if the mapping or the normalization is unknown.
 
     Example:
@@ -177,14 +157,14 @@ class AbsLRP(GradientAttribution):
                 has dimensions, the sum over the other dimensions is explained: ``k`` is class k of all
                 positions of an output (B, K, H, W). None explains the predicted class, or the only
                 output.
-            additional_forward_args: what the model is given after the inputs, one argument or a tuple.
-            contrast: what the target is held against: ``"others"``, all other classes alike (as
+            additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
+            contrast: what the target is compared with: ``"others"``, all other classes alike (as
                 published); ``"softmax"``, the other classes by their probability; classes in any
                 form of ``target``: why this rather than that? None returns the map of the target
                 alone. With one output per sample there is nothing to hold it against. Classes are
                 compared at the position of the target, or as sums where the target is one. In Captum's
                 ``NoiseTunnel`` one class per sample is taken for all of the sample's copies.
-            combine: how the map of the target and that of the contrast make one: ``"difference"`` (as
+            combine: how the maps of the target and of the contrast are combined: ``"difference"`` (as
                 published), or ``"gated"``: the target's map where it exceeds the contrast's, and 0
                 elsewhere.
             class_dim: the dimension of the output that classes are in, for ``"others"``, ``"softmax"``
@@ -193,8 +173,8 @@ class AbsLRP(GradientAttribution):
             internal_batch_size: how many samples are run at a time, at most; None runs all at once,
                 ``"auto"`` as many as fit into half of the free memory, by what one sample keeps.
             return_convergence_delta: whether to return the delta, too.
-            check_finite: look at what every call makes, forward and back, which takes time (on a GPU most
-                of all). On the host this is done by itself where a map is not finite.
+            check_finite: check the values of every call, forward and back, which takes time, most of all
+                on a GPU. On the host this happens anyway where a map is not finite.
 
         Returns:
             Relevance shaped like ``inputs``, same dtype and device, without history; its unit is the
@@ -202,8 +182,8 @@ class AbsLRP(GradientAttribution):
             lost. With ``return_convergence_delta`` a pair of it and the delta, of shape (B,): the sum
             of the relevance of all inputs less that of the seeds (1, or 0 for a difference).
 
-        Nothing waits for a GPU: what would have to be looked at there is not checked, unless
-        ``check_finite`` asks for it. Targets are best given as ints or on the host.
+        No check waits for a GPU, unless ``check_finite`` asks for it: values there are not checked.
+        Targets are best given as ints or on the host.
 
         Warns:
             UserWarning: if a layer is in training mode, or (on the host) if the maps of target and
@@ -255,7 +235,7 @@ class AbsLRP(GradientAttribution):
         return True
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refused: what Captum makes of given attributions has no meaning for shares of relevance.
+        """Refused: Captum's delta of given attributions has no meaning for shares of relevance.
 
         Raises:
             NotImplementedError: always.
@@ -286,7 +266,7 @@ class AbsLRP(GradientAttribution):
         *,
         class_dim: int | None = None,
     ) -> None:
-        """Explain the target alone while every call is looked at; arguments as for :meth:`attribute`."""
+        """Explain the target alone for an observer of every call; arguments as for :meth:`attribute`."""
         self._explain(
             inputs,
             target,
@@ -351,7 +331,7 @@ class AbsLRP(GradientAttribution):
         return chunks
 
     def _fitting(self, samples: Samples, forward: Forward) -> int:
-        """How many samples fit into memory at a time, by the first of them."""
+        """How many samples fit into memory together, by the first of them."""
         first = samples.rows(0, 1)
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
             output, _ = forward([_leaf(x) for x in first.inputs], first.extra, None)
@@ -368,8 +348,7 @@ class AbsLRP(GradientAttribution):
         observer: Observer | None,
         zeros: ZeroMaps,
     ) -> Chunk:
-        """Relevance of what is explained, and the sum per sample that it started with, of samples that are
-        run together, the first of which is number `start`."""
+        """Relevance of samples that are run together; the first of them is number `start` of all."""
 
         def maps_seen_by(observer: Observer | None) -> _Maps:
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
@@ -414,11 +393,11 @@ class AbsLRP(GradientAttribution):
         output, explained = forward(leaves, samples.extra, observer)
         values = output.detach()
         seeds = [target_seed(values, samples.target, class_dim=class_dim)]
-        held_against = contrast_seed(
+        contrasted = contrast_seed(
             values, samples.target, samples.contrast, class_dim=class_dim, logits=logits(output)
         )
-        if held_against is not None:
-            seeds.append(held_against)
+        if contrasted is not None:
+            seeds.append(contrasted)
         changes: list[Tensor] = []
         relevances = propagate(
             output, explained, torch.stack(seeds), positive=True, changes=changes
@@ -472,7 +451,7 @@ class AbsLRP(GradientAttribution):
 
 
 def _leaf(x: Tensor) -> Tensor:
-    """What stands for an input: a leaf of the history, where the input is not of integers."""
+    """A copy of an input that is a leaf of the history, unless the input is of integers."""
     leaf = x.clone().detach()
     return leaf.requires_grad_() if leaf.is_floating_point() else leaf
 

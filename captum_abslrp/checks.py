@@ -42,7 +42,7 @@ __all__ = [
 
 
 class IndependentOutput(ValueError):
-    """The output of a model does not depend on what is explained."""
+    """The output of a model does not depend on the explained tensors."""
 
 
 def check_arguments(model: Any, mapping: Any, normalization: Any, output: Any) -> None:
@@ -103,7 +103,7 @@ def _is_quantized(cls: type[nn.Module]) -> bool:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise where a rule is none or a layer has no weights yet; warn about layers in training mode."""
+    """Raise where a rule is not one or a layer has no weights yet; warn about layers in training mode."""
     check_rules(model)
     check_initialized(model)
     training = ""
@@ -118,9 +118,9 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_rules(model: nn.Module) -> None:
-    """Raise where an attribute `rule` of a module looks like a rule and is none.
+    """Raise where the attribute `rule` of a module is a string or a class instead of a rule.
 
-    What else a model has under this name (a number, a tensor, a module, an attribute of a class) is its own.
+    A number, a tensor, a module or an attribute of a class under this name is the model's own.
     """
     for name, module in model.named_modules():
         rule = getattr(module, "rule", None)
@@ -265,7 +265,7 @@ def chunk_size(internal_batch_size: Any, batch_size: int) -> int:
 
 
 def logits_of(output: Any) -> Any:
-    """What a model returned, or the logits in it."""
+    """The output of a model, or the logits in it."""
     if isinstance(output, Tensor):
         return output
     is_mapping = isinstance(output, collections.abc.Mapping)

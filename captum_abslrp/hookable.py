@@ -58,7 +58,7 @@ def hookable_copy(model: nn.Module) -> nn.Module:
 
 
 class _TakeTurns(nn.Module):
-    """Answers call 0, 1, ... of every forward pass with module 0, 1, ..., all of them alike."""
+    """Runs module 0, 1, ... for call 0, 1, ... of every forward pass; the modules are copies of one."""
 
     def __init__(self, module: nn.Module, calls: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class SecondName(nn.Module):
 
 
 _ONCE_ONLY = (nn.Dropout, *_RESCALED)
-"""Layers without parameters of which DeepLift or LRP bear one call per forward pass, no more."""
+"""Layers without parameters that DeepLift or LRP can handle once per forward pass only."""
 
 
 def unshare_layers(model: nn.Module, inputs: Tensor) -> nn.Module:
@@ -275,7 +275,7 @@ _NOT_GUIDED = LINEAR | {
 
 
 def require_relu_modules(model: nn.Module, inputs: Tensor) -> None:
-    """Raise where an activation is none that guided backpropagation changes."""
+    """Raise where guided backpropagation does not change one of the activations."""
     layers = {module for module in model.modules() if isinstance(module, nn.ReLU)}
     found = find_operation(model, inputs, _NOT_GUIDED, layers, products=True)
     if found is not None:

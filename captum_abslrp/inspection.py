@@ -1,7 +1,6 @@
-"""Which rule answers which call of a model: a forward pass that only looks.
+"""The rule of each call of a model, listed by one forward pass.
 
-Nothing is explained and nothing is refused: calls without a rule are collected instead, so that all of
-them are named at once.
+Nothing is explained, and no call is refused: calls without a rule are listed as well, all at once.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ MOVES = "moves elements"
 
 @dataclass(frozen=True)
 class InspectedCall:
-    """A call of the forward pass, and what answers it.
+    """A call of the forward pass, and its rule.
 
     Attributes:
         call: the function, for example ``"torch.nn.functional.conv2d"``.
         path: the module that makes the call, for example ``"blocks.0.attn.proj"``.
         layer: the type of this module.
-        rule: what answers the call; None where nothing does.
+        rule: its rule; None where it has none.
         origin: where the rule comes from: ``"mapping 'vit'"``, ``"registered"``, ``"module.rule"``.
     """
 
@@ -61,7 +60,7 @@ class Inspection:
 
     @property
     def unsupported(self) -> tuple[InspectedCall, ...]:
-        """The calls that no rule answers."""
+        """The calls that have no rule."""
         return tuple(call for call in self.calls if call.rule is None)
 
     def __str__(self) -> str:
@@ -89,13 +88,13 @@ def inspect_rules(
     mapping: Mapping | str | None = None,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Inspection:
-    """Run a model once and tell which rule answers each of its calls.
+    """Run a model once and list the rule of each of its calls.
 
     Args:
         model, mapping, output: as for :class:`~captum_abslrp.AbsLRP`.
         inputs: an example input, of shape (B, ...), or a tuple of them; one sample is enough. A model and
             an input on the ``meta`` device, without values, will do: large models cost nothing.
-        additional_forward_args: what the model is given after the inputs, one argument or a tuple.
+        additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
 
     Returns:
         The calls and their rules. Calls inside a call that is run part by part (attention) come after
@@ -142,7 +141,7 @@ def inspect_rules(
 
 
 class _Survey(Interception):
-    """Notes the rule of each call, and goes on where there is none."""
+    """Lists the rule of each call, and continues where there is none."""
 
     def __init__(self, mapping: Mapping | None, model: nn.Module, inputs: list[Tensor]) -> None:
         super().__init__(

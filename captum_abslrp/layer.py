@@ -11,11 +11,12 @@ from captum.attr._utils.attribution import LayerAttribution
 from torch import Tensor, nn
 
 from captum_abslrp.alignment import Misaligned, check_aligned
-from captum_abslrp.attribution import AbsLRP, delta_of, for_captum
+from captum_abslrp.attribution import AbsLRP, delta_of
 from captum_abslrp.captures import captured
 from captum_abslrp.checks import IndependentOutput, unwrapped
 from captum_abslrp.integers import IntegerInputs
 from captum_abslrp.mappings import Mapping
+from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.observers import Observer
 from captum_abslrp.seeds import Contrast, Target
 
@@ -23,7 +24,7 @@ __all__ = ["LayerAbsLRP"]
 
 
 class LayerAbsLRP(AbsLRP, LayerAttribution):
-    r"""absLRP relevance of what a layer of the model returns, or is given.
+    r"""absLRP relevance of the output or the input of a layer of the model.
 
     Relevance starts and goes back as for :class:`AbsLRP`; what has arrived at the layer is returned,
     and nothing is asked of the calls before it.
@@ -127,8 +128,8 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             inputs: as for :meth:`AbsLRP.attribute`, or integers such as token indices.
             target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
                 as for :meth:`AbsLRP.attribute`.
-            attribute_to_layer_input: explain what the layer is given instead of what it returns.
-                That is what goes through the layer: what a shortcut takes past it is not counted.
+            attribute_to_layer_input: explain the input of the layer instead of its output. Relevance that
+                a shortcut takes past the layer is not counted.
             call_index: which call of the layer to explain, counted from 0 in the order of the forward
                 pass (of the calls' ends for outputs), where the model calls it more than once. Of several
                 layers an int for all, or a list with an entry for each.
@@ -144,7 +145,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             For a list of layers a list with one entry for each, in its order, all from one forward and
             one backward pass. With ``return_convergence_delta`` a pair of it and the delta, (B,), or a
             list of one for each layer: the sum of the relevance of the layer's tensors less that of the
-            seeds (1, or 0 for a difference). It tells what passes the layer by, or is counted twice.
+            seeds (1, or 0 for a difference). It shows how much passes the layer by, or is counted twice.
 
         Raises:
             TypeError, IndexError, FloatingPointError, UnsupportedCallError: as for :meth:`AbsLRP.attribute`.
@@ -223,7 +224,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         )
         batch_size = sum(len(started) for _, started in chunks)
         parts = [iter(relevances) for relevances, _ in chunks]
-        most = max(count for count, _ in in_order)  # of one sample only the shape tells
+        most = max(count for count, _ in in_order)  # of one sample only the shape says it
         of_most = [flags for count, flags in in_order if count == most]
         ordered = [all(flags) for flags in zip(*of_most, strict=True)]
         attributions: list[Any] = []
@@ -288,7 +289,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             raise ValueError(
                 f"Expected the {'input' if of_input else 'output'} of {name} to depend on "
                 f"`inputs`, but got one that does not, or that is under `torch.no_grad()` or inside of a "
-                f"module that its rule answers as one call."
+                f"module that has one rule as a whole."
             )
         return found
 
@@ -318,7 +319,7 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _in_order(tensor: Tensor, batch_size: int) -> bool:
     """Whether samples are in the leading dimension."""
-    if batch_size == 1:  # not followed: nothing can be told but by the shape
+    if batch_size == 1:  # not followed: only the shape says it
         return tensor.dim() > 0 and len(tensor) == 1
     try:
         check_aligned(tensor, batch_size)

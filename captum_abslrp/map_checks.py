@@ -68,7 +68,7 @@ class ZeroMaps:
             warn(
                 f"The map of the {kind} is zero for {len(samples)} of {self._batch_size} samples, first for "
                 f"sample {samples[0]}: its relevance ends at {where}, because no input of the call "
-                f"contributes to its output in a way that the rule counts. Such a map does not tell what the "
+                f"contributes to its output in a way that the rule counts. Such a map does not show what the "
                 f"score depends on. Explain another class, or give the call another rule: "
                 f"`AbsLRP(model, get_mapping().extended({{...}}))`."
             )

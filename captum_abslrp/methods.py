@@ -1,13 +1,12 @@
 """Attribution methods by name: what the command line and comparisons of methods choose from.
 
-A method is a factory ``model -> attribute`` and ``attribute(inputs, target)`` answers images
-(B, C, H, W) and classes (one for all, or (B,)) with maps (B, C, H, W). Methods expect a model in
-eval mode and leave it, and the inputs, as they were: those of Captum that hook, reassign or cannot
-bear in-place activations run on a copy. A method whose rules are of modules would answer a plain
-gradient for what a model computes elsewhere, and raises `TypeError` for such a model.
-What a method draws by chance depends on the image alone: a second call gives the same maps, and a
-batch those of its images. Wherever a method needs a baseline it is 0, the mean color of images
-normalized by mean and standard deviation.
+A method is a factory ``model -> attribute``; ``attribute(inputs, target)`` returns maps (B, C, H, W) of
+images (B, C, H, W) and classes (one for all, or (B,)). Methods expect a model in eval mode and leave it,
+and the inputs, as they were: those of Captum that hook modules, reassign them or fail on in-place
+activations run on a copy. A method whose rules are of modules would return a plain gradient for what a
+model computes elsewhere, and raises `TypeError` for such a model. Random numbers depend on the image
+alone: a second call gives the same maps, and a batch gives those of its images. Wherever a
+method needs a baseline it is 0, the mean color of images normalized by mean and standard deviation.
 
 Axes: B images, C channels, H height, W width.
 """
@@ -318,7 +317,7 @@ def _seed_of(image: Tensor) -> int:
 
 
 def _maps(method: Any, inputs: Tensor, target: int | Tensor, **options: Any) -> Tensor:
-    """What a Captum method answers, without history and in the dtype of the images."""
+    """The maps of a method of Captum, without history and in the dtype of the images."""
     maps: Tensor = method.attribute(leaf_of(inputs), target=target, **options)
     return maps.detach().to(inputs.dtype)
 

@@ -367,7 +367,7 @@ COMMANDS: list[tuple[str, Callable[[Path, Any], Any], str | None]] = [
      "do not fit 'test_vit'"),
     ("weights of a demo", explained(picture, "--checkpoint", "x"), "to go with a timm model"),
     ("data is missing", evaluated("--model", "demo:vgg", "--data", "DATA"), "to be a folder, but got"),
-    ("data is a file", evaluated("--model", "demo:vgg", "--data", "DATA", make=text), "which is none"),
+    ("data is a file", evaluated("--model", "demo:vgg", "--data", "DATA", make=text), "which is not one"),
     ("data is three", evaluated("--model", "demo:vgg", "--data", "DATA", make=pictures(3)),
      "at least four images, but got 3"),
     ("no data", evaluated("--model", "demo:vgg"), "one of the arguments --data --demo is required"),

@@ -328,7 +328,7 @@ class ImageFolder:
 
     def __init__(self, path: Path, subject: Subject, passed_over: Path | None = None) -> None:
         if not path.is_dir():
-            raise UserError(f"Expected `--data` to be a folder, but got {path}, which is none.")
+            raise UserError(f"Expected `--data` to be a folder, but got {path}, which is not one.")
         self.paths = image_files(path, passed_over)
         self.subject = subject
         if len(self.paths) < 4:

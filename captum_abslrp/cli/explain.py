@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NOTE = "captum-abslrp"
-"""Name of the text in a figure that tells how it was made."""
+"""Name of the text in a figure that says how it was made."""
 NORMALIZATIONS = ("separate", "joint")
 CONTRASTS = ("others", "softmax", "none")
 
@@ -138,7 +138,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="leave out images that have been explained in the same way, as their figures tell",
+        help="leave out images that have been explained in the same way, as their figures say",
     )
     parser.add_argument(
         "--html",
@@ -299,7 +299,7 @@ def _explain_image(
 
 
 def _note(path: Path, args: argparse.Namespace) -> str:
-    """What a figure tells of how it was made, so that it can be made again."""
+    """The text in a figure about how it was made, so that it can be made again."""
     asked = {
         name: getattr(args, name)
         for name in ("model", "target", "top", "contrast", "normalization", "compare")
@@ -412,7 +412,7 @@ def _class_index(
 ) -> int:
     """The class that a name (any synonym, any case) or an index stands for.
 
-    `other_words` are what the option takes besides; they are only told of.
+    `other_words` are what the option takes besides; they are for the message only.
     """
     try:
         index = int(text)

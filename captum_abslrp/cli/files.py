@@ -43,7 +43,7 @@ def read_image(path: Path, channels: int) -> Image:
             upright = _of_eight_bits(ImageOps.exif_transpose(image), image.format)
             return upright.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow answers broken files with each of these.
+        # Pillow raises each of these for broken files.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path} could not be read as an image: {reason}") from error
 
@@ -203,7 +203,7 @@ def save_report(args: argparse.Namespace, sections: Sequence[Section], title: st
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """What a command was asked for, and the versions that answered, for a report."""
+    """The settings of a command and the versions of the libraries, for a report."""
     import timm
 
     asked = {
@@ -228,7 +228,7 @@ def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[
 
 
 def say(text: str) -> None:
-    """Tell the user; where several processes share the work, the first one speaks."""
+    """Print a line for the user; where several processes share the work, the first one does."""
     if processes.rank() == 0:
         tqdm.write(text, file=sys.stdout)
 

@@ -1,4 +1,4 @@
-"""``captum-abslrp inspect``: which rule answers which call of a model."""
+"""``captum-abslrp inspect``: the rule of each call of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
     """Add the command to a parser's ``add_subparsers()``."""
     parser = commands.add_parser(
         "inspect",
-        help="show which rule answers which call of a model",
+        help="show the rule of each call of a model",
         description="Runs a model once, with random weights (nothing is downloaded), and prints a table "
         "of its calls and their rules. Exit code 1 if a call has none.",
     )

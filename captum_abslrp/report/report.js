@@ -16,7 +16,7 @@ function element(tag, attributes = {}, ...children) {
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-/** A group of radio buttons; `chosen` is told of the index that was picked. */
+/** A group of radio buttons; `chosen` is called with the index that was picked. */
 function choices(legend, name, labels, chosen) {
   const buttons = labels.map((label, i) => {
     const input = element("input", { type: "radio", name, value: String(i), checked: i === 0 });
