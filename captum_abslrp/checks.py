@@ -156,7 +156,7 @@ def _differs_in_training(module: nn.Module) -> bool:
 
 
 def plain(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Tensors of a subclass as plain tensors."""
+    """Inputs as plain tensors, without the subclasses that they may have."""
     with torch._C.DisableTorchFunctionSubclass():  # they may have handlers of their own
         for x in inputs:
             if isinstance(x, Tensor) and (x.is_nested or _has_no_memory(x)):
@@ -179,7 +179,7 @@ def _has_no_memory(x: Tensor) -> bool:
 
 
 def check_inputs(inputs: tuple[Any, ...], model: nn.Module | None) -> int:
-    """The batch size; raises where inputs cannot be explained, or are integers of a given model."""
+    """The batch size; raises where inputs cannot be explained, as integers of a given model cannot."""
     if not inputs:
         raise ValueError("Expected `inputs` to hold at least one tensor, but got an empty tuple.")
     for x in inputs:
@@ -226,7 +226,7 @@ _EXPLAIN_TOKENS = (
 
 
 def _embedding_of(model: nn.Module | None) -> str:
-    """Where a model has an embedding, to be read behind its name."""
+    """The path of an embedding in a model, as code that follows the name of the model."""
     modules = model.named_modules() if model is not None else ()
     paths = [path for path, m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     if paths == [""]:
@@ -337,8 +337,7 @@ _MOVING_NODES = re.compile(
 
 
 def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str]:
-    """Names of the nodes of a history that carry relevance, and that neither a rule nor a call that moves
-    elements has made."""
+    """Names of the nodes that carry relevance, but come neither from a rule nor from a call that moves elements."""
     for node in history(output.grad_fn):
         name = type(node).__name__
         known = is_answered(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Samples(NamedTuple):
-    """Samples that are run together, and what is asked of each."""
+    """Samples that are run together: inputs, targets, contrasts and further arguments."""
 
     inputs: tuple[Tensor, ...]
     """(B, ...) each."""
@@ -32,7 +32,7 @@ class Samples(NamedTuple):
     """Further arguments of the model; tensors of B rows are of the samples."""
 
     def rows(self, start: int, stop: int) -> Samples:
-        """The samples from number `start` to before number `stop`."""
+        """Samples number `start` to `stop - 1`."""
         batch_size = len(self.inputs[0])
 
         def rows_of(value: Any) -> Any:

@@ -16,7 +16,7 @@ __all__ = ["eager"]
 
 
 class _Shared:
-    """A context that holds for the whole process, shared by the passes that need it at a time.
+    """A context of the whole process, shared by the passes that run at the same time.
 
     The first of them enters it, the last one leaves it, in whatever thread.
     """

@@ -18,8 +18,10 @@ __all__ = ["ZeroMaps", "warn_of_detached", "warn_of_noise", "zero_maps"]
 
 
 def zero_maps(relevances: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
-    """Which maps, of each seed and sample (S, B), are zero though the sample is not; None if none is, or if
-    a device would have to be waited for."""
+    """Which maps, of each seed and sample (S, B), are zero though the sample is not.
+
+    None if there are none, or if the check would wait for a device.
+    """
     if relevances[0].device.type != "cpu":
         return None
     batch_size = len(inputs[0])
@@ -75,11 +77,11 @@ class ZeroMaps:
 
 
 def warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Warn where the maps of target and contrast are so alike that rounding is left of their difference."""
+    """Warn where the maps of target and contrast are so alike that their difference is rounding."""
     exact = torch.promote_types(pairs[0][0].dtype, torch.float32)
     apart: Any = sum((r - o).abs().sum(dtype=exact) for r, o in pairs)
     total = sum(r.abs().sum(dtype=exact) + o.abs().sum(dtype=exact) for r, o in pairs)
-    if apart.device.type != "cpu":  # it would have to be waited for
+    if apart.device.type != "cpu":  # the check would wait for the device
         return
     share = float((apart / total).numpy())
     if 0 < share < 100 * torch.finfo(exact).eps:

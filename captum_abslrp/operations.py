@@ -1,4 +1,4 @@
-"""Which operations a model applies to what depends on its inputs.
+"""The operations that a model applies to what depends on its inputs.
 
 Methods that change the backward pass at modules see only these modules. For what a model computes
 elsewhere they would silently return a plain gradient. One forward pass, which sees each operation of

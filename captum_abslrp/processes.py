@@ -26,7 +26,7 @@ PATIENCE = timedelta(days=30)
 noticed at once: its connection is closed."""
 
 _group: Any = None
-"""What objects are exchanged in; None for the default group."""
+"""The group of processes that exchanges objects; None for the default group."""
 
 _exchanged: deque[list[torch.Tensor]] = deque(maxlen=8)
 """The last tensors that were exchanged. A thread of gloo may be about to drop them when all have arrived;
@@ -73,7 +73,7 @@ def count() -> int:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """What of some work is this process's: every item is one process's."""
+    """The items that this process works on: each item is one process's."""
     return items[rank() :: count()]
 
 
@@ -98,7 +98,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, for all of them; what it raises is raised in all of them."""
+    """The value that the first process makes, in all processes; its exception is raised in all of them."""
     if count() == 1:
         return make()
     made: Any = None

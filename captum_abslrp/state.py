@@ -1,4 +1,4 @@
-"""What a model holds, put back after a forward pass.
+"""The state of a model: a snapshot before a forward pass, put back afterwards.
 
 A forward pass may change the model that it runs: it counts calls, installs hooks the first time, fills a
 list, adds a module, updates statistics, writes into a cache. :func:`unchanged` takes a snapshot of the model
@@ -55,7 +55,7 @@ __all__ = ["own_hooks", "saver", "unchanged"]
 
 
 class _Snapshot:
-    """What a model holds, to be put back."""
+    """A snapshot of the state of a model, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.users = 0
@@ -138,7 +138,7 @@ class _Snapshot:
         self._visit_subclass(elements)
 
     def visit_items(self, items: Any) -> None:
-        """Look into what cannot be changed itself."""
+        """Look at the items of a container that cannot be changed itself."""
         self._pending.append(items)
 
     def _visit_subclass(self, container: Any) -> None:
@@ -244,7 +244,7 @@ _ATTRIBUTED = (
 )
 """Classes of Python that keep what they hold in attributes."""
 _FOREIGN = frozenset(("torch", "builtins"))
-"""Packages whose objects are none of the model's: those that every model is made of."""
+"""Packages whose objects are not the model's own: every model is made of them."""
 
 
 def _visit_of(cls: type) -> Callable[[_Snapshot, Any], None] | None:
@@ -291,7 +291,7 @@ def own_hooks(register: Callable[[], Iterable[Any]]) -> Iterator[None]:
 
 
 def saver(model: nn.Module) -> Callable[[Tensor], None] | None:
-    """What saves the values of a tensor of the model before they are changed, inside of ``unchanged``."""
+    """The function that saves the values of a tensor before a call changes them, inside of ``unchanged``."""
     with _SNAPSHOTS_LOCK:
         snapshot = _SNAPSHOTS.get(model)
     return None if snapshot is None else snapshot.save
@@ -299,7 +299,7 @@ def saver(model: nn.Module) -> Callable[[Tensor], None] | None:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a model changes of itself as it runs.
+    """Put back what a forward pass changes in a model.
 
     That is every attribute of its modules, what containers and objects of its own hold, values, flags and
     gradients of its tensors, and its modules themselves; see the module's docstring. No tensor keeps

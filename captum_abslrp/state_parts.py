@@ -1,4 +1,4 @@
-"""What single objects of a model hold (dicts, lists, tensors, generators): kept, and put back in place."""
+"""Parts of the state of a model: what one dict, list, tensor or generator holds, put back in place."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Part(Protocol):
     holder: Any
 
     def put_back(self) -> None:
-        """Put back what it held. Where nothing differs nothing is touched: other threads may look."""
+        """Put back what it held. Nothing is touched where nothing differs: other threads may look."""
 
 
 OWN_HOOKS: set[int] = set()
-"""Numbers of the hooks of ours that modules have now."""
+"""Numbers of the hooks that this package has on modules now; they are not part of the state."""
 
 
 def is_own_hook(key: Any) -> bool:
@@ -42,7 +42,7 @@ def is_own_hook(key: Any) -> bool:
 
 
 class ByClass(dict[type, Any]):
-    """What a function says of a class, asked once."""
+    """The values of a function of classes, each computed once."""
 
     def __init__(self, function: Callable[[type], Any]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Table:
 
     @classmethod
     def empty(cls, table: dict[Any, Any]) -> Table:
-        """What a dict held that was empty and is not any more."""
+        """The state of a dict that was empty, and is not any more."""
         part = cls(table)
         part.keys = part.values = ()
         return part
@@ -181,7 +181,7 @@ class Instance:
 
 
 def _same(now: Iterable[Any], before: tuple[Any, ...]) -> bool:
-    """Whether items are the very ones that they were."""
+    """Whether items are identical to those before."""
     items = list(now)
     return len(items) == len(before) and all(map(operator.is_, items, before))
 

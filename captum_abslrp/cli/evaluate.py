@@ -267,7 +267,7 @@ def _evaluate_model(
 
 
 class _Method:
-    """A method that is made when it is asked: what it refuses is an error of its own row."""
+    """A method that is made at its first call, so that an error of it fails its own row only."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -280,7 +280,7 @@ class _Method:
 def _maps(
     evaluation: Evaluation, methods: dict[str, _Method], table: Comparison, n_mosaics: int
 ) -> list[tuple[Setting, dict[str, Tensor | str]]]:
-    """A few mosaics, each with what the methods say of its positive image's class."""
+    """A few mosaics, each with the maps of the methods for the class of its positive image."""
     settings = [evaluation.setting(number) for number in range(min(SHOWN_MOSAICS, n_mosaics))]
     return [
         (

@@ -151,7 +151,7 @@ def add_command(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about every image; indices are of classes."""
+    """The question about every image; indices are of classes."""
 
     target: int | None
     top: int | None
@@ -210,7 +210,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _of_all(found: dict[int, T]) -> dict[int, T]:
-    """What the processes have found, by the number of the image."""
+    """The results of all processes, by the number of the image."""
     return dict(sorted(chain.from_iterable(part.items() for part in processes.gather(found))))
 
 

@@ -30,7 +30,7 @@ PROGRAM = "captum-abslrp"
 
 
 class UserError(Exception):
-    """What the user can put right; its text is the line that they read."""
+    """An error that the user can fix; its text is the line that they read."""
 
 
 def read_image(path: Path, channels: int) -> Image:
@@ -158,7 +158,7 @@ def html_file(path: Path | None) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place when it is whole; until then what is there stays."""
+    """A file to write, which replaces the one in its place only when it is complete."""
     target = Path(os.path.realpath(path))  # a link stays one
     part = target.with_name(f".{target.name}.part")
     try:
@@ -243,7 +243,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Without the retries that a library logs: an error is one line."""
+    """Hide the retries that a library logs, so that an error is one line."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Models by name, and what is needed to speak about them."""
+"""Models by name, with their classes and their preprocessing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEMO_PREFIX = "demo:"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what is needed to speak about it.
+    """A model, the names of its classes and its preprocessing.
 
     `prepare` turns a picture into model input (C, H, W), `show` turns that into values in [0, 1].
     """
@@ -61,7 +61,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def of_threads(count: int | None) -> Iterator[None]:
-    """Compute by some threads; None for as many as there are."""
+    """Compute with a number of threads; None leaves it as it is."""
     if count is None:
         yield
         return

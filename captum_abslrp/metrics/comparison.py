@@ -224,7 +224,7 @@ def scores_to_json(scores: MethodScores) -> dict[str, Any]:
 
 
 def scores_from_json(table: dict[str, Any]) -> MethodScores:
-    """What :func:`scores_to_json` was given."""
+    """The scores that :func:`scores_to_json` was given."""
     values = {
         column: [math.nan if value is None else value for value in values]
         for column, values in table["values"].items()
@@ -302,7 +302,7 @@ def score_method(
     explanation_func: Attribution | Callable[..., Tensor],
     max_examples_per_batch: int | None = None,
 ) -> MethodScores:
-    """Scores of one attributor in one setting; what it cannot do is said in ``failure``."""
+    """Scores of one attributor in one setting; ``failure`` says why there are none."""
     start = time.perf_counter()
     try:
         attributions = setting.explain(

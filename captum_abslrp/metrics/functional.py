@@ -84,7 +84,7 @@ def positive_probabilities(mosaic_outputs: Tensor, predictions: Tensor) -> Tenso
 def gradient_map(
     forward_func: Callable[[Tensor], Tensor], x: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""What masking goes by: :math:`g = |x \, \partial |f_t(x)| / \partial x|`.
+    r"""The order of masking: :math:`g = |x \, \partial |f_t(x)| / \partial x|`.
 
     Args:
         forward_func: from images (B, C, H, W) to outputs (B, K).
@@ -281,7 +281,7 @@ def robustness(relevance_shift: Tensor, output_shift: Tensor) -> Tensor:
 
 
 def score_map(probabilities: Tensor, positive: Tensor, height: int, width: int) -> Tensor:
-    r"""What relevance is worth at each place of a mosaic.
+    r"""The score of relevance at each place of a mosaic.
 
     Quadrant ``j`` has :math:`2 p_j / p_{positive} - 1`; the two center rows and columns have 1.
 
