@@ -337,7 +337,7 @@ _MOVING_NODES = re.compile(
 
 
 def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str]:
-    """Names of nodes that carry relevance, but come neither from a rule nor from a call that moves elements."""
+    """Names of nodes that carry relevance, but come from no rule and from no call that moves elements."""
     for node in history(output.grad_fn):
         name = type(node).__name__
         known = is_answered(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)

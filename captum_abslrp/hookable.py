@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from captum_abslrp.operations import LINEAR, MOVING, find_operation
 
@@ -55,6 +57,16 @@ def hookable_copy(model: nn.Module) -> nn.Module:
         if getattr(module, "inplace", False) is True:
             vars(module).update(inplace=False)
     return separate
+
+
+def _run_hooked(model: nn.Module, inputs: Tensor, handles: Iterable[RemovableHandle]) -> None:
+    """Run a model on the first image, and remove its hooks whatever happens."""
+    try:
+        with torch.no_grad():
+            model(inputs[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _TakeTurns(nn.Module):
@@ -101,12 +113,7 @@ def unshare_layers(model: nn.Module, inputs: Tensor) -> nn.Module:
         for module in model.modules()
         if type(module) in _ONCE_ONLY
     ]
-    try:
-        with torch.no_grad():
-            model(inputs[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, handles)
     registered: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         # Not named_children(), which leaves out the second name of a module that has two.
@@ -179,12 +186,7 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
         for module in model.modules()
         if module is not model and any(is_feature_conv(part) for part in module.modules())
     ]
-    try:
-        with torch.no_grad():
-            model(inputs[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, handles)
     if not finished:
         raise ValueError(
             "Expected `model` to have a convolutional feature map larger than 1x1, "

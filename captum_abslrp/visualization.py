@@ -199,8 +199,7 @@ def plot_rows(
     """
     rows = len(images)
     _require_count("attributions", len(attributions), rows)
-    if row_labels is not None:
-        _require_count("row_labels", len(row_labels), rows)
+    _require_labels("row_labels", row_labels, rows)
     pictures = [picture_array(image) for image in images]
     maps = [relevance_image(attribution) for attribution in attributions]
 
@@ -261,10 +260,8 @@ def plot_grid(
     columns = len(attributions[0]) if rows else 0
     for given in attributions:
         _require_count("attributions of every row", len(given), columns)
-    if row_labels is not None:
-        _require_count("row_labels", len(row_labels), rows)
-    if column_labels is not None:
-        _require_count("column_labels", len(column_labels), columns)
+    _require_labels("row_labels", row_labels, rows)
+    _require_labels("column_labels", column_labels, columns)
     pictures = [picture_array(image) for image in images]
 
     width = (columns + 1) * _GRID_CELL_INCHES + 1.2
@@ -309,6 +306,11 @@ def _require_count(name: str, given: int, expected: int) -> None:
         raise ValueError("Expected at least one image and one attribution, but got none.")
     if given != expected:
         raise ValueError(f"Expected `{name}` to have {expected} entries, but got {given}.")
+
+
+def _require_labels(name: str, labels: Sequence[str] | None, expected: int) -> None:
+    if labels is not None:
+        _require_count(name, len(labels), expected)
 
 
 def picture_array(image: Array) -> npt.NDArray[np.float64]:
