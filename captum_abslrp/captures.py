@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from captum_abslrp.alignment import hand_on_samples
-from captum_abslrp.calls import map_instances, tensors_in
+from captum_abslrp.calls import instances_in, map_instances, tensors_in
 from captum_abslrp.integers import IntegerInputs, new_leaf
 from captum_abslrp.interception import carries_relevance, rule_of_layer
 from captum_abslrp.state import own_hooks
@@ -43,8 +43,8 @@ def _captured_of(
     place and its gradient is that of this place alone. Where inputs are integers, it is a leaf unless its
     tensor carries relevance already.
 
-    A tensor that the layer has changed in place is still the one that goes on, with the history of the clone:
-    the model may know it by other names, or change it again, and so may the hooks of a layer around.
+    Where the layer has changed a tensor in place, the model goes on with this tensor, with the history of the
+    clone: it may hold the tensor elsewhere, or change it again, and so may the hooks of a layer around.
     """
     calls: list[list[Tensor]] = []
     running: list[list[tuple[Tensor, Tensor, int]]] = []
@@ -56,19 +56,14 @@ def _captured_of(
         """The value with clones to go on with, and pairs of a tensor and its clone."""
         captured: list[Tensor] = []
         clones: dict[int, tuple[Tensor, Tensor]] = {}
-        given: list[Tensor] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            given.append(tensor)
-            return tensor
-
-        map_instances(Tensor, note, value)
-        starts = set() if integers is None else set(map(id, integers.starting(given)))
+        starts: set[int] = set()
+        if integers is not None:
+            starts = set(map(id, integers.starting(instances_in(Tensor, value))))
 
         def clone(tensor: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return tensor
-            if id(tensor) not in clones:  # attention tells by identity whether query is key
+            if id(tensor) not in clones:  # attention compares query and key by identity
                 if id(tensor) in starts:
                     found, going_on = new_leaf(tensor)
                 else:
