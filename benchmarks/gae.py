@@ -24,6 +24,7 @@ from captum_abslrp.metrics.comparison import score_maps
 from captum_abslrp.metrics.evaluation import plan_mosaics
 from captum_abslrp.metrics.functional import mosaic
 from captum_abslrp.metrics.gae import Setting
+from captum_abslrp.text import markdown_table
 
 SEED = 0
 HERE = Path(__file__).parent
@@ -190,7 +191,7 @@ def overview(tables: dict[str, Comparison]) -> str:
         )
         for column in columns
     }
-    lines = [["method", *header], ["---"] * (len(header) + 1)]
+    rows = []
     for name, title in NAMES.items():
         cells = [title]
         for model, score in columns:
@@ -203,8 +204,8 @@ def overview(tables: dict[str, Comparison]) -> str:
             if "oracle" not in name and text == f"{best[model, score]:.2f}":
                 text = f"**{text}**"
             cells.append(f"{text} [{low:.2f}, {high:.2f}]" if score == "gae" else text)
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+        rows.append(cells)
+    return markdown_table(["method", *header], rows, aligned=False) + "\n"
 
 
 def write_between_marks(path: Path, text: str) -> None:
@@ -227,12 +228,12 @@ def plot_scores(tables: dict[str, Comparison]) -> Figure:
                     axis.text(0.01, place, "not supported", va="center", fontsize=8, color="0.4")
                     continue
                 mean, (low, high) = scores.mean(column), scores.interval(column)
-                colour = {"A": "#cc3311", "o": "0.6", "i": "0.6", "r": "0.6"}
+                color = {"A": "#cc3311", "o": "0.6", "i": "0.6", "r": "0.6"}
                 axis.barh(
                     place,
                     mean,
                     xerr=[[max(mean - low, 0)], [max(high - mean, 0)]],
-                    color=colour.get(NAMES[name][0], "#4477aa"),
+                    color=color.get(NAMES[name][0], "#4477aa"),
                     ecolor="#333333",
                 )
             axis.set_yticks(range(len(NAMES)), NAMES.values(), fontsize=9)
@@ -246,21 +247,21 @@ def plot_frontier(tables: dict[str, Comparison]) -> Figure:
     """What a choice of contrast and combination gains in one score and pays in another."""
     figure = Figure(figsize=(13, 8.4), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(tables), sharex=True, sharey="row")
-    colours = {None: "#bbbbbb", "others": "#cc3311", "softmax": "#0077bb"}
+    colors = {None: "#bbbbbb", "others": "#cc3311", "softmax": "#0077bb"}
     others = [name for name in NAMES if name not in VARIANTS and "oracle" not in name]
     for row, (column, reach) in enumerate({"lerf_morf": 0.03, "gae": 0.012}.items()):
         for axis, (model, table) in zip(axes[row], tables.items(), strict=True):
             for name, options in VARIANTS.items():
                 scores = table.methods[name]
-                colour = colours[options["contrast"]]
+                color = colors[options["contrast"]]
                 joint = options["normalization"] == "joint"
                 axis.scatter(
                     scores.mean("localization"),
                     scores.mean(column),
                     s=110,
                     marker="s" if options["combine"] == "gated" else "o",
-                    edgecolor=colour,
-                    facecolor=colour if joint else "none",
+                    edgecolor=color,
+                    facecolor=color if joint else "none",
                     linewidth=2,
                     label=name,
                     zorder=3,

@@ -1,12 +1,11 @@
-"""Which rule answers which call of a model: a forward pass that only looks.
+"""The rule of each call of a model, listed by one forward pass.
 
-Nothing is explained and nothing is refused: calls without a rule are collected instead, so that all of
-them are named at once.
+Nothing is explained, and no call is refused: calls without a rule are listed as well, all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from captum._utils.common import _format_additional_forward_args
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
-from captum_abslrp.attribution import AbsLRP, check_initialized
+from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.checks import check_initialized
 from captum_abslrp.engine.arguments import tensors_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
@@ -25,6 +25,7 @@ from captum_abslrp.engine.samples import Misaligned
 from captum_abslrp.engine.state import unchanged
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.mappings import Mapping, MappingScope, find_layer_rule, get_mapping
+from captum_abslrp.text import markdown_table
 
 __all__ = ["InspectedCall", "Inspection", "inspect_rules"]
 
@@ -33,13 +34,13 @@ MOVES = "moves elements"
 
 @dataclass(frozen=True)
 class InspectedCall:
-    """A call of the forward pass, and what answers it.
+    """A call of the forward pass, and its rule.
 
     Attributes:
         call: the function, for example ``"torch.nn.functional.conv2d"``.
         path: the module that makes the call, for example ``"blocks.0.attn.proj"``.
         layer: the type of this module.
-        rule: what answers the call; None where nothing does.
+        rule: its rule; None where it has none.
         origin: where the rule comes from: ``"mapping 'vit'"``, ``"registered"``, ``"module.rule"``.
     """
 
@@ -62,7 +63,7 @@ class Inspection:
 
     @property
     def unsupported(self) -> tuple[InspectedCall, ...]:
-        """The calls that no rule answers."""
+        """The calls that have no rule."""
         return tuple(call for call in self.calls if call.rule is None)
 
     def __str__(self) -> str:
@@ -73,24 +74,13 @@ class Inspection:
             groups.setdefault((call.call, rule, call.origin), []).append(call)
         # What has no rule comes first.
         ordered = sorted(groups.items(), key=lambda group: group[1][0].rule is not None)
-        return table(
+        return markdown_table(
             ["call", "rule", "from", "calls", "first in"],
             [
                 [*key, str(len(calls)), f"{calls[0].path or '(model)'} ({calls[0].layer})"]
                 for key, calls in ordered
             ],
         )
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """Rows as Markdown, columns aligned."""
-    cells = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(map(str.ljust, row, widths)) + " |"
-        for row in [header, ["-" * width for width in widths], *cells[1:]]
-    ]
-    return "\n".join(lines)
 
 
 def inspect_rules(
@@ -101,13 +91,13 @@ def inspect_rules(
     mapping: Mapping | str | None = None,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Inspection:
-    """Run a model once and tell which rule answers each of its calls.
+    """Run a model once and list the rule of each of its calls.
 
     Args:
         model, mapping, output: as for :class:`~captum_abslrp.AbsLRP`.
         inputs: an example input, of shape (B, ...), or a tuple of them; one sample is enough. A model and
             an input on the ``meta`` device, without values, will do: large models cost nothing.
-        additional_forward_args: what the model is given after the inputs, one argument or a tuple.
+        additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
 
     Returns:
         The calls and their rules. Calls inside a call that is run part by part (attention) come after

@@ -3,7 +3,7 @@
 Integers have no relevance, so relevance ends at the tensors of the explained layer: an embedding, or a
 layer behind one. A layer gets and returns other floating-point tensors as well: masks, the sines and
 cosines of rotary positions, tables of positions. Those are constants of the explanation. What a tensor was
-made from tells them apart: it is explained if it depends on the inputs and on parameters of the model.
+made from distinguishes them: it is explained if it depends on the inputs and on parameters of the model.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class IntegerInputs(TorchFunctionMode):
 
 
 def new_leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of a tensor, and what is handed on instead of the tensor.
+    """A leaf with the values of a tensor, and a clone of it that takes the place of the tensor.
 
     Its samples count as those of its leading dimension. Where they are elsewhere, the model moves them back
     afterwards, which the recording sees as a move out of order: the samples are run one at a time then.

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from captum.attr._utils.attribution import LayerAttribution
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_abslrp.attribution import (
-    AbsLRP,
-    IndependentOutput,
-    delta_of,
-    for_captum,
-    unwrapped,
-)
-from captum_abslrp.contrast import Contrast, Target
-from captum_abslrp.diagnostics import Observer
-from captum_abslrp.engine.arguments import map_instances, tensors_in
-from captum_abslrp.engine.dependence import carries_relevance
-from captum_abslrp.engine.samples import Misaligned, check_aligned, copy_samples
-from captum_abslrp.engine.state import own_hooks
-from captum_abslrp.integers import IntegerInputs, new_leaf
+from captum_abslrp.attribution import AbsLRP, delta_of
+from captum_abslrp.captures import captured
+from captum_abslrp.checks import IndependentOutput, unwrapped
+from captum_abslrp.engine.observers import Observer
+from captum_abslrp.engine.samples import Misaligned, check_aligned
+from captum_abslrp.integers import IntegerInputs
 from captum_abslrp.mappings import Mapping
-from captum_abslrp.rules.captum import rule_of_layer
+from captum_abslrp.noise_tunnel import for_captum
+from captum_abslrp.seeds import Contrast, Target
 
 __all__ = ["LayerAbsLRP"]
 
 
 class LayerAbsLRP(AbsLRP, LayerAttribution):
-    r"""absLRP relevance of what a layer of the model returns, or is given.
+    r"""absLRP relevance of the output or the input of a layer of the model.
 
     Relevance starts and goes back as for :class:`AbsLRP`; what has arrived at the layer is returned,
     and nothing is asked of the calls before it.
@@ -137,8 +128,8 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             inputs: as for :meth:`AbsLRP.attribute`, or integers such as token indices.
             target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
                 as for :meth:`AbsLRP.attribute`.
-            attribute_to_layer_input: explain what the layer is given instead of what it returns.
-                That is what goes through the layer: what a shortcut takes past it is not counted.
+            attribute_to_layer_input: explain the input of the layer instead of its output. Relevance that
+                a shortcut takes past the layer is not counted.
             call_index: which call of the layer to explain, counted from 0 in the order of the forward
                 pass (of the calls' ends for outputs), where the model calls it more than once. Of several
                 layers an int for all, or a list with an entry for each.
@@ -154,7 +145,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             For a list of layers a list with one entry for each, in its order, all from one forward and
             one backward pass. With ``return_convergence_delta`` a pair of it and the delta, (B,), or a
             list of one for each layer: the sum of the relevance of the layer's tensors less that of the
-            seeds (1, or 0 for a difference). It tells what passes the layer by, or is counted twice.
+            seeds (1, or 0 for a difference). It shows how much passes the layer by, or is counted twice.
 
         Raises:
             TypeError, IndexError, FloatingPointError, UnsupportedCallError: as for :meth:`AbsLRP.attribute`.
@@ -199,7 +190,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
             with (
                 integers or nullcontext(),
-                _captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
+                captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
             ):
                 try:
                     output = self._forward(leaves, extra, observer)
@@ -212,13 +203,13 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                         f"{' or '.join(map(self._name, layers))}, but got one that does not: the model "
                         f"does not use them, detaches them or runs under `torch.no_grad()` behind them."
                     ) from error
-            captured = choose()
-            sizes[:] = map(len, captured)
+            chosen = choose()
+            sizes[:] = map(len, chosen)
             count = len(leaves[0])
             in_order.append(
-                (count, [all(_in_order(t, count) for t in tensors) for tensors in captured])
+                (count, [all(_in_order(t, count) for t in tensors) for tensors in chosen])
             )
-            return output, [tensor for tensors in captured for tensor in tensors]
+            return output, [tensor for tensors in chosen for tensor in tensors]
 
         chunks = self._explain(
             inputs,
@@ -233,7 +224,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         )
         batch_size = sum(len(started) for _, started in chunks)
         parts = [iter(relevances) for relevances, _ in chunks]
-        most = max(count for count, _ in in_order)  # of one sample only the shape tells
+        most = max(count for count, _ in in_order)  # of one sample only the shape says it
         of_most = [flags for count, flags in in_order if count == most]
         ordered = [all(flags) for flags in zip(*of_most, strict=True)]
         attributions: list[Any] = []
@@ -288,19 +279,19 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                 f"Expected `call_index` to be an int from 0 to {len(calls) - 1}, because {name} "
                 f"is called {len(calls)} times in one forward pass, but got {call_index!r}."
             )
-        captured = calls[call_index or 0]
-        if not captured and integers and of_input:
+        found = calls[call_index or 0]
+        if not found and integers and of_input:
             raise ValueError(
                 f"Expected the input of {name} to be of a floating-point dtype where `inputs` are "
                 f"integers, but got none that is. Explain its output, `attribute_to_layer_input=False`."
             )
-        if not captured:
+        if not found:
             raise ValueError(
                 f"Expected the {'input' if of_input else 'output'} of {name} to depend on "
                 f"`inputs`, but got one that does not, or that is under `torch.no_grad()` or inside of a "
-                f"module that its rule answers as one call."
+                f"module that has one rule as a whole."
             )
-        return captured
+        return found
 
 
 def _call_indices(call_index: Any, layers: int | None) -> list[int | None]:
@@ -328,130 +319,10 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _in_order(tensor: Tensor, batch_size: int) -> bool:
     """Whether samples are in the leading dimension."""
-    if batch_size == 1:  # not followed: nothing can be told but by the shape
+    if batch_size == 1:  # not followed: only the shape says it
         return tensor.dim() > 0 and len(tensor) == 1
     try:
         check_aligned(tensor, batch_size)
     except Misaligned:
         return False
     return True
-
-
-@contextmanager
-def _captured(
-    layers: Sequence[nn.Module], *, of_input: bool, integers: IntegerInputs | None
-) -> Iterator[list[list[list[Tensor]]]]:
-    """Capture the tensors of the calls of each layer; arguments as for :func:`_captured_of`."""
-    with ExitStack() as stack:
-        of_layer = {
-            layer: stack.enter_context(_captured_of(layer, of_input=of_input, integers=integers))
-            for layer in dict.fromkeys(layers)
-        }
-        yield [of_layer[layer] for layer in layers]
-
-
-@contextmanager
-def _captured_of(
-    layer: nn.Module, *, of_input: bool, integers: IntegerInputs | None
-) -> Iterator[list[list[Tensor]]]:
-    """Capture the tensors with relevance that each call of the layer in this thread returns or gets.
-
-    What is captured is a clone, and another clone is handed on, so that nothing changes it in
-    place and its gradient is that of this place alone. Where inputs are integers, it is a leaf unless its
-    tensor carries relevance already.
-
-    A tensor that the layer has changed in place is still the one that goes on, with the history of the clone:
-    the model may know it by other names, or change it again, and so may the hooks of a layer around.
-    """
-    calls: list[list[Tensor]] = []
-    running: list[list[tuple[Tensor, Tensor, int]]] = []
-    thread = threading.get_ident()
-
-    def capture(
-        value: Any, copied: Callable[[Tensor], Tensor] = torch.clone
-    ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-        """The value with clones to hand on, and pairs of a tensor and its clone."""
-        captured: list[Tensor] = []
-        clones: dict[int, tuple[Tensor, Tensor]] = {}
-        given: list[Tensor] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            given.append(tensor)
-            return tensor
-
-        map_instances(Tensor, note, value)
-        starts = set() if integers is None else set(map(id, integers.starting(given)))
-
-        def clone(tensor: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return tensor
-            if id(tensor) not in clones:  # attention tells by identity whether query is key
-                if id(tensor) in starts:
-                    found, handed_on = new_leaf(tensor)
-                else:
-                    found = copied(tensor)
-                    if not carries_relevance(found):  # a constant, or inside of one call
-                        return tensor
-                    handed_on = copied(found)
-                captured.append(found)
-                clones[id(tensor)] = tensor, handed_on
-            return clones[id(tensor)][1]
-
-        value = map_instances(Tensor, clone, value)
-        calls.append(captured)
-        return value, list(clones.values())
-
-    # While it is being removed, a hook may be called by another thread, without keyword arguments.
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
-        if module is not layer or threading.get_ident() != thread:
-            return None
-        given: Any = args if kwargs is None else (args, kwargs)
-        if of_input:
-            given, seen = capture(given)
-        else:
-            seen = [(tensor, tensor) for tensor in tensors_in(given) if not tensor.is_inference()]
-        running.append([(tensor, clone, clone._version) for tensor, clone in seen])
-        return given
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != thread:
-            return None
-        changed = [(t, clone) for t, clone, version in running.pop() if clone._version != version]
-        if not of_input:
-            output, clones = capture(output)
-            changed = [(t, clone) for t, clone in clones if any(t is own for own, _ in changed)]
-        for tensor, clone in changed:  # all who read the input see what the layer did to it
-            tensor.copy_(clone)
-        originals = {id(clone): tensor for tensor, clone in changed}
-        return map_instances(Tensor, lambda tensor: originals.get(id(tensor), tensor), output)
-
-    def before_with_keywords(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        if threading.get_ident() != thread:
-            return None
-        # The calls of the layer itself are not looked at any more.
-        kwargs, seen = capture(kwargs, _clone_unseen)
-        calls[-2:] = [calls[-2] + calls[-1]]
-        running[-1] += [(tensor, clone, clone._version) for tensor, clone in seen]
-        return args, kwargs
-
-    def register() -> Iterator[Any]:
-        yield layer.register_forward_hook(after)
-        if of_input and rule_of_layer(layer) is not None:
-            # The hooks of the recording, which come before those of the layer, cut its positional
-            # inputs off.
-            yield register_module_forward_pre_hook(before)
-            yield layer.register_forward_pre_hook(before_with_keywords, with_kwargs=True)
-        else:
-            yield layer.register_forward_pre_hook(before, with_kwargs=True)
-
-    with own_hooks(register):
-        yield calls
-
-
-def _clone_unseen(tensor: Tensor) -> Tensor:
-    """A clone that the recording does not see."""
-    with torch._C.DisableTorchFunction():
-        clone = tensor.clone()
-    return copy_samples(tensor, clone)

@@ -1,4 +1,4 @@
-"""How many samples fit into memory at a time."""
+"""How many samples fit into memory together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from captum_abslrp.engine.propagation import saved_bytes
 __all__ = ["fitting", "free_bytes", "is_out_of_memory"]
 
 NEEDED = 3
-"""Memory of an attribution at its peak, by what is kept for the way back: twice is seen for small batches
-of large images, and less for others."""
+"""Peak memory of an attribution, as a multiple of what is kept for the backward pass: two has been seen for
+small batches of large images, and less for others."""
 
 SHARE = 0.5
-"""How much of the free memory is made use of."""
+"""How much of the free memory is used."""
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,8 +1,8 @@
-"""Which operations a model applies to what depends on its inputs.
+"""The operations that a model applies to what depends on its inputs.
 
-Methods that change the backward pass at modules see only these modules. What a model computes elsewhere,
-they would answer by a plain gradient without a word. One forward pass, of which each operation of
-PyTorch is seen (of functions, methods, scripted code and `autograd.Function` alike), tells before.
+Methods that change the backward pass at modules see only these modules. For what a model computes
+elsewhere they would silently return a plain gradient. One forward pass, which sees each operation of
+PyTorch (of functions, methods, scripted code and `autograd.Function` alike), finds this out before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work that is shared by the processes of ``torch.distributed``, where it is initialised.
+"""Work that is shared by the processes of ``torch.distributed``, where it is initialized.
 
 What is exchanged are small Python objects (scores, paths, messages), never tensors of the model. Without
 ``torch.distributed`` everything here is what one process does alone.
@@ -26,7 +26,7 @@ PATIENCE = timedelta(days=30)
 noticed at once: its connection is closed."""
 
 _group: Any = None
-"""What objects are exchanged in; None for the default group."""
+"""The group of processes that exchanges objects; None for the default group."""
 
 _exchanged: deque[list[torch.Tensor]] = deque(maxlen=8)
 """The last tensors that were exchanged. A thread of gloo may be about to drop them when all have arrived;
@@ -44,7 +44,7 @@ def started() -> Iterator[None]:
         [1, 2, 3]
     """
     described = all(name in os.environ for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"))
-    if not described or os.environ["WORLD_SIZE"] == "1" or _initialised():
+    if not described or os.environ["WORLD_SIZE"] == "1" or _initialized():
         yield
         return
     global _group
@@ -58,22 +58,22 @@ def started() -> Iterator[None]:
         _exchanged.clear()
 
 
-def _initialised() -> bool:
+def _initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return distributed.get_rank() if _initialised() else 0
+    return distributed.get_rank() if _initialized() else 0
 
 
 def count() -> int:
     """How many processes there are."""
-    return distributed.get_world_size() if _initialised() else 1
+    return distributed.get_world_size() if _initialized() else 1
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """What of some work is this process's: every item is one process's."""
+    """The items that this process works on: each item is one process's."""
     return items[rank() :: count()]
 
 
@@ -98,7 +98,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, for all of them; what it raises is raised in all of them."""
+    """The value that the first process makes, in all processes; its exception is raised in all of them."""
     if count() == 1:
         return make()
     made: Any = None

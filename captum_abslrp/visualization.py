@@ -1,7 +1,7 @@
 """Pictures of relevance. Figures are returned, never shown, and no global state is touched.
 
-Colours are symmetric around 0: red speaks for the class, blue against it, white is 0 (a pair that
-colour-blind readers can tell apart). The ends of the scale are a percentile of the magnitudes, so
+Colors are symmetric around 0: red speaks for the class, blue against it, white is 0 (a pair that
+color-blind readers can tell apart). The ends of the scale are a percentile of the magnitudes, so
 that a few extreme pixels do not turn all others white.
 
 Axes: C channels (1 or 3), H height, W width. matplotlib is imported when a figure is made.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Array",
-    "colour_limit",
+    "color_limit",
     "denormalize",
     "overlay_opacity",
     "picture_array",
@@ -37,7 +37,7 @@ __all__ = [
 Array = Tensor | npt.NDArray[Any]
 """A torch tensor or a numpy array."""
 
-COLOUR_MAP = "RdBu_r"
+COLOR_MAP = "RdBu_r"
 
 _CELL_INCHES = 3.0
 _GRID_CELL_INCHES = 1.7
@@ -70,8 +70,8 @@ def relevance_image(attribution: Array) -> npt.NDArray[np.float64]:
     return values.sum(axis=0) if values.ndim == 3 else values
 
 
-def colour_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
-    """The magnitude at which the colour scale ends, on both sides.
+def color_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
+    """The magnitude at which the color scale ends, on both sides.
 
     Args:
         relevance: values of any shape.
@@ -86,9 +86,9 @@ def colour_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
 
     Example:
         >>> import torch
-        >>> colour_limit(torch.tensor([-4.0, 1.0, 2.0]), 100)
+        >>> color_limit(torch.tensor([-4.0, 1.0, 2.0]), 100)
         4.0
-        >>> colour_limit(torch.zeros(2, 2))
+        >>> color_limit(torch.zeros(2, 2))
         1.0
     """
     if not 0 < clip_percentile <= 100:
@@ -108,7 +108,7 @@ def overlay_opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """How opaque relevance lies over a picture: the more, the larger its magnitude.
 
     Args:
-        values: relevance in multiples of the magnitude at which the colour scale ends, any shape.
+        values: relevance in multiples of the magnitude at which the color scale ends, any shape.
 
     Example:
         >>> overlay_opacity(np.array([0.0, -1.0, 2.0]))
@@ -121,7 +121,7 @@ def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     """Undo ``(image - mean) / std`` and clamp to [0, 1]: the picture that a model was given.
 
     Args:
-        image: normalised image, (..., C, H, W).
+        image: normalized image, (..., C, H, W).
         mean: mean per channel, C values.
         std: standard deviation per channel, C values.
 
@@ -150,13 +150,13 @@ def plot_attribution(
     title: str | None = None,
     clip_percentile: float = 99.0,
 ) -> Figure:
-    """One image and what is relevant in it: input, overlay, map with colour bar.
+    """One image and what is relevant in it: input, overlay, map with color bar.
 
     Args:
         image: the image as the model sees it, values in [0, 1] or uint8, (C, H, W) or (H, W).
         attribution: relevance, (C, H, W) or (H, W); H and W as in `image`.
         title: heading of the figure.
-        clip_percentile: percentile of the magnitudes at which the colours end.
+        clip_percentile: percentile of the magnitudes at which the colors end.
 
     Raises:
         ValueError: if a shape does not fit or a value is not finite or out of range.
@@ -178,14 +178,14 @@ def plot_rows(
     title: str | None = None,
     clip_percentile: float = 99.0,
 ) -> Figure:
-    """Several attributions below each other, each as input, overlay and map with colour bar.
+    """Several attributions below each other, each as input, overlay and map with color bar.
 
     Args:
         images: R images as in `plot_attribution`.
-        attributions: R attributions as in `plot_attribution`; each has a colour scale of its own.
+        attributions: R attributions as in `plot_attribution`; each has a color scale of its own.
         row_labels: R texts for the left margin.
         title: heading of the figure.
-        clip_percentile: percentile of the magnitudes at which the colours end.
+        clip_percentile: percentile of the magnitudes at which the colors end.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -194,13 +194,12 @@ def plot_rows(
         >>> import torch
         >>> image = torch.rand(3, 8, 8)
         >>> figure = plot_rows([image, image], torch.randn(2, 3, 8, 8), row_labels=["cat", "dog"])
-        >>> len(figure.axes)  # 2 x 3 pictures and 2 colour bars
+        >>> len(figure.axes)  # 2 x 3 pictures and 2 color bars
         8
     """
     rows = len(images)
     _require_count("attributions", len(attributions), rows)
-    if row_labels is not None:
-        _require_count("row_labels", len(row_labels), rows)
+    _require_labels("row_labels", row_labels, rows)
     pictures = [picture_array(image) for image in images]
     maps = [relevance_image(attribution) for attribution in attributions]
 
@@ -212,7 +211,7 @@ def plot_rows(
         _draw_picture(left, pictures[row])
         _draw_overlay(middle, pictures[row], maps[row], clip_percentile)
         drawn = _draw_map(right, maps[row], clip_percentile)
-        _add_colour_bar(figure, drawn, right, maps[row])
+        _add_color_bar(figure, drawn, right, maps[row])
         if row_labels is not None:
             _label_row(left, row_labels[row], width=22, size=11)
     for column, name in enumerate(("input", "overlay", "relevance")):
@@ -231,7 +230,7 @@ def plot_grid(
 ) -> Figure:
     """Rows of images, columns of methods: the input, then an overlay per method.
 
-    Every overlay has a symmetric colour scale of its own, so the one colour bar counts in
+    Every overlay has a symmetric color scale of its own, so the one color bar counts in
     multiples of the magnitude at which the scale ends.
 
     Args:
@@ -241,7 +240,7 @@ def plot_grid(
         row_labels: R texts for the left margin.
         column_labels: K texts above the columns of attributions.
         title: heading of the figure.
-        clip_percentile: percentile of the magnitudes at which the colours end.
+        clip_percentile: percentile of the magnitudes at which the colors end.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -261,10 +260,8 @@ def plot_grid(
     columns = len(attributions[0]) if rows else 0
     for given in attributions:
         _require_count("attributions of every row", len(given), columns)
-    if row_labels is not None:
-        _require_count("row_labels", len(row_labels), rows)
-    if column_labels is not None:
-        _require_count("column_labels", len(column_labels), columns)
+    _require_labels("row_labels", row_labels, rows)
+    _require_labels("column_labels", column_labels, columns)
     pictures = [picture_array(image) for image in images]
 
     width = (columns + 1) * _GRID_CELL_INCHES + 1.2
@@ -282,7 +279,7 @@ def plot_grid(
                 _draw_overlay(axes[row, column], picture, relevance_image(cell), clip_percentile)
     for column, name in enumerate(["input", *(column_labels or [])]):
         axes[0, column].set_title(_wrap(name, 20), fontsize=10, parse_math=False)
-    _add_shared_colour_bar(figure, axes)
+    _add_shared_color_bar(figure, axes)
     return figure
 
 
@@ -311,6 +308,11 @@ def _require_count(name: str, given: int, expected: int) -> None:
         raise ValueError(f"Expected `{name}` to have {expected} entries, but got {given}.")
 
 
+def _require_labels(name: str, labels: Sequence[str] | None, expected: int) -> None:
+    if labels is not None:
+        _require_count(name, len(labels), expected)
+
+
 def picture_array(image: Array) -> npt.NDArray[np.float64]:
     """The image as (H, W, 3) in [0, 1].
 
@@ -335,11 +337,11 @@ def picture_array(image: Array) -> npt.NDArray[np.float64]:
         )
     values = raw.astype(np.float64) / (255 if raw.dtype == np.uint8 else 1)
     _require_finite(values, "image")
-    # Undoing a normalisation in single precision may overshoot a little.
+    # Undoing a normalization in single precision may overshoot a little.
     if values.min() < -1e-3 or values.max() > 1 + 1e-3:
         raise ValueError(
             "Expected `image` to have values in [0, 1], but got "
-            f"[{values.min():.3g}, {values.max():.3g}]; `denormalize` undoes a normalisation."
+            f"[{values.min():.3g}, {values.max():.3g}]; `denormalize` undoes a normalization."
         )
     return np.broadcast_to(values.clip(0, 1), (3, *values.shape[1:])).transpose(1, 2, 0)
 
@@ -389,10 +391,10 @@ def _draw_map(
 ) -> AxesImage:
     from matplotlib.colors import Normalize
 
-    limit = colour_limit(relevance, clip_percentile)
+    limit = color_limit(relevance, clip_percentile)
     drawn = axes.imshow(
         relevance,
-        cmap=COLOUR_MAP,
+        cmap=COLOR_MAP,
         norm=Normalize(-limit, limit),
         alpha=opacity,
         interpolation="nearest",
@@ -407,16 +409,16 @@ def _draw_overlay(
     relevance: npt.NDArray[np.float64],
     clip_percentile: float,
 ) -> None:
-    """Relevance on the greyscale picture, the more opaque the larger its magnitude."""
+    """Relevance on the grayscale picture, the more opaque the larger its magnitude."""
     if relevance.shape != picture.shape[:2]:
         raise ValueError(
             f"Expected `attribution` to have the height and width of the image "
             f"{picture.shape[:2]}, but got {relevance.shape}."
         )
-    # Pale, so that the dark ends of the colour scale stand out against dark pictures too.
-    grey = 0.4 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]))
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    limit = colour_limit(relevance, clip_percentile)
+    # Pale, so that the dark ends of the color scale stand out against dark pictures too.
+    gray = 0.4 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]))
+    axes.imshow(gray, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    limit = color_limit(relevance, clip_percentile)
     _draw_map(axes, relevance, clip_percentile, opacity=overlay_opacity(relevance / limit))
 
 
@@ -440,7 +442,7 @@ def _label_row(axes: Axes, text: str, *, width: int, size: int) -> None:
     axes.set_ylabel(_wrap(text, width), fontsize=size, parse_math=False)
 
 
-def _add_colour_bar(
+def _add_color_bar(
     figure: Figure, drawn: AxesImage, axes: Axes, relevance: npt.NDArray[np.float64]
 ) -> None:
     limit = drawn.get_clim()[1] or 1.0
@@ -452,11 +454,11 @@ def _add_colour_bar(
     bar.ax.tick_params(labelsize=9)
 
 
-def _add_shared_colour_bar(figure: Figure, axes: npt.NDArray[Any]) -> None:
+def _add_shared_color_bar(figure: Figure, axes: npt.NDArray[Any]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    scale = ScalarMappable(Normalize(-1, 1), COLOUR_MAP)
+    scale = ScalarMappable(Normalize(-1, 1), COLOR_MAP)
     # About two pictures high, however many rows there are.
     height = min(0.9, 2 / len(axes))
     bar = figure.colorbar(scale, ax=axes.ravel().tolist(), fraction=0.03, pad=0.02, shrink=height)

@@ -53,7 +53,7 @@ nitpick_ignore = [
     ("py:class", name)  # types of the inside, and names of types
     for name in (
         "captum_abslrp.engine.recording.Recording",
-        "captum_abslrp.diagnostics.Observer",
+        "captum_abslrp.engine.observers.Observer",
         "Array",
         "Key",
         "Propagate",

@@ -46,7 +46,7 @@ def of_pretrained_models(
     pictures, rows, asked = [], [], []
     for path in paths:
         image = Image.open(path).convert("RGB")
-        # One crop for all, that of the first model; each has a size and a normalisation of its own.
+        # One crop for all, that of the first model; each has a size and a normalization of its own.
         crop = configs[names[0]]["crop_pct"]
         inputs = {
             name: timm.data.create_transform(**config | {"crop_pct": crop})(image)[None]

@@ -1,4 +1,4 @@
-"""What comes of bad input: an error that says what was expected and what came, or the behaviour that is
+"""What comes of bad input: an error that says what was expected and what came, or the behavior that is
 defined for it. One table: arguments, models, files, options, checkpoints."""
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def without_room(*words: str) -> Any:
 
 
 def shows(make: Make, name: str, pixel: tuple[int, int, int]) -> Any:
-    """A picture that is read, and the colour in its corner."""
+    """A picture that is read, and the color in its corner."""
 
     def attempt(tmp_path: Path, capsys: Any) -> None:
         make(tmp_path / name)
@@ -283,12 +283,12 @@ def shows(make: Make, name: str, pixel: tuple[int, int, int]) -> Any:
     return attempt
 
 
-def plain(mode: str, colour: Any, **options: Any) -> Make:
-    return lambda path: Image.new(mode, (64, 64), colour).save(path, **options)
+def plain(mode: str, color: Any, **options: Any) -> Make:
+    return lambda path: Image.new(mode, (64, 64), color).save(path, **options)
 
 
 def animated(path: Path) -> None:
-    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
@@ -318,7 +318,7 @@ COMMANDS: list[tuple[str, Callable[[Path, Any], Any], str | None]] = [
     ("with transparency", shows(plain("RGBA", (9, 99, 199, 255)), "x.png", (9, 99, 199)), None),
     ("palette", shows(plain("P", 0), "x.png", (0, 0, 0)), None),
     ("two levels", shows(plain("1", 1), "x.png", (255, 255, 255)), None),
-    ("grey", shows(plain("L", 77), "x.bmp", (77, 77, 77)), None),
+    ("gray", shows(plain("L", 77), "x.bmp", (77, 77, 77)), None),
     ("wrong ending", shows(plain("L", 77, format="PNG"), "x.jpg", (77, 77, 77)), None),
     ("out is a file", explained(picture, "--out", __file__), "`--out` to be a folder to write to"),
     ("html is no page", explained(picture, "--html", "x.png"), "to be a file that ends in .html"),
@@ -362,7 +362,7 @@ COMMANDS: list[tuple[str, Callable[[Path, Any], Any], str | None]] = [
      "do not fit 'test_vit'"),
     ("weights of a demo", explained(picture, "--checkpoint", "x"), "to go with a timm model"),
     ("data is missing", evaluated("--model", "demo:vgg", "--data", "DATA"), "to be a folder, but got"),
-    ("data is a file", evaluated("--model", "demo:vgg", "--data", "DATA", make=text), "which is none"),
+    ("data is a file", evaluated("--model", "demo:vgg", "--data", "DATA", make=text), "which is not one"),
     ("data is three", evaluated("--model", "demo:vgg", "--data", "DATA", make=pictures(3)),
      "at least four images, but got 3"),
     ("no data", evaluated("--model", "demo:vgg"), "one of the arguments --data --demo is required"),

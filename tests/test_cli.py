@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, UnsupportedCallError, __version__, demo, methods
+from captum_abslrp import AbsLRP, UnsupportedCallError, __version__, demo, hookable, methods
 from captum_abslrp.cli import demo as demo_command
 from captum_abslrp.cli import explain as explain_command
 from captum_abslrp.cli import files, main
@@ -815,7 +815,7 @@ def test_methods_leave_no_trace_after_a_bad_target(
 
 
 def test_copies_to_hook_are_not_in_place(small: nn.Module) -> None:
-    copied = methods._hookable_copy(small)
+    copied = hookable.hookable_copy(small)
     assert copied is not small and not any(getattr(m, "inplace", False) for m in copied.modules())
     assert any(getattr(m, "inplace", False) for m in small.modules())
 
@@ -922,9 +922,11 @@ def test_registration(registry: None) -> None:
 
 
 def test_unknown_methods_have_near_names() -> None:
-    with pytest.raises(ValueError, match="but got 'deeplif'; did you mean deeplift\\? There are: "):
+    with pytest.raises(
+        ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). There are: "
+    ):
         get_method("deeplif")
-    with pytest.raises(ValueError, match="but got 'qqq'; There are: abslrp, lrp"):
+    with pytest.raises(ValueError, match="but got 'qqq'. There are: abslrp, lrp"):
         get_method("qqq")
 
 

@@ -940,7 +940,7 @@ def test_models_are_inspected_and_traced(kind: type[nn.Module]) -> None:
     trace = trace_relevance(model, x, 2, normalization="joint")
     assert {call.rule for call in trace.calls} > {"AbsLRPRule()"} or kind is Sound
     for call in trace.calls:
-        assert sum(call.handed_on) == pytest.approx(call.arrived) or sum(call.handed_on) == 0
+        assert sum(call.passed) == pytest.approx(call.arrived) or sum(call.passed) == 0
 
 
 @pytest.mark.parametrize("kind", [Rope, GlobalFilter, Operator, Deep])

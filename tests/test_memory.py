@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from captum_abslrp import AbsLRP, memory
+from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.propagation import saved_bytes
 from tests.conftest import load_golden, relative_error
@@ -19,9 +19,9 @@ def sizes_of_batches(attributor: AbsLRP, monkeypatch: pytest.MonkeyPatch) -> lis
     sizes: list[int] = []
     run = attributor._explain_chunk
 
-    def recorded(inputs: tuple[Tensor, ...], *args: Any) -> Any:
-        sizes.append(len(inputs[0]))
-        return run(inputs, *args)
+    def recorded(samples: Samples, start: int, **options: Any) -> Any:
+        sizes.append(len(samples.inputs[0]))
+        return run(samples, start, **options)
 
     monkeypatch.setattr(attributor, "_explain_chunk", recorded)
     return sizes
@@ -61,11 +61,11 @@ def test_auto_halves_a_batch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) 
     expected = attributor.attribute(x, 1)
     run, tried = attributor._explain_chunk, []
 
-    def short_of_memory(inputs: tuple[Tensor, ...], *args: Any) -> Any:
-        tried.append(len(inputs[0]))
-        if len(inputs[0]) > 1:
+    def short_of_memory(samples: Samples, start: int, **options: Any) -> Any:
+        tried.append(len(samples.inputs[0]))
+        if len(samples.inputs[0]) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return run(inputs, *args)
+        return run(samples, start, **options)
 
     monkeypatch.setattr(attributor, "_explain_chunk", short_of_memory)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)

@@ -154,7 +154,7 @@ class Spoiling(Rule):
 def test_a_rule_that_went_wrong_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     mapping = get_mapping().extended({"tanh": Spoiling()})
-    message = r"infinite values that came out of `torch.tanh` in `1` \(Tanh\) on the way back"
+    message = r"infinite values that came out of `torch.tanh` in `1` \(Tanh\) in the backward pass"
     with pytest.raises(FloatingPointError, match=message):
         AbsLRP(model, mapping).attribute(torch.rand(2, 4), 1)
 
@@ -165,11 +165,11 @@ def test_relevance_is_traced_from_call_to_call(name: str) -> None:
     trace = trace_relevance(model, X.double(), 1, normalization="joint")
     assert trace.calls[0].layer == "Linear" and trace.calls[0].arrived == pytest.approx(1)
     for call in trace.calls:  # each hands on what has arrived
-        assert sum(call.handed_on) == pytest.approx(call.arrived, rel=1e-6), call
+        assert sum(call.passed) == pytest.approx(call.arrived, rel=1e-6), call
     stem = trace.calls[-1]
     assert "Conv2d" in stem.layer
     relevance = AbsLRP(model, normalization="joint").attribute(X.double(), 1, contrast=None)
-    assert relevance.abs().sum().item() / 2 == pytest.approx(stem.handed_on[0])
+    assert relevance.abs().sum().item() / 2 == pytest.approx(stem.passed[0])
     header, _, first, *_ = str(trace).splitlines()
     assert header.split("|")[1].strip() == "call" and "torch.nn.functional.linear" in first
 
@@ -180,7 +180,7 @@ def test_lost_relevance_is_seen_where_it_was_lost() -> None:
         model[0].weight.fill_(-1)  # the ReLU is shut: only the bias of the last layer is left
         model[0].bias.fill_(-1)
     last, *others = trace_relevance(model, torch.rand(2, 4).double(), 2).calls
-    assert last.path == "2" and last.arrived == pytest.approx(1) and last.handed_on == (0.0,)
+    assert last.path == "2" and last.arrived == pytest.approx(1) and last.passed == (0.0,)
     assert all(call.arrived == 0 for call in others)
 
 

@@ -370,7 +370,7 @@ def test_a_missing_map_has_no_scale(browser: Any, tmp_path: Path) -> None:
     page.close()
 
 
-def test_what_is_chosen_is_seen_in_forced_colours(browser: Any, report: Path) -> None:
+def test_what_is_chosen_is_seen_in_forced_colors(browser: Any, report: Path) -> None:
     page = browser.new_page(forced_colors="active")
     page.goto(report.as_uri())
     grounds = [

@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
-from captum_abslrp.attribution import unchanged
 from captum_abslrp.engine.saved import storage_of
+from captum_abslrp.engine.state import unchanged
 from tests.test_no_trace import Crash, digest, no_trace
 
 
@@ -1045,7 +1045,7 @@ def test_values_are_not_copied_where_nothing_changes_them(monkeypatch: pytest.Mo
     def copied(tensors: Any) -> Any:
         raise AssertionError("copied")
 
-    monkeypatch.setattr(state, "_Memory", copied)
+    monkeypatch.setattr(state, "Memory", copied)
     AbsLRP(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(True)).eval()).attribute(X, 1)
     with pytest.raises(AssertionError, match="copied"):
         AbsLRP(MODELS["WeightChangedInPlace"]().eval()).attribute(X, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_abslrp import AbsLRP, LayerAbsLRP, attribution, contrast
+from captum_abslrp import AbsLRP, LayerAbsLRP, attribution, checks, seeds
 from captum_abslrp.rules import elementwise
 from tests.conftest import GOLDEN_NAMES, load_golden, realistic, relative_error
 
@@ -41,7 +41,7 @@ class NoWaiting(TorchDispatchMode):
 def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where values are: on the host, where they may be looked at, or as if they were on a device."""
     if request.param == "device":
-        for module in (attribution, contrast, elementwise):
+        for module in (attribution, checks, seeds, elementwise):
             monkeypatch.setattr(module, "on_host", lambda condition: None)
     return str(request.param)
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import captum_abslrp.visualization
 from captum_abslrp.visualization import (
-    colour_limit,
+    color_limit,
     denormalize,
     plot_attribution,
     plot_grid,
@@ -41,7 +41,7 @@ def rendered(figure: Figure) -> bytes:
 
 
 def scales(figure: Figure) -> list[tuple[float, float]]:
-    """Ends of all colour scales of relevance, overlays included."""
+    """Ends of all color scales of relevance, overlays included."""
     drawn = [picture for axes in figure.axes for picture in axes.get_images()]
     return [picture.get_clim() for picture in drawn if picture.get_cmap().name == "RdBu_r"]
 
@@ -77,29 +77,29 @@ def test_relevance_image_refuses_lists() -> None:
         relevance_image([[1.0]])  # type: ignore[arg-type]
 
 
-def test_colour_limit() -> None:
+def test_color_limit() -> None:
     ramp = torch.linspace(-100, 50, 151)
-    assert colour_limit(ramp, 100) == 100
-    assert 90 < colour_limit(ramp) < 100
-    assert colour_limit(torch.zeros(5)) == 1
+    assert color_limit(ramp, 100) == 100
+    assert 90 < color_limit(ramp) < 100
+    assert color_limit(torch.zeros(5)) == 1
     sparse = torch.zeros(1000)
     sparse[7] = -3
-    assert colour_limit(sparse) == 3
-    assert colour_limit(np.array([1e-320])) == 1
+    assert color_limit(sparse) == 3
+    assert color_limit(np.array([1e-320])) == 1
 
 
 @pytest.mark.parametrize("percentile", [0, -1, 100.5, float("nan")])
-def test_colour_limit_refuses_percentiles(percentile: float) -> None:
+def test_color_limit_refuses_percentiles(percentile: float) -> None:
     with pytest.raises(ValueError, match=r"Expected `clip_percentile` to be in \(0, 100\], but"):
-        colour_limit(torch.ones(3), percentile)
+        color_limit(torch.ones(3), percentile)
 
 
-def test_denormalize_undoes_normalisation(image: torch.Tensor) -> None:
+def test_denormalize_undoes_normalization(image: torch.Tensor) -> None:
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     column = (3, 1, 1)
-    normalised = (image - torch.tensor(mean).view(column)) / torch.tensor(std).view(column)
-    torch.testing.assert_close(denormalize(normalised, mean, std), image)
-    torch.testing.assert_close(denormalize(normalised[None], mean, std), image[None])
+    normalized = (image - torch.tensor(mean).view(column)) / torch.tensor(std).view(column)
+    torch.testing.assert_close(denormalize(normalized, mean, std), image)
+    torch.testing.assert_close(denormalize(normalized[None], mean, std), image[None])
 
 
 def test_denormalize_refuses_counts(image: torch.Tensor) -> None:
@@ -110,10 +110,10 @@ def test_denormalize_refuses_counts(image: torch.Tensor) -> None:
 def test_plot_attribution(image: torch.Tensor, attribution: torch.Tensor) -> None:
     figure = plot_attribution(image, attribution, title="why a cat?")
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["input", "overlay", "relevance", ""]  # the last one is the colour bar
+    assert titles == ["input", "overlay", "relevance", ""]  # the last one is the color bar
     assert figure.get_suptitle() == "why a cat?"
     np.testing.assert_allclose(pixels(figure, 2), relevance_image(attribution))
-    limit = colour_limit(relevance_image(attribution))
+    limit = color_limit(relevance_image(attribution))
     assert scales(figure) == [(-limit, limit)] * 2
     np.testing.assert_allclose(pixels(figure, 0), image.permute(1, 2, 0))
     assert rendered(figure).startswith(b"\x89PNG")
@@ -123,10 +123,10 @@ def test_the_overlay_is_opaque_where_relevance_is(image: torch.Tensor) -> None:
     relevance = torch.zeros(6, 8)
     relevance[2, 3] = -1
     figure = plot_attribution(image, relevance, clip_percentile=100)
-    grey, overlay = figure.axes[1].get_images()
+    gray, overlay = figure.axes[1].get_images()
     opacity = np.asarray(overlay.get_alpha())
     assert opacity[2, 3] > 0.9 and opacity.sum() == opacity[2, 3]
-    assert grey.get_cmap().name == "gray"
+    assert gray.get_cmap().name == "gray"
 
 
 def test_more_clipping_narrows_the_scale(image: torch.Tensor, attribution: torch.Tensor) -> None:
@@ -184,7 +184,7 @@ def test_plot_rows(image: torch.Tensor, attribution: torch.Tensor) -> None:
                        row_labels=["cat", "dog", "no\none"])  # fmt: skip
     assert len(figure.axes) == 3 * 3 + 3
     assert [figure.axes[i].get_ylabel() for i in (0, 3, 6)] == ["cat", "dog", "no\none"]
-    limit = colour_limit(relevance_image(attribution))
+    limit = color_limit(relevance_image(attribution))
     expected = [limit, limit, 10 * limit, 10 * limit, 1, 1]
     np.testing.assert_allclose([high for _, high in scales(figure)], expected)
     rendered(figure)

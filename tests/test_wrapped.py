@@ -297,11 +297,11 @@ def test_an_exported_or_traced_graph_is_explained() -> None:
     assert torch.equal(explained(exported), explained(network()))
 
 
-def quantised_dynamically() -> nn.Module:
+def quantized_dynamically() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(network().float(), {nn.Linear})
 
 
-def quantised_statically() -> nn.Module:
+def quantized_statically() -> nn.Module:
     stubs = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
     model = nn.Sequential(stubs[0], network().float(), stubs[1]).eval()
     model.qconfig = torch.ao.quantization.default_qconfig
@@ -315,15 +315,15 @@ def quantised_statically() -> nn.Module:
     reason="this PyTorch is built without quantisation",
 )
 @pytest.mark.parametrize(
-    ("build", "where"), [(quantised_dynamically, "`4` of"), (quantised_statically, "`0` of")]
+    ("build", "where"), [(quantized_dynamically, "`4` of"), (quantized_statically, "`0` of")]
 )
-def test_quantised_parts_are_named(build: Callable[[], nn.Module], where: str) -> None:
+def test_quantized_parts_are_named(build: Callable[[], nn.Module], where: str) -> None:
     with deprecations_ignored():
         model = build()
     with pytest.raises(
         TypeError,
-        match=rf"Expected {where} `model` to be a plain module, but got a quantised one "
-        rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, as it was before it was quantised\.",
+        match=rf"Expected {where} `model` to be a plain module, but got a quantized one "
+        rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, as it was before it was quantized\.",
     ):
         AbsLRP(model)
 
@@ -343,7 +343,7 @@ class Sum(nn.Module):
         return self.add.add(x, x.tanh())
 
 
-def test_layers_that_only_sound_quantised_are_explained() -> None:
+def test_layers_that_only_sound_quantized_are_explained() -> None:
     model = nn.Sequential(network(), Sum(), Mine(5, 5).double())
     plain = nn.Sequential(network(), Calling(lambda x: x + x.tanh()), model[2])
     assert torch.equal(explained(model), explained(plain))

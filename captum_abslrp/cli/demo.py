@@ -16,6 +16,7 @@ from captum_abslrp import demo
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.cli.files import UserError, folder, positive_int, progress, save_figure
 from captum_abslrp.methods import AttributionFunction, get_method, positive_share
+from captum_abslrp.text import markdown_table
 from captum_abslrp.visualization import plot_grid
 
 SHOWN_PAIRS = 3
@@ -144,18 +145,12 @@ def _markdown(table: Sequence[Shares]) -> str:
     models = list(dict.fromkeys(entry.model for entry in table))
     methods = list(dict.fromkeys(entry.method for entry in table))
     cells = {(entry.method, entry.model): entry.cell() for entry in table}
-    rows = [["method", *models], *([m, *(cells[m, name] for name in models)] for m in methods)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    rows = ([method, *(cells[method, model] for model in models)] for method in methods)
     heading = (
         "Positive relevance on the digit asked for, of all positive relevance "
         f"(mean over {table[0].questions} questions)"
     )
-    return "\n".join([heading, "", *lines, ""])
+    return f"{heading}\n\n{markdown_table(['method', *models], rows)}\n"
 
 
 def _csv(table: Sequence[Shares]) -> str:

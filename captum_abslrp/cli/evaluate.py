@@ -26,7 +26,14 @@ from captum_abslrp.cli.files import (
     save_text,
     say,
 )
-from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
+from captum_abslrp.cli.models import (
+    DEMO_PREFIX,
+    Subject,
+    add_checkpoint,
+    add_device,
+    find_device,
+    load_subject,
+)
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.metrics.comparison import Comparison
 from captum_abslrp.metrics.evaluation import Evaluation
@@ -58,12 +65,7 @@ def add_command(commands: Any) -> None:
         + ", ".join(DEMO_PREFIX + name for name in demo.list_models())
         + " (default with --demo: these, each in a folder of its own)",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
-    )
+    add_checkpoint(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(
         "--data",
@@ -104,9 +106,7 @@ def add_command(commands: Any) -> None:
         metavar="B",
         help="images that are explained at a time, 20 of a mosaic (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads",
         type=positive_int,
@@ -267,7 +267,7 @@ def _evaluate_model(
 
 
 class _Method:
-    """A method that is made when it is asked: what it refuses is an error of its own row."""
+    """A method that is made at its first call, so that an error of it fails its own row only."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -280,7 +280,7 @@ class _Method:
 def _maps(
     evaluation: Evaluation, methods: dict[str, _Method], table: Comparison, n_mosaics: int
 ) -> list[tuple[Setting, dict[str, Tensor | str]]]:
-    """A few mosaics, each with what the methods say of its positive image's class."""
+    """A few mosaics, each with the maps of the methods for the class of its positive image."""
     settings = [evaluation.setting(number) for number in range(min(SHOWN_MOSAICS, n_mosaics))]
     return [
         (
@@ -328,7 +328,7 @@ class ImageFolder:
 
     def __init__(self, path: Path, subject: Subject, passed_over: Path | None = None) -> None:
         if not path.is_dir():
-            raise UserError(f"Expected `--data` to be a folder, but got {path}, which is none.")
+            raise UserError(f"Expected `--data` to be a folder, but got {path}, which is not one.")
         self.paths = image_files(path, passed_over)
         self.subject = subject
         if len(self.paths) < 4:

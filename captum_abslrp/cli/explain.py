@@ -6,7 +6,6 @@ Axes: C channels, H height, W width.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import warnings
 from collections import Counter
@@ -25,7 +24,6 @@ from captum_abslrp.cli.files import (
     UserError,
     all_image_files,
     complain,
-    did_you_mean,
     folder,
     html_file,
     output_names,
@@ -38,10 +36,18 @@ from captum_abslrp.cli.files import (
     say,
     with_suffix,
 )
-from captum_abslrp.cli.models import DEMO_PREFIX, Subject, find_device, load_subject
+from captum_abslrp.cli.models import (
+    DEMO_PREFIX,
+    Subject,
+    add_checkpoint,
+    add_device,
+    find_device,
+    load_subject,
+)
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.report import CONTRAST, DIFFERENCE, TARGET, Panel, Section
+from captum_abslrp.text import did_you_mean
 from captum_abslrp.visualization import plot_grid, plot_rows
 
 if TYPE_CHECKING:
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NOTE = "captum-abslrp"
-"""Name of the text in a figure that tells how it was made."""
+"""Name of the text in a figure that says how it was made."""
 NORMALIZATIONS = ("separate", "joint")
 CONTRASTS = ("others", "softmax", "none")
 
@@ -79,12 +85,7 @@ def add_command(commands: Any) -> None:
         help="a timm model, e.g. resnet50 or vit_base_patch16_224, or without network one of "
         + ", ".join(DEMO_PREFIX + name for name in demo.list_models()),
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
-    )
+    add_checkpoint(parser)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument(
         "--target",
@@ -119,9 +120,7 @@ def add_command(commands: Any) -> None:
         metavar="METHOD",
         help="show other methods too: %(choices)s",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads",
         type=positive_int,
@@ -139,7 +138,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="leave out images that have been explained in the same way, as their figures tell",
+        help="leave out images that have been explained in the same way, as their figures say",
     )
     parser.add_argument(
         "--html",
@@ -152,7 +151,7 @@ def add_command(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about every image; indices are of classes."""
+    """The question about every image; indices are of classes."""
 
     target: int | None
     top: int | None
@@ -211,7 +210,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _of_all(found: dict[int, T]) -> dict[int, T]:
-    """What the processes have found, by the number of the image."""
+    """The results of all processes, by the number of the image."""
     return dict(sorted(chain.from_iterable(part.items() for part in processes.gather(found))))
 
 
@@ -300,7 +299,7 @@ def _explain_image(
 
 
 def _note(path: Path, args: argparse.Namespace) -> str:
-    """What a figure tells of how it was made, so that it can be made again."""
+    """The text in a figure about how it was made, so that it can be made again."""
     asked = {
         name: getattr(args, name)
         for name in ("model", "target", "top", "contrast", "normalization", "compare")
@@ -413,7 +412,7 @@ def _class_index(
 ) -> int:
     """The class that a name (any synonym, any case) or an index stands for.
 
-    `other_words` are what the option takes besides; they are only told of.
+    `other_words` are what the option takes besides; they are for the message only.
     """
     try:
         index = int(text)
@@ -441,9 +440,8 @@ def _class_index(
             f"Expected `{option}` to name one class, but got {text!r}, which names "
             f"{len(found)}: give the index {indices}."
         )
-    near = difflib.get_close_matches(wanted, [*other_words, *known], n=3)
     expected = f"{', '.join(other_words)} or a class" if other_words else "a class"
     raise UserError(
         f"Expected `{option}` to be {expected} of the model, but got {text!r}"
-        f"{did_you_mean(near)}; an index will do too."
+        f"{did_you_mean(wanted, [*other_words, *known])}; an index will do too."
     )

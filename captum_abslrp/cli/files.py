@@ -6,27 +6,31 @@ import argparse
 import errno
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import captum
+import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from captum_abslrp import processes
+from captum_abslrp import __version__, processes
+from captum_abslrp.report import Section, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from captum_abslrp.report import Section
-
 PROGRAM = "captum-abslrp"
 
 
 class UserError(Exception):
-    """What the user can put right; its text is the line that they read."""
+    """An error that the user can fix; its text is the line that they read."""
 
 
 def read_image(path: Path, channels: int) -> Image:
@@ -39,14 +43,13 @@ def read_image(path: Path, channels: int) -> Image:
             upright = _of_eight_bits(ImageOps.exif_transpose(image), image.format)
             return upright.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow answers broken files with each of these.
+        # Pillow raises each of these for broken files.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path} could not be read as an image: {reason}") from error
 
 
 def _of_eight_bits(image: Image, kind: str | None) -> Image:
     """A picture of 8 bits per channel: Pillow itself cuts off what is beyond 255."""
-    import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
@@ -155,7 +158,7 @@ def html_file(path: Path | None) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place when it is whole; until then what is there stays."""
+    """A file to write, which replaces the one in its place only when it is complete."""
     target = Path(os.path.realpath(path))  # a link stays one
     part = target.with_name(f".{target.name}.part")
     try:
@@ -188,30 +191,20 @@ def save_text(text: str, path: Path) -> None:
 
 
 def save_array(values: Tensor, path: Path) -> None:
-    import numpy as np
-
     with written(path) as file:
         np.save(file, values.numpy())
 
 
 def save_report(args: argparse.Namespace, sections: Sequence[Section], title: str) -> None:
     """Write the report of a command to where it was asked for."""
-    from captum_abslrp.report import render
-
     page = render(sections, title=title, settings=settings_of(args), command=args.line)
     save_text(page, args.html)
     say(f"The report is {args.html}.")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """What a command was asked for, and the versions that answered, for a report."""
-    import platform
-
-    import captum
+    """The settings of a command and the versions of the libraries, for a report."""
     import timm
-    import torch
-
-    from captum_abslrp import __version__
 
     asked = {
         name.replace("_", "-"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -229,29 +222,19 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[Any]:
-    from tqdm import tqdm
-
     steps = list(items)
     show = show and processes.rank() == 0
     yield from tqdm(steps, unit=f" {unit}", file=sys.stderr, disable=not show)
 
 
 def say(text: str) -> None:
-    """Tell the user; where several processes share the work, the first one speaks."""
-    from tqdm import tqdm
-
+    """Print a line for the user; where several processes share the work, the first one does."""
     if processes.rank() == 0:
         tqdm.write(text, file=sys.stdout)
 
 
 def complain(error: UserError | str, kind: str = "error") -> None:
-    from tqdm import tqdm
-
     tqdm.write(f"{PROGRAM}: {kind}: {error}", file=sys.stderr)
-
-
-def did_you_mean(near: Sequence[str]) -> str:
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -260,7 +243,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Without the retries that a library logs: an error is one line."""
+    """Hide the retries that a library logs, so that an error is one line."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

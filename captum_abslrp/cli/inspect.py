@@ -1,4 +1,4 @@
-"""``captum-abslrp inspect``: which rule answers which call of a model."""
+"""``captum-abslrp inspect``: the rule of each call of a model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from captum_abslrp import demo
 from captum_abslrp.cli.files import say
 from captum_abslrp.cli.models import DEMO_PREFIX, build_model
-from captum_abslrp.inspection import MOVES, Inspection, inspect_rules, table
+from captum_abslrp.inspection import MOVES, Inspection, inspect_rules
 from captum_abslrp.mappings import find_mapping
+from captum_abslrp.text import markdown_table
 
 
 def add_command(commands: Any) -> None:
     """Add the command to a parser's ``add_subparsers()``."""
     parser = commands.add_parser(
         "inspect",
-        help="show which rule answers which call of a model",
+        help="show the rule of each call of a model",
         description="Runs a model once, with random weights (nothing is downloaded), and prints a table "
         "of its calls and their rules. Exit code 1 if a call has none.",
     )
@@ -49,7 +50,7 @@ def _inspect(args: argparse.Namespace) -> int:
             [call.path or "(model)", call.layer, call.call, call.rule or "NONE", call.origin]
             for call in shown
         ]
-        say(table(["module", "layer", "call", "rule", "from"], rows))
+        say(markdown_table(["module", "layer", "call", "rule", "from"], rows))
     else:
         say(str(Inspection(tuple(shown))))
     mapping = find_mapping(model)

@@ -1,8 +1,8 @@
-"""Models by name, and what is needed to speak about them."""
+"""Models by name, with their classes and their preprocessing."""
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_abslrp import demo, processes
-from captum_abslrp.cli.files import UserError, did_you_mean, first_line, quiet
+from captum_abslrp.cli.files import UserError, first_line, quiet
+from captum_abslrp.text import did_you_mean
 from captum_abslrp.visualization import denormalize
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ DEMO_PREFIX = "demo:"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what is needed to speak about it.
+    """A model, the names of its classes and its preprocessing.
 
     `prepare` turns a picture into model input (C, H, W), `show` turns that into values in [0, 1].
     """
@@ -41,9 +42,26 @@ class Subject:
         return name if name in (str(index), f"class {index}") else f"{name} ({index})"
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--checkpoint`` to the parser of a command."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--device`` to the parser of a command."""
+    parser.add_argument(
+        "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
+    )
+
+
 @contextmanager
 def of_threads(count: int | None) -> Iterator[None]:
-    """Compute by some threads; None for as many as there are."""
+    """Compute with a number of threads; None leaves it as it is."""
     if count is None:
         yield
         return
@@ -96,11 +114,11 @@ def load_subject(name: str, checkpoint: Path | None, device: torch.device) -> Su
 
 def _load_demo_model(name: str) -> nn.Module:
     if name not in demo.list_models():
-        there_are = ", ".join(DEMO_PREFIX + known for known in demo.list_models())
-        near = [DEMO_PREFIX + n for n in difflib.get_close_matches(name, demo.list_models())]
+        known = demo.list_models()
+        there_are = ", ".join(DEMO_PREFIX + other for other in known)
         raise UserError(
             f"Expected `--model` to be a demo model, but got {DEMO_PREFIX + name!r}"
-            f"{did_you_mean(near)}; there are {there_are}."
+            f"{did_you_mean(name, known, prefix=DEMO_PREFIX)}; there are {there_are}."
         )
     return demo.load_model(name)
 
@@ -121,10 +139,9 @@ def _check_known(name: str) -> None:
 
     elsewhere = ":" in name  # hf-hub:OWNER/NAME and local-dir:FOLDER are timm's to resolve
     if not elsewhere and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
             f"Expected `--model` to be a timm model or {DEMO_PREFIX}NAME, but got {name!r}"
-            f"{did_you_mean(near)}."
+            f"{did_you_mean(name, timm.list_models())}."
         )
 
 

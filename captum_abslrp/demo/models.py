@@ -99,7 +99,7 @@ def build_model(name: str) -> nn.Module:
 def load_model(name: str) -> nn.Module:
     """Load a trained demo model in evaluation mode.
 
-    It maps normalised images (B, 3, 64, 64) to logits (B, 10).
+    It maps normalized images (B, 3, 64, 64) to logits (B, 10).
 
     Raises:
         ValueError: `name` is unknown.

@@ -1,8 +1,8 @@
-"""Scenes of handwritten digits: 64x64 colour images with one boolean mask per digit.
+"""Scenes of handwritten digits: 64x64 color images with one boolean mask per digit.
 
 A scene is a textured background, a few bits of clutter that are no digits, and one digit
 ("single") or two different, non-overlapping digits ("pair") at random places, sizes, slants and
-tints. Scenes are rendered in batches with torch, from 8x8 grey digits.
+tints. Scenes are rendered in batches with torch, from 8x8 gray digits.
 
 Axes: B scenes, D digits per scene (1 or 2), H = W = 64 pixels.
 """
@@ -41,7 +41,7 @@ Kind = Literal["single", "pair"]
 
 @dataclass(frozen=True)
 class Digits:
-    """Grey 8x8 digits: `images` (N, 8, 8) uint8 with values 0 to 16, `labels` (N,) int64."""
+    """Gray 8x8 digits: `images` (N, 8, 8) uint8 with values 0 to 16, `labels` (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -230,7 +230,7 @@ def compose(digits: Digits, index: Tensor, generator: torch.Generator) -> Scenes
     images = _scatter_clutter(images, alpha.amax(1), ground_luma, rand)
     shade = 0.35 * (texture - 0.5)
     for i in range(d):
-        ink = _colour(_ink_luma(ground_luma, rand), rand)[..., None, None] + shade
+        ink = _color(_ink_luma(ground_luma, rand), rand)[..., None, None] + shade
         images = torch.lerp(images, ink, alpha[:, i, None])
     noise = torch.randn(images.shape, generator=generator)
     images = (images + 0.015 * noise).clamp(0, 1)
@@ -252,19 +252,19 @@ class _Uniform:
 
 
 def _pixels() -> tuple[Tensor, Tensor]:
-    """Return the x and y of pixel centres, (1, W) and (H, 1)."""
-    centres = torch.arange(SIZE) + 0.5
-    return centres[None, :], centres[:, None]
+    """Return the x and y of pixel centers, (1, W) and (H, 1)."""
+    centers = torch.arange(SIZE) + 0.5
+    return centers[None, :], centers[:, None]
 
 
 def _place(size: Tensor, rand: _Uniform) -> Tensor:
-    """Draw centres (B, D, 2), x and y in pixels, so that the boxes of `size` (B, D) are apart."""
+    """Draw centers (B, D, 2), x and y in pixels, so that the boxes of `size` (B, D) are apart."""
     b, d = size.shape
     low = _MARGIN + size / 2
     free = SIZE - 2 * low
-    centre = low[..., None] + free[..., None] * rand(0, 1, (b, d, 2))
+    center = low[..., None] + free[..., None] * rand(0, 1, (b, d, 2))
     if d == 1:
-        return centre
+        return center
     # One axis keeps the two boxes apart: the slack goes before, between and after them.
     slack = SIZE - 2 * _MARGIN - _GAP - size.sum(1)
     cuts = rand(0, 1, (b, 2)).sort(dim=1).values * slack[:, None]
@@ -276,18 +276,18 @@ def _place(size: Tensor, rand: _Uniform) -> Tensor:
     horizontal = rand(0, 1, (b, 1)) < 0.5
     return torch.stack(
         [
-            torch.where(horizontal, along, centre[..., 0]),
-            torch.where(horizontal, centre[..., 1], along),
+            torch.where(horizontal, along, center[..., 0]),
+            torch.where(horizontal, center[..., 1], along),
         ],
         dim=-1,
     )
 
 
-def _draw_digits(grey: Tensor, size: Tensor, centre: Tensor, rand: _Uniform) -> Tensor:
+def _draw_digits(gray: Tensor, size: Tensor, center: Tensor, rand: _Uniform) -> Tensor:
     """Draw 8x8 digits (B, D, 8, 8) as coverage in [0, 1], (B, D, H, W)."""
     b, d = size.shape
     # A rim of zeros, since ink touches the border of most 8x8 digits.
-    source = F.pad(grey.flatten(0, 1)[:, None].float() / 16, (1, 1, 1, 1))
+    source = F.pad(gray.flatten(0, 1)[:, None].float() / 16, (1, 1, 1, 1))
     source = F.interpolate(source, scale_factor=4, mode="bicubic", align_corners=False)
     angle = rand(-0.2, 0.2, (b * d,))
     shear = rand(-0.2, 0.2, (b * d,))
@@ -295,8 +295,8 @@ def _draw_digits(grey: Tensor, size: Tensor, centre: Tensor, rand: _Uniform) -> 
     half = size.flatten() / 2 * (10 / 8)
     cos, sin = angle.cos() / half, angle.sin() / half
     x, y = _pixels()
-    x = x - centre[..., 0].reshape(-1, 1, 1)
-    y = y - centre[..., 1].reshape(-1, 1, 1)
+    x = x - center[..., 0].reshape(-1, 1, 1)
+    y = y - center[..., 1].reshape(-1, 1, 1)
     v = cos.view(-1, 1, 1) * y - sin.view(-1, 1, 1) * x
     u = cos.view(-1, 1, 1) * x + sin.view(-1, 1, 1) * y + shear.view(-1, 1, 1) * v
     grid = torch.stack([u / width.view(-1, 1, 1), v], dim=-1)
@@ -305,8 +305,8 @@ def _draw_digits(grey: Tensor, size: Tensor, centre: Tensor, rand: _Uniform) -> 
     return torch.sigmoid(16 * (ink - weight)).mul(ink > 0.05).view(b, d, SIZE, SIZE)
 
 
-def _colour(luma: Tensor, rand: _Uniform) -> Tensor:
-    """Draw colours (*luma.shape, 3) in [0, 1] of about the given luma."""
+def _color(luma: Tensor, rand: _Uniform) -> Tensor:
+    """Draw colors (*luma.shape, 3) in [0, 1] of about the given luma."""
     tint = rand(0, 1, (*luma.shape, 3))
     tint = tint - (tint * torch.tensor(_LUMA)).sum(-1, keepdim=True)
     return (luma[..., None] + 0.75 * tint).clamp(0, 1)
@@ -319,7 +319,7 @@ def _ink_luma(ground: Tensor, rand: _Uniform) -> Tensor:
 
 
 def _texture(b: int, rand: _Uniform) -> Tensor:
-    """Draw grey textures in about [0, 1], (B, 1, H, W): clouds, stripes and checks."""
+    """Draw gray textures in about [0, 1], (B, 1, H, W): clouds, stripes and checks."""
     clouds = torch.zeros(b, 1, SIZE, SIZE)
     for cells in (3, 6, 12, 24):
         octave = rand(-1, 1, (b, 1, cells, cells)) * rand(0.1, 0.8, (b, 1, 1, 1))
@@ -338,11 +338,11 @@ def _texture(b: int, rand: _Uniform) -> Tensor:
 
 
 def _background(luma: Tensor, texture: Tensor, rand: _Uniform) -> Tensor:
-    """Colour textures (B, 1, H, W) between two tints of about the same luma, (B, 3, H, W)."""
+    """Color textures (B, 1, H, W) between two tints of about the same luma, (B, 3, H, W)."""
     b = len(luma)
     spread = rand(0.02, 0.12, (b,))
-    one = _colour(luma - spread, rand)[..., None, None]
-    two = _colour(luma + spread, rand)[..., None, None]
+    one = _color(luma - spread, rand)[..., None, None]
+    two = _color(luma + spread, rand)[..., None, None]
     glow = F.interpolate(rand(-0.07, 0.07, (b, 3, 3, 3)), size=(SIZE, SIZE), mode="bilinear")
     return torch.lerp(one.expand(b, 3, SIZE, SIZE), two, texture) + glow
 
@@ -369,14 +369,14 @@ def _hook(u: Tensor, v: Tensor) -> Tensor:
     return torch.minimum(arm, leg)
 
 
-# Signed distances in pixels; each shape stays within _CLUTTER_REACH of its centre.
+# Signed distances in pixels; each shape stays within _CLUTTER_REACH of its center.
 _SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_stroke, _arc, _disc, _slab, _hook)
 
 
 def _scatter_clutter(images: Tensor, digits: Tensor, ground_luma: Tensor, rand: _Uniform) -> Tensor:
     """Draw bits of shape on `images` (B, 3, H, W), clear of the digits' coverage (B, H, W)."""
     b = len(images)
-    # Centres lie on a grid of every second pixel, free where no digit is within reach.
+    # Centers lie on a grid of every second pixel, free where no digit is within reach.
     window = 2 * _CLUTTER_REACH + 2
     taken = F.max_pool2d(digits[:, None], (window, 1), (2, 1), (_CLUTTER_REACH, 0))
     taken = F.max_pool2d(taken, (1, window), (1, 2), (0, _CLUTTER_REACH))
@@ -385,17 +385,17 @@ def _scatter_clutter(images: Tensor, digits: Tensor, ground_luma: Tensor, rand: 
     x, y = _pixels()
     for shape in _SHAPES:
         spot = (rand(0.01, 1, free.shape) * free).max(dim=1)
-        centre_x = (2 * (spot.indices % columns) + 1).view(b, 1, 1)
-        centre_y = (2 * (spot.indices // columns) + 1).view(b, 1, 1)
+        center_x = (2 * (spot.indices % columns) + 1).view(b, 1, 1)
+        center_y = (2 * (spot.indices // columns) + 1).view(b, 1, 1)
         drawn = ((spot.values > 0) & (rand(0, 1, (b,)) < 0.6)).view(b, 1, 1)
         angle = rand(0, 2 * math.pi, (b, 1, 1))
         scale = rand(0.7, 1.15, (b, 1, 1))
         cos, sin = angle.cos() / scale, angle.sin() / scale
-        u = cos * (x - centre_x) + sin * (y - centre_y)
-        v = cos * (y - centre_y) - sin * (x - centre_x)
+        u = cos * (x - center_x) + sin * (y - center_y)
+        v = cos * (y - center_y) - sin * (x - center_x)
         cover = (0.5 - shape(u, v) * scale).clamp(0, 1) * drawn
         ink_like = rand(0, 1, (b,)) < 0.6
         luma = torch.where(ink_like, _ink_luma(ground_luma, rand), rand(0, 0.6, (b,)))
-        colour = _colour(luma, rand)[..., None, None]
-        images = torch.lerp(images, colour.expand_as(images), cover[:, None])
+        color = _color(luma, rand)[..., None, None]
+        images = torch.lerp(images, color.expand_as(images), cover[:, None])
     return images

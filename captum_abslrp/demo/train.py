@@ -157,7 +157,7 @@ def initialize(model: nn.Module) -> None:
     """Move VGG and ViT to starting points that make the short training work.
 
     VGG's 7x7 head starts as a flat kernel, as average pooling. In ViT, position embeddings start
-    as 2-d sinusoids and keys equal queries, so that a patch first attends to its neighbours.
+    as 2-d sinusoids and keys equal queries, so that a patch first attends to its neighbors.
     """
     from timm.layers import build_sincos2d_pos_embed
     from timm.models.vgg import VGG

@@ -1,4 +1,10 @@
-"""Observers of the calls of a pass: whether values are finite, and where relevance goes."""
+"""Observers: what looks at the calls of a model, forward and back, while it is explained.
+
+The engine gives an :class:`Observer` every call that a rule has recorded; the :class:`ObservedCall` that it
+returns is given the relevance that arrives at the call and the relevance that the call passes on.
+
+Axes: B samples, S seeds.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +24,32 @@ from captum_abslrp.engine.saved import SavedTensor, in_full_precision
 
 @dataclass
 class Observer:
-    """What is looked at while a model is explained.
+    """Looks at every call while a model is explained.
 
     Args:
-        finite: raise FloatingPointError at the first call that makes something that is not finite.
-        traced: keep what is needed to tell the relevance at each call.
-        repeated: whether this is a second look, so that nothing is warned about again.
+        finite: raise FloatingPointError at the first call that makes a value that is not finite.
+        traced: measure the relevance that arrives at each call and that it passes on.
+        repeated: whether the pass repeats an earlier one, so that no warning is given again.
     """
 
     finite: bool = False
     traced: bool = False
     repeated: bool = False
     calls: list[ObservedCall] = field(default_factory=list)
-    """The calls on the way back, in its order, where they are traced."""
+    """The calls of the backward pass in its order, where they are traced."""
 
     def recorded(
         self, call: Call, rule: Any, sources: Sequence[Tensor], output: Tensor, batch_size: int
     ) -> ObservedCall:
-        """Look at a call of the forward pass that a rule has answered."""
+        """Look at a call of the forward pass that a rule has recorded.
+
+        Args:
+            call: the call.
+            rule: its rule.
+            sources: the inputs that get relevance.
+            output: its output.
+            batch_size: B.
+        """
         if self.finite:
             _check_output(call, sources, output)
         return ObservedCall(
@@ -52,17 +66,18 @@ class Observer:
 
 
 def _check_output(call: Call, sources: Sequence[Tensor], output: Tensor) -> None:
+    """Raise where the output of a call is not finite."""
     # A mask may be of -inf, and so may be what it is added to.
     given = [t for t in (*tensors_in((call.args, call.kwargs)), *sources) if t.is_floating_point()]
     masked = any(bool(t.isinf().any()) for t in given)
     bad = output.isnan() if masked else ~output.isfinite()
     if not bool(bad.any()):
         return
-    spoilt = any(bool(t.isnan().any()) for t in given)
-    finite = [t.detach().abs().float().max().item() for t in given if t.numel() and not spoilt]
+    has_nan = any(bool(t.isnan().any()) for t in given)
+    finite = [t.detach().abs().float().max().item() for t in given if t.numel() and not has_nan]
     of = (
         "an input or weight of it has NaN already"
-        if spoilt
+        if has_nan
         else f"its inputs and weights are up to {max(finite, default=0):.3g} in magnitude"
     )
     raise FloatingPointError(
@@ -74,37 +89,41 @@ def _check_output(call: Call, sources: Sequence[Tensor], output: Tensor) -> None
 
 @dataclass
 class ObservedCall:
-    """A call that is looked at again on the way back."""
+    """A call whose relevance is looked at in the backward pass."""
 
     observer: Observer
-    name: str
-    call: str
+    place: str
+    """The function and where it is called, for messages."""
+    function: str
+    """Qualified name of the function."""
     path: str
+    """The module that made the call."""
     layer: str
+    """The type of this module."""
     rule: str
     batch_size: int
     output: SavedTensor | None
     sources: Sequence[SavedTensor]
     arrived: Tensor | None = None
-    """What has arrived, of each seed and sample."""
-    handed_on: Sequence[Tensor] = ()
-    """What each source got, of each seed and sample."""
+    """Relevance of the output, (S, B)."""
+    passed: Sequence[Tensor] = ()
+    """Relevance of each source, (S, B)."""
 
     def arrives(self, seeds: Sequence[Tensor], *, stabilized: bool) -> None:
-        """What arrives, per magnitude of the output, for each seed."""
+        """Look at the relevance per magnitude of the output, of each seed."""
         self._check(seeds, "arrived at")
         if self.output is not None:
             magnitude = self.output().abs() + (EPS if stabilized else 0)
             self.arrived = torch.stack([sums(magnitude, s, self.batch_size) for s in seeds])
 
     def passes(self, of_seeds: Sequence[Sequence[Tensor]], *, stabilized: bool = False) -> None:
-        """What is handed on, per magnitude of each source."""
+        """Look at the relevance per magnitude of each source, of each seed."""
         for shares in of_seeds:
             self._check(shares, "came out of")
         if self.output is None:
             return
         magnitudes = [kept().abs() + (EPS if stabilized else 0) for kept in self.sources]
-        self.handed_on = [
+        self.passed = [
             torch.stack(
                 [sums(size, in_full_precision(shares[i]), self.batch_size) for shares in of_seeds]
             )
@@ -115,13 +134,13 @@ class ObservedCall:
     def _check(self, values: Sequence[Tensor], what: str) -> None:
         if self.observer.finite and not all(bool(s.isfinite().all()) for s in values):
             raise FloatingPointError(
-                f"Expected relevance to be finite, but got NaN or infinite values that {what} {self.name} "
-                f"on the way back. Compute in a wider dtype: `model.float()`, `model.double()`."
+                f"Expected relevance to be finite, but got NaN or infinite values that {what} {self.place} "
+                f"in the backward pass. Compute in a wider dtype: `model.float()`, `model.double()`."
             )
 
     def ends(self, seed: int, samples: Sequence[int]) -> bool:
         """Whether relevance of a seed arrived for one of the samples, and no source got any of it."""
         assert self.arrived is not None
         arrived = self.arrived[seed, samples] > 0
-        passed = [share[seed, samples] > 0 for share in self.handed_on]
+        passed = [share[seed, samples] > 0 for share in self.passed]
         return bool((arrived & ~torch.stack(passed).any(0)).any())

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from captum_abslrp.metrics import functional
 from captum_abslrp.metrics.gae import SCORES, Setting, bootstrap_interval, prepare
+from captum_abslrp.text import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,10 +107,8 @@ class Comparison:
     methods: dict[str, MethodScores]
 
     def __str__(self) -> str:
-        head, *rows = self.rows()
-        # A bar would end the cell.
-        lines = [head, ["---"] * len(head), *([c.replace("|", r"\|") for c in row] for row in rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        header, *rows = self.rows()
+        return markdown_table(header, rows, aligned=False)
 
     def rows(self) -> list[list[str]]:
         """The table as text: the names of the columns, then a row per method."""
@@ -225,7 +224,7 @@ def scores_to_json(scores: MethodScores) -> dict[str, Any]:
 
 
 def scores_from_json(table: dict[str, Any]) -> MethodScores:
-    """What :func:`scores_to_json` was given."""
+    """The scores that :func:`scores_to_json` was given."""
     values = {
         column: [math.nan if value is None else value for value in values]
         for column, values in table["values"].items()
@@ -303,7 +302,7 @@ def score_method(
     explanation_func: Attribution | Callable[..., Tensor],
     max_examples_per_batch: int | None = None,
 ) -> MethodScores:
-    """Scores of one attributor in one setting; what it cannot do is said in ``failure``."""
+    """Scores of one attributor in one setting; ``failure`` says why there are none."""
     start = time.perf_counter()
     try:
         attributions = setting.explain(

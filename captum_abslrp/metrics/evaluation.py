@@ -1,6 +1,6 @@
-"""Scores of attributors over many mosaics, written to disk as they come: a run that is stopped goes on.
+"""Scores of attributors over many mosaics, written to disk one by one, so that a stopped run can continue.
 
-The unit of work is one attributor on one mosaic. What is drawn by chance for a mosaic depends on the
+The unit of work is one attributor on one mosaic. The random numbers of a mosaic depend on the
 seed and the number of the mosaic alone, so that the scores do not depend on how often a run was stopped,
 nor on how many processes shared the work.
 """
@@ -42,12 +42,12 @@ class Images(Protocol):
 
 
 class Evaluation:
-    """Scores attributors mosaic by mosaic, in a folder that a later run can go on with.
+    """Scores attributors mosaic by mosaic, in a folder that a later run can continue.
 
     The folder holds ``settings.json``, what the scores depend on, and ``scores.jsonl``, one line per
     mosaic and attributor. Nothing else in it is touched.
 
-    Where ``torch.distributed`` is initialised, the processes share the mosaics: each of them makes the
+    Where ``torch.distributed`` is initialized, the processes share the mosaics: each of them makes the
     evaluation and calls :meth:`run`, which returns the whole table in each. Process n > 0 writes to
     ``scores-n.jsonl`` in the folder, which all must see. A run may be resumed by another number of
     processes. The scores are those of one process with as many threads as each of them has
@@ -266,7 +266,7 @@ _SCORES = re.compile(r"scores(-\d+)?\.jsonl")
 
 
 def _open(folder: Path, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
-    """What is written in a folder already, which is ready for these settings then."""
+    """Prepare a folder for these settings, and return the scores that it has already."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     described = folder / "settings.json"
@@ -326,7 +326,7 @@ def _check(entry: dict[str, Any]) -> None:
 
 
 def plan_mosaics(labels: Sequence[int], n_mosaics: int, seed: int) -> list[list[int]]:
-    """Which images make which mosaic: all of them once, in an order drawn by chance, then again.
+    """The images of each mosaic: all images once, in random order, then again.
 
     Args:
         labels: a class per image. The four images of a mosaic are of different classes as long as

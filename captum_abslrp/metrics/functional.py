@@ -32,7 +32,7 @@ __all__ = [
 
 
 def mosaic(images: Tensor) -> Tensor:
-    """Put four images each into one, shrunk to half size by nearest neighbour.
+    """Put four images each into one, shrunk to half size by nearest neighbor.
 
     Args:
         images: (4 M, C, H, W); mosaic ``m`` is made of images ``4 m`` to ``4 m + 3``: top left, top
@@ -84,7 +84,7 @@ def positive_probabilities(mosaic_outputs: Tensor, predictions: Tensor) -> Tenso
 def gradient_map(
     forward_func: Callable[[Tensor], Tensor], x: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""What masking goes by: :math:`g = |x \, \partial |f_t(x)| / \partial x|`.
+    r"""The order of masking: :math:`g = |x \, \partial |f_t(x)| / \partial x|`.
 
     Args:
         forward_func: from images (B, C, H, W) to outputs (B, K).
@@ -281,9 +281,9 @@ def robustness(relevance_shift: Tensor, output_shift: Tensor) -> Tensor:
 
 
 def score_map(probabilities: Tensor, positive: Tensor, height: int, width: int) -> Tensor:
-    r"""What relevance is worth at each place of a mosaic.
+    r"""The score of relevance at each place of a mosaic.
 
-    Quadrant ``j`` has :math:`2 p_j / p_{positive} - 1`; the two centre rows and columns have 1.
+    Quadrant ``j`` has :math:`2 p_j / p_{positive} - 1`; the two center rows and columns have 1.
 
     Args:
         probabilities: softmax output of the model for the positive image, read at the predicted

@@ -337,7 +337,7 @@ def prepare(
 
 
 def _away_from_zero(values: Tensor) -> Tensor:
-    """The values, those nearer to zero than the smallest normal number moved there."""
+    """The values; those below the smallest normal number in magnitude become this number."""
     tiny = torch.finfo(values.dtype).tiny
     return torch.where(values.abs() < tiny, tiny, values)
 

@@ -28,8 +28,9 @@ import numpy.typing as npt
 import torch
 
 from captum_abslrp.visualization import (
+    COLOR_MAP,
     Array,
-    colour_limit,
+    color_limit,
     overlay_opacity,
     picture_array,
     relevance_image,
@@ -119,7 +120,7 @@ def render(
         title: heading of the page.
         settings: what the results depend on, by name.
         command: the command line that makes the report again.
-        clip_percentile: percentile of the magnitudes of a map at which its colours end.
+        clip_percentile: percentile of the magnitudes of a map at which its colors end.
 
     Returns:
         The page, to be written in UTF-8.
@@ -148,7 +149,7 @@ def render(
         ],
         "settings": {name: str(value) for name, value in settings.items()},
         "command": command,
-        "scale": _colour_bar(),
+        "scale": _color_bar(),
     }
     parts = {
         "title": html.escape(title),
@@ -200,7 +201,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
                 f"Expected maps of {panel.name} to have the height and width of its picture "
                 f"{picture.shape[:2]}, but got {relevance.shape}."
             )
-        limit = colour_limit(relevance, clip_percentile)
+        limit = color_limit(relevance, clip_percentile)
         return {
             "src": _overlay(relevance, limit),
             "limit": f"{limit:.2g}",
@@ -282,25 +283,23 @@ def _largest_cell(values: npt.NDArray[np.float64]) -> tuple[float, str]:
     rows = np.array_split(values, 3, axis=0)
     cells = np.array([[cell.sum() for cell in np.array_split(row, 3, axis=1)] for row in rows])
     row, column = np.unravel_index(int(cells.argmax()), cells.shape)
-    names = [["upper left", "upper middle", "upper right"], ["middle left", "centre", "middle right"],
+    names = [["upper left", "upper middle", "upper right"], ["middle left", "center", "middle right"],
              ["lower left", "lower middle", "lower right"]]  # fmt: skip
     return float(cells[row, column] / values.sum()), names[row][column]
 
 
 LEVELS = 63
-"""Steps of the colour scale on each side of zero: as many as the eye can tell apart, and small files."""
+"""Steps of the color scale on each side of zero: as many as the eye can tell apart, and small files."""
 
 
 def _palette() -> npt.NDArray[np.uint8]:
-    """Colour and opacity of each step, (2 LEVELS + 1, 4)."""
+    """Color and opacity of each step, (2 LEVELS + 1, 4)."""
     from matplotlib import colormaps
 
-    from captum_abslrp.visualization import COLOUR_MAP
-
     values = np.linspace(-1, 1, 2 * LEVELS + 1)
-    colours = colormaps[COLOUR_MAP]((values + 1) / 2)
-    colours[:, 3] = overlay_opacity(values)
-    return (colours * 255).round().astype(np.uint8)
+    colors = colormaps[COLOR_MAP]((values + 1) / 2)
+    colors[:, 3] = overlay_opacity(values)
+    return (colors * 255).round().astype(np.uint8)
 
 
 def _overlay(relevance: npt.NDArray[np.float64], limit: float) -> str:
@@ -316,8 +315,8 @@ def _overlay(relevance: npt.NDArray[np.float64], limit: float) -> str:
     return _data_url(file.getvalue())
 
 
-def _colour_bar() -> str:
-    """The colour scale as a picture, laid over white."""
+def _color_bar() -> str:
+    """The color scale as a picture, laid over white."""
     palette = _palette()[None].astype(float)
     opacity = palette[..., 3:] / 255
     return _data_url(_png((palette[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)))

@@ -16,7 +16,7 @@ function element(tag, attributes = {}, ...children) {
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-/** A group of radio buttons; `chosen` is told of the index that was picked. */
+/** A group of radio buttons; `chosen` is called with the index that was picked. */
 function choices(legend, name, labels, chosen) {
   const buttons = labels.map((label, i) => {
     const input = element("input", { type: "radio", name, value: String(i), checked: i === 0 });
@@ -50,7 +50,7 @@ function panel(given) {
     "div",
     { class: "scale" },
     least,
-    element("img", { src: data.scale, alt: "Colours from against (blue) to for the class (red)" }),
+    element("img", { src: data.scale, alt: "Colors from against (blue) to for the class (red)" }),
     most,
   );
   const missing = element("p", { class: "missing", hidden: true }, "There is no such map.");

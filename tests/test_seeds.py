@@ -12,7 +12,7 @@ from captum.attr import NoiseTunnel
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, trace_relevance
-from captum_abslrp.contrast import contrast_seed, target_seed
+from captum_abslrp.seeds import contrast_seed, target_seed
 
 
 class Applied(nn.Module):

@@ -1,4 +1,4 @@
-"""What relevance starts from: the target, and what the target is held against.
+"""Seeds: the relevance of the output that the backward pass starts from, of the target and its contrast.
 
 Axes: B samples, K classes. A *seed* is relevance of the model's output: shaped like the output, its
 sum over each sample is one.
@@ -22,7 +22,6 @@ __all__ = [
     "class_dimension",
     "contrast_seed",
     "expand_target",
-    "repeated",
     "target_seed",
 ]
 
@@ -167,7 +166,7 @@ def contrast_seed(
     class_dim: int | None = None,
     logits: Tensor | None = None,
 ) -> Tensor | None:
-    """The seed that the target's is held against.
+    """The seed of the contrast.
 
     Args:
         output, target, class_dim: as for :func:`target_seed`.
@@ -213,7 +212,7 @@ def contrast_seed(
             f"Expected `target` to name a class where `contrast` is {contrast!r}, but got "
             f"{indexed} of the {output.dim() - 1} indices of an output of shape {tuple(output.shape)}, whose "
             f"classes are dimension {classes}: the sum over all classes has no others. Pass "
-            f"`contrast=None`, or tell by `class_dim` where the classes are."
+            f"`contrast=None`, or pass in `class_dim` where the classes are."
         )
     scores = _sums_behind(in_full_precision(output), indexed)
     if scores.shape[classes] == 1:
@@ -313,38 +312,8 @@ def check_class_dim(class_dim: Any) -> None:
         )
 
 
-def repeated(classes: Any, batch_size: int) -> Any:
-    """Classes for samples that Captum has repeated, one behind the other, for noise to be added to each.
-
-    Args:
-        classes: a contrast as ``attribute`` takes it.
-        batch_size: how many samples there are now.
-
-    Returns:
-        One class per sample, where ``classes`` has one for every n of them; else the same as given.
-
-    Example:
-        >>> repeated([3, 1], 4)
-        [3, 3, 1, 1]
-        >>> repeated("others", 4)
-        'others'
-    """
-    count = 1
-    if isinstance(classes, list) or (isinstance(classes, Tensor) and classes.dim() == 1):
-        count = len(classes)
-    per_sample = (
-        isinstance(classes, list) or count > 1
-    )  # a tensor of one element is for all samples
-    if not per_sample or count == 0 or batch_size % count:
-        return classes
-    times = batch_size // count
-    if isinstance(classes, Tensor):
-        return classes.repeat_interleave(times)
-    return [entry for entry in classes for _ in range(times)]
-
-
 def check_contrast(contrast: Any) -> None:
-    """Raise a ValueError where a contrast is a word that is none."""
+    """Raise a ValueError where a contrast is an unknown word."""
     if isinstance(contrast, str) and contrast not in ("others", "softmax"):
         raise ValueError(
             f'Expected `contrast` to be "others", "softmax", None or other classes, but got '

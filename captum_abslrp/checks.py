@@ -1,0 +1,346 @@
+"""Checks of the model, the inputs and the output, with messages that say what to do.
+
+Axes: B samples.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from captum.attr._utils.lrp_rules import PropagationRule
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from captum_abslrp.engine.arguments import on_host
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.engine.messages import warn
+from captum_abslrp.engine.samples import Misaligned, check_aligned
+from captum_abslrp.engine.tape import history, is_hook, is_recorded
+from captum_abslrp.mappings import Mapping
+
+__all__ = [
+    "IndependentOutput",
+    "check_arguments",
+    "check_combine",
+    "check_initialized",
+    "check_inputs",
+    "check_model",
+    "check_rules",
+    "check_visible",
+    "checked_output",
+    "chunk_size",
+    "explain_missing_batch_dimension",
+    "logits_of",
+    "plain",
+    "unseen_nodes",
+    "unwrapped",
+]
+
+
+class IndependentOutput(ValueError):
+    """The output of a model does not depend on the explained tensors."""
+
+
+def check_arguments(model: Any, mapping: Any, normalization: Any, output: Any) -> None:
+    """Raise where an argument of an attribution class is not what its constructor takes."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Expected `model` to be a torch.nn.Module, but got {type(model).__name__}. Rules are "
+            f"found for the calls and layers of a module; wrap a function in one."
+        )
+    if normalization not in ("separate", "joint"):
+        raise ValueError(
+            f'Expected `normalization` to be "separate" or "joint", but got {normalization!r}.'
+        )
+    if not (mapping is None or isinstance(mapping, (str, Mapping))):
+        raise TypeError(
+            f"Expected `mapping` to be a Mapping, the name of one or None, but got "
+            f"{type(mapping).__name__}."
+        )
+    if not (output is None or callable(output)):
+        raise TypeError(
+            f"Expected `output` to be a function that picks a tensor, such as `lambda out: out[0]`, or "
+            f"None, but got {output!r}."
+        )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers that compute the same."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:  # made by `torch.compile`
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
+def check_visible(model: nn.Module) -> None:
+    """Raise where a part of the model computes by calls that cannot be seen."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind, remedy = "scripted", "the module that it was scripted or traced from"
+        elif _is_quantized(type(module)):
+            kind, remedy = "quantized", "the float model, as it was before it was quantized"
+        else:
+            continue
+        where = f"`{path}` of `model`" if path else "`model`"
+        cls = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(
+            f"Expected {where} to be a plain module, but got a {kind} one ({cls}), whose calls cannot "
+            f"be seen. Pass {remedy}."
+        )
+
+
+def _is_quantized(cls: type[nn.Module]) -> bool:
+    """Whether a class is one of PyTorch's quantized layers (``FloatFunctional`` computes in float)."""
+    home = cls.__module__.split(".")
+    return home[0] == "torch" and "quantized" in home and "FloatFunctional" not in cls.__name__
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise where a rule is not one or a layer has no weights yet; warn about layers in training mode."""
+    check_rules(model)
+    check_initialized(model)
+    training = ""
+    for name, module in model.named_modules():
+        if module.training and not training and _differs_in_training(module):
+            training = f"`{name}` ({type(module).__name__})"
+    if training:
+        warn(
+            f"Expected the model to be in evaluation mode, but {training} is in training mode: results "
+            f"differ from call to call or between batches. Call `model.eval()` first."
+        )
+
+
+def check_rules(model: nn.Module) -> None:
+    """Raise where the attribute `rule` of a module is a string or a class instead of a rule.
+
+    A number, a tensor, a module or an attribute of a class under this name is the model's own.
+    """
+    for name, module in model.named_modules():
+        rule = getattr(module, "rule", None)
+        own = vars(module).get("rule")
+        if isinstance(own, (str, type)) or (
+            isinstance(rule, type) and issubclass(rule, PropagationRule)
+        ):
+            raise TypeError(
+                f"Expected `rule` of `{name}` to be an instance of a "
+                f"PropagationRule, such as `AbsLRPRule()`, but got {rule!r}. If a rule is meant, set an "
+                f"instance of its class. If the attribute is the model's own, give it another name, or "
+                f"make it one of a class: `layer.__class__ = type(type(layer).__name__, (type(layer),), "
+                f'{{"rule": layer.__dict__.pop("rule")}})`.'
+            )
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raise where a lazy layer has not run yet, so that it has no weights."""
+    for name, module in model.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(map(is_lazy, own)):
+            raise ValueError(
+                f"Expected every layer of the model to have its weights, but got a lazy one that has not "
+                f"run yet, `{name}` ({type(module).__name__}). Run the model once: `model(x)`."
+            )
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    known = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    return isinstance(module, known) or type(module).__name__.startswith("Drop")
+
+
+def plain(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs as plain tensors, without the subclasses that they may have."""
+    with torch._C.DisableTorchFunctionSubclass():  # they may have handlers of their own
+        for x in inputs:
+            if isinstance(x, Tensor) and (x.is_nested or _has_no_memory(x)):
+                raise TypeError(
+                    f"Expected `inputs` to be dense tensors, but got {type(x).__name__}"
+                    f"{' (nested)' if x.is_nested else ''}, which keeps its values in other tensors. "
+                    f"Pass a plain tensor of the values, for example `x.to_padded_tensor(0.0)` of a "
+                    f"nested one, `x.full_tensor()` of a distributed one or `x.get_data()` of a masked one."
+                )
+        return tuple(
+            x.as_subclass(Tensor) if isinstance(x, Tensor) and x.layout == torch.strided else x
+            for x in inputs
+        )
+
+
+def _has_no_memory(x: Tensor) -> bool:
+    """Whether a tensor is a wrapper around others, which implements every operator itself."""
+    own: Any = type(x).__torch_dispatch__
+    return own is not torch._C._disabled_torch_dispatch_impl and type(x) is not Tensor
+
+
+def check_inputs(inputs: tuple[Any, ...], model: nn.Module | None) -> int:
+    """The batch size; raises where inputs cannot be explained, as integers of a given model cannot."""
+    if not inputs:
+        raise ValueError("Expected `inputs` to hold at least one tensor, but got an empty tuple.")
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"Expected `inputs` to be a tensor or a tuple of tensors, but got {type(x).__name__}."
+            )
+        if x.is_meta or x.layout != torch.strided:
+            kind = "a tensor without values (meta)" if x.is_meta else f"{x.layout}"
+            raise TypeError(
+                f"Expected `inputs` to be dense tensors with values, but got {kind}. Convert it first, "
+                f"`x.to_dense()`; without values `inspect_rules` tells which rules a model gets."
+            )
+        if x.is_complex():
+            raise TypeError(
+                f"Expected `inputs` to be of a real floating-point dtype, but got {x.dtype}. Explain the "
+                f"real and the imaginary part as two numbers: pass `torch.view_as_real(x)` to a module "
+                f"that makes it complex with `torch.view_as_complex` and calls the model."
+            )
+        if model is not None and not x.is_floating_point():
+            raise TypeError(
+                f"Expected `inputs` to be of a floating-point dtype, but got {x.dtype}. Convert images "
+                f"with the model's own preprocessing. {_EXPLAIN_TOKENS.format(_embedding_of(model))}"
+            )
+        if x.dim() == 0 or len(x) == 0:
+            raise ValueError(
+                f"Expected `inputs` to have a batch dimension with at least one sample, but got shape "
+                f"{tuple(x.shape)}."
+            )
+        if on_host(x.detach().isfinite().all()) is False:
+            raise ValueError("Expected `inputs` to be finite, but got NaN or infinite values.")
+        if len(x) != len(inputs[0]):
+            raise ValueError(
+                f"Expected all `inputs` to have the same number of samples, but got "
+                f"{[len(i) for i in inputs]}."
+            )
+    return len(inputs[0])
+
+
+_EXPLAIN_TOKENS = (
+    "Of token indices explain the embeddings: "
+    "`LayerAbsLRP(model, model{}).attribute(token_ids, target)`."
+)
+
+
+def _embedding_of(model: nn.Module | None) -> str:
+    """The path of an embedding in a model, as code that follows the name of the model."""
+    modules = model.named_modules() if model is not None else ()
+    paths = [path for path, m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    if paths == [""]:
+        return ""
+    return f'.get_submodule("{paths[0]}")' if paths else ".embedding"
+
+
+def explain_missing_batch_dimension(model: nn.Module, x: Tensor, error: Exception) -> None:
+    """Raise a clear error where a model of images failed on something that looks like one image."""
+    if isinstance(error, (Misaligned, UnsupportedCallError)):
+        return
+    takes_images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if x.dim() == 1 or (x.dim() == 3 and takes_images):
+        raise ValueError(
+            f"Expected `inputs` to have a batch dimension, (B, ...), but got samples of shape "
+            f"{tuple(x.shape[1:])}, on which the model failed. Add the batch dimension to `inputs`: "
+            f"`x.unsqueeze(0)`."
+        ) from error
+
+
+def check_combine(combine: Any) -> None:
+    """Raise where a way to combine maps is unknown."""
+    if combine not in ("difference", "gated"):
+        raise ValueError(f'Expected `combine` to be "difference" or "gated", but got {combine!r}.')
+
+
+def chunk_size(internal_batch_size: Any, batch_size: int) -> int:
+    """How many samples to run at a time by an `internal_batch_size`; all where it is None or "auto"."""
+    size = batch_size if internal_batch_size in (None, "auto") else internal_batch_size
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"Expected `internal_batch_size` to be an int of at least 1, but got {size!r}. Pass None for "
+            f'all samples at once, or "auto" for as many as fit into memory.'
+        )
+    return size
+
+
+def logits_of(output: Any) -> Any:
+    """The output of a model, or the logits in it."""
+    if isinstance(output, Tensor):
+        return output
+    is_mapping = isinstance(output, collections.abc.Mapping)
+    for name in ("logits", "logits_per_image"):
+        value = output.get(name) if is_mapping else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return output
+
+
+def checked_output(output: Any, batch_size: int) -> Tensor:
+    """The output of the model as a tensor, (B, ...); raises where it cannot be explained."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"Expected the model to return a tensor, but got {type(output).__name__}. Pick one with "
+            f"`AbsLRP(model, output=lambda out: ...)`, for example `out.logits` or `out[0]`."
+        )
+    if output.is_complex():
+        raise TypeError(
+            f"Expected the model to return a real tensor, but got {output.dtype}. Say what of it is the "
+            f"score, for example its magnitude: `AbsLRP(model, output=torch.abs)`."
+        )
+    if batch_size == 1 and _is_squeezed(output):
+        output = output.unsqueeze(0)
+    if output.dim() == 0 or len(output) != batch_size:
+        raise ValueError(
+            f"Expected the model to return one row per sample ({batch_size}), but got shape "
+            f"{tuple(output.shape)}. Does `inputs` have a batch dimension? Add it with "
+            f"`x.unsqueeze(0)`."
+        )
+    if not carries_relevance(output):
+        raise IndependentOutput(
+            "Expected the output of the model to depend on `inputs`, but got one that does not: "
+            "the model detaches it, runs under `torch.no_grad()` inside, or divides a constant by what "
+            "depends on them: a divisor is a constant of its call. Write `torch.sigmoid(z)` for "
+            "`1 / (1 + exp(-z))`, and `torch.exp(-torch.log(d))` for `1 / d`."
+        )
+    check_aligned(output, batch_size)
+    return output
+
+
+def _is_squeezed(output: Tensor) -> bool:
+    """Whether the output for one sample has lost its leading dimension to a call that moves elements
+    (``squeeze()``), rather than to a sum over the samples."""
+    if output.dim() and len(output) == 1:
+        return False
+    node = output.grad_fn
+    while node is not None:
+        after = [(following, n) for following, n in node.next_functions if following is not None]
+        if not after:
+            return False
+        following, number = after[0]
+        if list(following._input_metadata[number].shape[:1]) == [1]:
+            return not is_recorded(node)
+        node = following
+    return False
+
+
+_MOVING_NODES = re.compile(
+    r"(AccumulateGrad|Alias|AsStrided|BlockDiag|Broadcast\w*|Cat|Clone|Copy|CopyBackwards|CopySlices|DiagEmbed|Diagonal\w*|"
+    r"Expand|Fill|Flip|Gather|Im2Col|Index|IndexCopy|IndexPut|IndexSelect|Kthvalue|MaskedFill|"
+    r"MaskedScatter|MaskedSelect|Median\w*|Mode|\w*PadNd?|(Constant|Reflection|Replication)Pad\w*|"
+    r"Permute|PixelShuffle|PixelUnshuffle|Put|Repeat|Reshape\w*|Roll|Rot90|Scatter|Select\w*|Slice\w*|"
+    r"Sort|Split|SplitWithSizes|Squeeze|Stack|SwapAxes|T|Take|TakeAlongDim|ToCopy|Topk|Transpose|Tril|"
+    r"Triu|Unbind|Unfold|UnsafeSplit\w*|UnsafeView|Unsqueeze|View|ViewAsReal|Where|Zero|"
+    r"ChannelShuffle|Complex|NativeChannelShuffle|ViewAsComplex)(Backward[A-Za-z]*\d*)?"
+)
+"""Nodes that autograd makes for calls that move elements."""
+
+
+def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str]:
+    """Names of nodes that carry relevance, but come from no rule and from no call that moves elements."""
+    for node in history(output.grad_fn):
+        name = type(node).__name__
+        known = is_recorded(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)
+        if not known and depends(node):
+            yield name

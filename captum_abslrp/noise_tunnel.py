@@ -1,0 +1,60 @@
+"""Methods ``attribute`` as Captum calls them: with usage logs, and from its ``NoiseTunnel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from captum.log import log_usage
+from torch import Tensor
+
+__all__ = ["for_captum", "repeated"]
+
+
+def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an ``attribute`` method as Captum expects it: calls are logged, unless Captum makes them.
+
+    Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, and
+    passes all other arguments as they are. There, and only there, a contrast per sample is repeated, too.
+    """
+
+    @wraps(attribute)
+    def unlogged(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+        if "contrast" in kwargs and isinstance(first, Tensor) and first.dim() > 0:
+            kwargs["contrast"] = repeated(kwargs["contrast"], len(first))
+        return attribute(self, inputs, *args, **kwargs)
+
+    logged = log_usage()(attribute)
+    logged.__wrapped__ = unlogged
+    return logged
+
+
+def repeated(classes: Any, batch_size: int) -> Any:
+    """Classes for samples that Captum has repeated, one behind the other, for noise to be added to each.
+
+    Args:
+        classes: a contrast as ``attribute`` takes it.
+        batch_size: how many samples there are now.
+
+    Returns:
+        One class per sample, where ``classes`` has one for every n of them; else the same as given.
+
+    Example:
+        >>> repeated([3, 1], 4)
+        [3, 3, 1, 1]
+        >>> repeated("others", 4)
+        'others'
+    """
+    count = 1
+    if isinstance(classes, list) or (isinstance(classes, Tensor) and classes.dim() == 1):
+        count = len(classes)
+    # A tensor of one element is for all samples.
+    per_sample = isinstance(classes, list) or count > 1
+    if not per_sample or count == 0 or batch_size % count:
+        return classes
+    times = batch_size // count
+    if isinstance(classes, Tensor):
+        return classes.repeat_interleave(times)
+    return [entry for entry in classes for _ in range(times)]
