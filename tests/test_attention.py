@@ -73,7 +73,7 @@ def test_at_once_and_part_by_part(
     attributor = AbsLRP(model, mapping=mapping)
     maps = attributor.attribute(x, 1)
     assert calls == [1]
-    monkeypatch.setattr(attention, "_stabilised", lambda call: None)
+    monkeypatch.setattr(attention, "_stabilized", lambda call: None)
     assert relative_error(maps, attributor.attribute(x, 1)) < 1e-9
     assert calls == [1]
 

@@ -938,7 +938,7 @@ def test_models_are_inspected_and_traced(kind: type[nn.Module]) -> None:
     names = " ".join(call.call for call in inspection.calls)
     assert "view_as_real" in names if kind is Rope else "OnParts" not in names
     trace = trace_relevance(model, x, 2, normalization="joint")
-    assert {call.rule for call in trace.calls} > {"AbsLRPRule()"} or kind is Sound
+    assert len({call.call for call in trace.calls}) > 1 or kind is Sound
     for call in trace.calls:
         assert sum(call.passed) == pytest.approx(call.arrived) or sum(call.passed) == 0
 

@@ -93,6 +93,6 @@ def test_norms_and_activations_are_made_again_rather_than_kept(
         return saved_bytes(attributor._forward([golden.x.clone().requires_grad_()], ()))
 
     made_again, relevance = kept(), attributor.attribute(golden.x, 1)
-    monkeypatch.setattr(Call, "keep_output", lambda call, output, remake: call.save(output))
+    monkeypatch.setattr(Call, "save_output", lambda call, output, remake: call.save(output))
     assert made_again < share * kept()
     torch.testing.assert_close(relevance, attributor.attribute(golden.x, 1), rtol=1e-9, atol=1e-15)

@@ -1040,7 +1040,7 @@ def test_a_history_that_a_tensor_had_is_put_back() -> None:
 
 
 def test_values_are_not_copied_where_nothing_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from captum_abslrp import state
+    from captum_abslrp.engine import state
 
     def copied(tensors: Any) -> Any:
         raise AssertionError("copied")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, attribution, checks, seeds
-from captum_abslrp.rules import elementwise
+from captum_abslrp.rules import base, sparse, sums
 from tests.conftest import GOLDEN_NAMES, load_golden, realistic, relative_error
 
 WAITING = frozenset(
@@ -41,7 +41,7 @@ class NoWaiting(TorchDispatchMode):
 def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where values are: on the host, where they may be looked at, or as if they were on a device."""
     if request.param == "device":
-        for module in (attribution, checks, seeds, elementwise):
+        for module in (attribution, checks, seeds, base, sparse, sums):
             monkeypatch.setattr(module, "on_host", lambda condition: None)
     return str(request.param)
 
@@ -70,7 +70,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "convnext_atto": {},
     "swin_tiny_patch4_window7_224": {"img_size": 112, "embed_dim": 24, "depths": (2, 2, 2, 2)},
-    "mixer_s32_224": {"img_size": 96, "num_blocks": 2},
+    "mixer_s32_224": {"img_size": 96},
     "pvt_v2_b0": {},
 }
 

@@ -241,6 +241,7 @@ class Recording(TorchFunctionMode):
 
     def run_without_rule(self, call: Call) -> Any:
         """Refuse a call that has no rule, unless its result does not depend on its arguments by a gradient."""
+        refusals.check_not_numpy(call)
         output = call.func(*call.args, **call.kwargs)
         if any(t.requires_grad for t in instances_in(Tensor, output)):
             refusals.refuse_without_rule(call, output, type(self.innermost.module).__name__)

@@ -21,12 +21,6 @@ _EVERY_CALL = "Expected every call on the way from the input to the output to"
 
 def refuse_without_rule(call: Call, output: Any, layer: str) -> NoReturn:
     """Refuse a call that has no rule; `layer` is the type of the module that makes it."""
-    if call.name == "__array__":
-        raise UnsupportedCallError(
-            f"{_EVERY_CALL} be one of PyTorch, but got one of NumPy in "
-            f"{place(call.path, call.module)}. Make a tensor of what it is combined with, "
-            f"`torch.as_tensor(array)`, and use the functions of PyTorch."
-        )
     if is_complex(call):
         raise UnsupportedCallError(
             f"{_EVERY_CALL} have a rule, but got {call} of a complex tensor, which has none. Give it one by "
@@ -42,6 +36,16 @@ def refuse_without_rule(call: Call, output: Any, layer: str) -> NoReturn:
         f"suits every differentiable call. For this model alone, give it to the mapping, `AbsLRP(model, "
         f'mapping=get_mapping().extended({{"{call.name}": rule}}))`, or to the module, `module.rule = rule`.'
     )
+
+
+def check_not_numpy(call: Call) -> None:
+    """Refuse a call of NumPy on a tensor that carries relevance."""
+    if call.name == "__array__":
+        raise UnsupportedCallError(
+            f"{_EVERY_CALL} be one of PyTorch, but got one of NumPy in "
+            f"{place(call.path, call.module)}. Make a tensor of what it is combined with, "
+            f"`torch.as_tensor(array)`, and use the functions of PyTorch."
+        )
 
 
 def refuse_sparse(where: Call | str, layer: str) -> NoReturn:

@@ -68,4 +68,4 @@ class AbsLRPRule(Rule):
         return forms.get(name if on_parts else call.name, record_twin)
 
     def suits_complex(self, call: Call) -> bool:
-        return True
+        return call.name in COMPLEX or super().suits_complex(call)

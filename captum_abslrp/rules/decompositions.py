@@ -133,3 +133,4 @@ _PARTS: dict[str, Callable[..., Any]] = {
 
 
 DECOMPOSITIONS: dict[str, Form] = {name: _decomposed(parts) for name, parts in _PARTS.items()}
+DECOMPOSITIONS["gumbel_softmax"] = record_gumbel_softmax
