@@ -1,15 +1,17 @@
 r"""The formulas of absLRP as functions of tensors.
 
-The definition (Vukadin et al., *Advancing Attribution-Based Neural Network Explainability through Relative Absolute
-Magnitude Layer-Wise Relevance Propagation and Multi-Component Evaluation*, ACM TIST 15(3), 2024) divides the
-relevance of a call's output by its magnitude, :math:`s = R / |z|`, and multiplies by the input at its end,
+The definition (Vukadin et al., *Advancing Attribution-Based Neural Network Explainability through Relative
+Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component Evaluation*, ACM TIST 15(3), 2024)
+divides the relevance of a call's output by its magnitude, :math:`s = R / |z|`, and multiplies by the input
+at its end,
 
 .. math:: R_{in} = x \, \partial/\partial x \, \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle .
 
-Between two rules the one undoes the other. So what goes from call to call is the *relevance per magnitude* of a
-tensor, :math:`s_t = R_t / |t|`. Every function works on one call ``z = f(x; w, b)``. It takes ``x``, the weight and
-``s``, shaped like ``z``, and returns the relevance per magnitude of ``x``, or the factor that ``s`` is multiplied by,
-up to a constant that is the same for all inputs of the call: relevance is scaled afterwards (:func:`scale`).
+Between two rules the one undoes the other. So what goes from call to call is the *relevance per magnitude*
+of a tensor, :math:`s_t = R_t / |t|`. Every function works on one call ``z = f(x; w, b)``. It takes ``x``,
+the weight and ``s``, shaped like ``z``, and returns the relevance per magnitude of ``x``, or the factor
+that ``s`` is multiplied by, up to a constant that is the same for all inputs of the call: relevance is
+scaled afterwards (:func:`scale`).
 """
 
 from captum_abslrp.engine.numerics import (

@@ -1336,6 +1336,7 @@ def test_masks_that_are_laid_out_like_the_input(name: str) -> None:
     explain(SELECTED[name])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
 def test_a_sparse_argument_is_for_all_samples(layout: str) -> None:
     class Graph(nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from captum_abslrp.engine.arguments import tensors_in
 
 
 class Dependence:
@@ -67,6 +69,14 @@ def carries_relevance(tensor: Tensor) -> bool:
 def is_source(value: Any) -> bool:
     """Whether an argument of a call is a tensor that carries relevance."""
     return isinstance(value, Tensor) and carries_relevance(value)
+
+
+def untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call that carries no relevance; parameters leave no history on its result."""
+    if not any(t.requires_grad for t in tensors_in((args, kwargs))):
+        return func(*args, **kwargs)
+    with torch.no_grad():
+        return func(*args, **kwargs)
 
 
 def add_input(tensor: Tensor) -> None:

@@ -14,11 +14,17 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from captum_abslrp.engine.arguments import instances_in, map_instances, tensors_in
-from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.arguments import (
+    has_in_place_argument,
+    instances_in,
+    map_instances,
+    tensors_in,
+)
+from captum_abslrp.engine.dependence import carries_relevance, untracked
 from captum_abslrp.engine.errors import UnsupportedCallError
-from captum_abslrp.engine.layers import state_of, version, with_state
+from captum_abslrp.engine.layers import comes_from_outside, state_of, version, with_state
 from captum_abslrp.engine.messages import place
+from captum_abslrp.engine.names import CONSTANT
 from captum_abslrp.engine.protocols import CallRule, Scope
 from captum_abslrp.engine.samples import check_aligned
 from captum_abslrp.engine.tape import hooks_all_modules
@@ -70,9 +76,9 @@ class LayerRecorder(Protocol):
 class ModuleStack:
     """The running modules, the innermost last, in this thread.
 
-    PyTorch's hooks for all modules of the process report them while the forward pass runs. The model itself gets
-    no hook, and modules of other threads are let through. A module with a rule for the whole layer is recorded
-    here as one call.
+    PyTorch's hooks for all modules of the process report them while the forward pass runs. The model
+    itself gets no hook, and modules of other threads are let through. A module with a rule for the whole
+    layer is recorded here as one call.
 
     Args:
         recorder: records layers.
@@ -194,3 +200,27 @@ class ModuleStack:
                 if given
                 else None
             )
+
+
+def run_inside_layer(
+    frame: Frame,
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    in_place: bool,
+) -> Any:
+    """Run a call inside of a layer that is recorded as one call."""
+    if name in CONSTANT or getattr(func, "__name__", "") == "__get__":
+        return untracked(func, args, kwargs)
+    from_outside = [t for t in tensors_in((args, kwargs)) if comes_from_outside(t)]
+    frame.from_outside.extend(from_outside)
+    if from_outside and (in_place or has_in_place_argument(func, args, kwargs)):
+        target = args[0] if args else kwargs.get("input")
+        if any(target is tensor for tensor in from_outside):
+            raise UnsupportedCallError(
+                f"Expected a layer with one rule for all of it to leave its keyword arguments alone, but got "
+                f"one in {frame} that is changed in place. Pass it by position, or replace the in-place call."
+            )
+    return untracked(func, args, kwargs)

@@ -1,12 +1,13 @@
 """The backward pass: relevance of tensors that an output depends on, for several seeds at once.
 
-The history of the output is a graph of steps (calls that a rule has recorded) and of the nodes that autograd has
-made for calls that move elements. It runs here rather than in autograd, node by node for all seeds, so that what
-does not depend on the seed is computed once, and what a step has saved is freed when the step is done.
+The history of the output is a graph of steps (calls that a rule has recorded) and of the nodes that
+autograd has made for calls that move elements. It runs here rather than in autograd, node by node for all
+seeds, so that what does not depend on the seed is computed once, and what a step has saved is freed when
+the step is done.
 
-The scale of a sample's relevance matters only where relevance from several calls is added up. In between it is
-left as it is: sums over whole tensors are the most expensive part of a rule that is otherwise one transposed
-product.
+The scale of a sample's relevance matters only where relevance from several calls is added up. In between
+it is left as it is: sums over whole tensors are the most expensive part of a rule that is otherwise one
+transposed product.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """The forward pass in which every call meets its rule.
 
-The model is never changed. Its forward pass runs under a ``TorchFunctionMode``: each call on a tensor that carries
-relevance (``F.linear``, ``+``, ``@``, ``softmax``, an in-place ReLU ...) has one of three fates.
+The model is never changed. Its forward pass runs under a ``TorchFunctionMode``: each call on a tensor that
+carries relevance (``F.linear``, ``+``, ``@``, ``softmax``, an in-place ReLU ...) has one of three fates.
 
-1. It has a rule. The rule runs the call and records how relevance goes back through it; the output gets a node
-   of the autograd graph whose backward is that record.
-2. It only moves elements (reshape, slice, cat, ...). It runs as it is, and the gradient that autograd defines for
-   it moves the relevance with its element.
+1. It has a rule. The rule runs the call and records how relevance goes back through it; the output gets a
+   node of the autograd graph whose backward is that record.
+2. It only moves elements (reshape, slice, cat, ...). It runs as it is, and the gradient that autograd
+   defines for it moves the relevance with its element.
 3. Anything else whose result depends on a tensor that carries relevance is an error that names it.
 
-Autograd does the bookkeeping: relevance of a tensor that is used twice adds up, and views and slices route it.
-Calls on tensors that carry no relevance (weights, position tables, masks) run untouched.
+Autograd does the bookkeeping: relevance of a tensor that is used twice adds up, and views and slices route
+it. Calls on tensors that carry no relevance (weights, position tables, masks) run untouched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from captum_abslrp.engine import refusals
 from captum_abslrp.engine.arguments import (
@@ -33,7 +32,6 @@ from captum_abslrp.engine.arguments import (
     has_in_place_argument,
     instances_in,
     map_instances,
-    out_of_place,
     tensors_in,
     written_tensors,
 )
@@ -47,27 +45,26 @@ from captum_abslrp.engine.complex import (
     is_complex,
     phase,
 )
-from captum_abslrp.engine.dependence import Dependence, carries_relevance, is_source
+from captum_abslrp.engine.dependence import Dependence, carries_relevance, is_source, untracked
 from captum_abslrp.engine.detached import DetachedParts
+from captum_abslrp.engine.in_place import run_in_place
 from captum_abslrp.engine.layers import (
     LeftStates,
-    comes_from_outside,
     from_its_state,
     with_magnitudes,
 )
-from captum_abslrp.engine.modules import Frame, ModuleStack
+from captum_abslrp.engine.modules import Frame, ModuleStack, run_inside_layer
+from captum_abslrp.engine.moves import move
 from captum_abslrp.engine.names import (
     ARITHMETIC,
     CONSTANT,
-    IN_PLACE_PASS_THROUGH,
-    JOINING,
     PASS_THROUGH,
     canonical_name,
 )
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.protocols import CallRule, Scope
-from captum_abslrp.engine.samples import check_aligned, check_apart, follow
-from captum_abslrp.engine.saved import SavedTensor, SavedTensors
+from captum_abslrp.engine.samples import check_aligned, check_apart
+from captum_abslrp.engine.saved import SavedTensors
 from captum_abslrp.engine.tape import Node, Record, Step, Tail, is_hook, is_own
 
 
@@ -196,18 +193,18 @@ class Recording(TorchFunctionMode):
         reflected: bool,
     ) -> Any:
         if self.innermost.is_whole:
-            return self._run_inside_layer(name, in_place, func, args, kwargs)
+            return run_inside_layer(self.innermost, name, func, args, kwargs, in_place=in_place)
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
-            return self._run_in_place(name, func, args, kwargs)
+            return run_in_place(self, name, func, args, kwargs)
         # To ask for the history is not to use the tensor: checkpoints of older PyTorch ask for it.
         if func == _GET_HISTORY or not any(map(carries_relevance, tensors)):
-            return _untracked(func, args, kwargs)
+            return untracked(func, args, kwargs)
         self._fresh = None
         kwargs.pop("out", None)
         self.check_visible(tensors)
-        return self._run_with_relevance(name, func, args, kwargs, reflected=reflected)
+        return self.run_with_relevance(name, func, args, kwargs, reflected=reflected)
 
-    def _run_with_relevance(
+    def run_with_relevance(
         self,
         name: str,
         func: Callable[..., Any],
@@ -240,7 +237,7 @@ class Recording(TorchFunctionMode):
         return self._record(rule, call)
 
     def run_without_rule(self, call: Call) -> Any:
-        """Refuse a call that has no rule, unless its result does not depend on its arguments by a gradient."""
+        """Refuse a call that has no rule, unless its result has no gradient."""
         refusals.check_not_numpy(call)
         output = call.func(*call.args, **call.kwargs)
         if any(t.requires_grad for t in instances_in(Tensor, output)):
@@ -336,7 +333,15 @@ class Recording(TorchFunctionMode):
             aliased = self._saved.note_aliases(output, record.inputs)
             if aliased or output._is_view():  # of a tensor that nothing else has
                 output = output.data
-        step = self._step(record, output, record.tail if self._may_be_on_tail(call, rule) else None)
+        step = Step.of(
+            record,
+            output,
+            self._saved,
+            batch_size=self.batch_size,
+            total=self._total,
+            joint=self._joint,
+            may_be_on_tail=self._may_be_on_tail(call, rule),
+        )
         if self.observer is not None and call is not None:
             inputs = record.inputs
             if record.saved_inputs is not None:  # as they were before the call
@@ -349,34 +354,6 @@ class Recording(TorchFunctionMode):
             self._saved.save_as(result, record.saved_output)
         self._fresh = result
         return result
-
-    def _step(self, record: Record, output: Tensor, tail: Tail | None) -> Step:
-        """The step of the backward pass through a call."""
-
-        def saved_output() -> SavedTensor:
-            # The step must not hold the output itself, whose history it becomes.
-            return self.save(output) if record.saved_output is None else record.saved_output
-
-        inputs: Sequence[SavedTensor] = ()
-        if record.scaled and record.saved_inputs is not None:
-            inputs = record.saved_inputs
-        elif record.scaled:
-            inputs = [self.save(x) for x in record.inputs]
-        return Step(
-            record.propagate,
-            record.keeps_sign,
-            [self.is_nonnegative(x) for x in record.inputs],
-            inputs,
-            saved_output() if record.scaled and self._joint else None,
-            [(x.shape, x.dtype) for x in record.inputs],
-            self.batch_size,
-            self._total,
-            saved_output() if record.vanishing else None,
-            record.all_seeds,
-            scale_now=record.scale_now,
-            tail=tail,
-            logits=record.logits,
-        )
 
     def _may_be_on_tail(self, call: Call | None, rule: Any) -> bool:
         """Whether nobody has chosen the rule. One that the user or an architecture has chosen holds on the
@@ -426,75 +403,7 @@ class Recording(TorchFunctionMode):
         return self._move("view_as_complex", as_complex, self.attach(record))
 
     def _move(self, name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run a call that moves elements, with the gradient that autograd defines for it."""
-        if any(t.is_inference() for t in tensors_in((args, kwargs))):
-            # Autograd cannot save such a tensor, which the caller or the model made in inference mode.
-            leaves, spec = tree_flatten((args, kwargs))
-            leaves = [
-                t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in leaves
-            ]
-            args, kwargs = tree_unflatten(leaves, spec)
-        result = func(*args, **kwargs)
-        tensors = tensors_in((args, kwargs))
-        follow(name, func, args, kwargs, result, self.batch_size, tensors)
-        # An index is no value: it says nothing about what is moved.
-        values = [t for t in tensors if name in JOINING or t.is_floating_point() or t.is_complex()]
-        if all(map(self.is_nonnegative, values)) and not (
-            name in _FILLING and any(map(_may_be_negative, tree_flatten((args, kwargs))[0]))
-        ):
-            for tensor in tensors_in(result):
-                self.mark_nonnegative(tensor)
-        return result
-
-    def _run_in_place(
-        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run an in-place call as the out-of-place one, and copy the result into the target."""
-        target = kwargs.get("out")
-        if target is None:
-            target = args[0] if args else next(iter(tensors_in(kwargs)), None)
-        if not isinstance(target, Tensor):
-            return _untracked(func, args, kwargs)
-        if not any(map(carries_relevance, tensors_in((args, kwargs)))):
-            self.release(target)
-            return _untracked(func, args, kwargs)
-        if name in IN_PLACE_PASS_THROUGH:
-            self.release(target)
-            for tensor in tensors_in((args, kwargs)):
-                if carries_relevance(tensor):
-                    check_aligned(tensor, self.batch_size)
-            return func(*args, **kwargs)
-        self.check_visible((args, kwargs))
-        func, args, kwargs = out_of_place(name, func, args, kwargs)
-        result = self._run_with_relevance(name, func, args, kwargs, target=target)
-        if result is target:  # the rule has changed it already
-            return target
-        self.release(target)
-        if not target._is_view() and not target.is_leaf:
-            target.detach_()  # what was there has no part in what is there now
-        target.copy_(result)
-        if isinstance(result, Tensor) and self.is_nonnegative(result):
-            self.mark_nonnegative(target)
-        return target
-
-    def _run_inside_layer(
-        self,
-        name: str,
-        in_place: bool,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run a call inside of a layer that is recorded as one call."""
-        if name in CONSTANT or getattr(func, "__name__", "") == "__get__":
-            return _untracked(func, args, kwargs)
-        from_outside = [t for t in tensors_in((args, kwargs)) if comes_from_outside(t)]
-        self.innermost.from_outside.extend(from_outside)
-        if from_outside and (in_place or has_in_place_argument(func, args, kwargs)):
-            target = args[0] if args else kwargs.get("input")
-            if any(target is tensor for tensor in from_outside):
-                refusals.refuse_changed_argument(self.innermost)
-        return _untracked(func, args, kwargs)
+        return move(self._saved, self.batch_size, name, func, args, kwargs)
 
 
 class _Reentered:
@@ -510,23 +419,5 @@ class _Reentered:
         TorchFunctionMode.__exit__(self._mode, *exc)
 
 
-def _may_be_negative(value: Any) -> bool:
-    """Whether a number, of which both parts count, is perhaps negative."""
-    return isinstance(value, complex) or (isinstance(value, (int, float)) and value < 0)
-
-
-def _untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a call that carries no relevance; parameters leave no history on its result."""
-    if not any(t.requires_grad for t in tensors_in((args, kwargs))):
-        return func(*args, **kwargs)
-    with torch.no_grad():
-        return func(*args, **kwargs)
-
-
 _PLAIN = frozenset([Tensor, nn.Parameter])
 _GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # of the class: a descriptor
-_FILLING = frozenset(
-    "__setitem__ index_copy masked_fill masked_scatter pad scatter select_scatter slice_scatter "
-    "diagonal_scatter where".split()
-)
-"""Calls that move elements and may put numbers beside them."""

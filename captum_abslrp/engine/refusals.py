@@ -77,14 +77,6 @@ def refuse_stale(frame: Frame) -> NoReturn:
     )
 
 
-def refuse_changed_argument(frame: Frame) -> NoReturn:
-    """Refuse a layer with one rule that overwrites what it must not."""
-    raise UnsupportedCallError(
-        f"Expected a layer with one rule for all of it to leave its keyword arguments alone, but got one in "
-        f"{frame} that is changed in place. Pass it by position, or replace the in-place call."
-    )
-
-
 def check_untransformed(value: Any, frame: Frame) -> None:
     """Refuse calls on tensors that a transform of ``torch.func`` has wrapped."""
     if torch._C._functorch.maybe_current_level() is None:
@@ -94,10 +86,10 @@ def check_untransformed(value: Any, frame: Frame) -> None:
     if not wrapped or not any(map(carries_relevance, [*tensors, *map(_unwrapped, wrapped)])):
         return
     raise UnsupportedCallError(
-        f"{_EVERY_CALL} have a rule, but got calls under a transform of `torch.func` (`vmap`, `grad`, ...) in "
-        f"{frame}, where one call stands for many. Replace `vmap` by a loop. Over the members of an ensemble: "
-        f"`torch.stack([functional_call(base, {{name: value[i] for name, value in params.items()}}, (x,)) for "
-        f"i in range(members)])`. Over samples: call the function with the whole batch."
+        f"{_EVERY_CALL} have a rule, but got calls under a transform of `torch.func` (`vmap`, `grad`, ...) "
+        f"in {frame}, where one call stands for many. Replace `vmap` by a loop. Over the members of an "
+        f"ensemble: `torch.stack([functional_call(base, {{name: value[i] for name, value in params.items()}}"
+        f", (x,)) for i in range(members)])`. Over samples: call the function with the whole batch."
     )
 
 

@@ -1,12 +1,12 @@
 """Which sample an element belongs to, where a model moves the batch dimension.
 
-Relevance is scaled sample by sample, so every call with a rule needs the samples in its leading dimension: B
-rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence first) as long as it
-moves it back before the next call with a rule. This module follows the calls that move elements with a *shadow*,
-a tensor that holds the number of the sample in place of each element. Where a call with a rule meets a tensor
-that is out of order, or its arguments show that it mixes samples (a reduction, softmax or norm over the leading
-dimension, a product that adds up over it), it raises :class:`Misaligned`, and :class:`captum_abslrp.AbsLRP` runs
-the samples one at a time.
+Relevance is scaled sample by sample, so every call with a rule needs the samples in its leading dimension:
+B rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence first) as long
+as it moves it back before the next call with a rule. This module follows the calls that move elements with
+a *shadow*, a tensor that holds the number of the sample in place of each element. Where a call with a rule
+meets a tensor that is out of order, or its arguments show that it mixes samples (a reduction, softmax or
+norm over the leading dimension, a product that adds up over it), it raises :class:`Misaligned`, and
+:class:`captum_abslrp.AbsLRP` runs the samples one at a time.
 """
 
 from __future__ import annotations

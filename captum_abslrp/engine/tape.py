@@ -13,7 +13,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 
 from captum_abslrp.engine import numerics
 from captum_abslrp.engine.observers import ObservedCall
-from captum_abslrp.engine.saved import SavedTensor, in_full_precision, storage_of
+from captum_abslrp.engine.saved import SavedTensor, SavedTensors, in_full_precision, storage_of
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
@@ -126,6 +126,45 @@ class Step:
     """By how much the relevance of each seed changed there, because of signs."""
     logits: SavedTensor | None = None
     """The input, where the output holds probabilities of it."""
+
+    @classmethod
+    def of(
+        cls,
+        record: Record,
+        output: Tensor,
+        saved: SavedTensors,
+        *,
+        batch_size: int,
+        total: float,
+        joint: bool,
+        may_be_on_tail: bool,
+    ) -> Step:
+        """The step of what a rule has recorded for a call with an output."""
+
+        def saved_output() -> SavedTensor:
+            # The step must not hold the output itself, whose history it becomes.
+            return saved.save(output) if record.saved_output is None else record.saved_output
+
+        inputs: Sequence[SavedTensor] = ()
+        if record.scaled and record.saved_inputs is not None:
+            inputs = record.saved_inputs
+        elif record.scaled:
+            inputs = [saved.save(x) for x in record.inputs]
+        return cls(
+            record.propagate,
+            record.keeps_sign,
+            [saved.is_nonnegative(x) for x in record.inputs],
+            inputs,
+            saved_output() if record.scaled and joint else None,
+            [(x.shape, x.dtype) for x in record.inputs],
+            batch_size,
+            total,
+            saved_output() if record.vanishing else None,
+            record.all_seeds,
+            scale_now=record.scale_now,
+            tail=record.tail if may_be_on_tail else None,
+            logits=record.logits,
+        )
 
     @property
     def scaled(self) -> bool:

@@ -71,8 +71,8 @@ def rule_of_module(module: nn.Module) -> Any:
 def rule_of_layer(module: nn.Module) -> CallRule | None:
     """The rule that records a module as one call, or None.
 
-    It is one of Captum's (``EpsilonRule``) that is set on the module, or the one that is registered for its class.
-    One of ours on a module of a class with a registered rule replaces that rule.
+    It is one of Captum's (``EpsilonRule``) that is set on the module, or the one that is registered for
+    its class. One of ours on a module of a class with a registered rule replaces that rule.
     """
     own, registered = getattr(module, "rule", None), find_layer_rule(module)
     if isinstance(own, PropagationRule):
@@ -91,8 +91,8 @@ def _is_ours(rule: Any) -> bool:
 class CaptumRule:
     """A rule of Captum's, or one written for it, that records a layer as one call.
 
-    The rule runs as under ``captum.attr.LRP``, on copies of the layer and of the rule, because it changes weights
-    and keeps state on both.
+    The rule runs as under ``captum.attr.LRP``, on copies of the layer and of the rule, because it changes
+    weights and keeps state on both.
 
     Args:
         rule: Captum's rule.

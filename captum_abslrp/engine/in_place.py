@@ -1,0 +1,67 @@
+"""Calls that overwrite a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from captum_abslrp.engine.arguments import out_of_place, tensors_in
+from captum_abslrp.engine.calls import Recorder
+from captum_abslrp.engine.dependence import carries_relevance, untracked
+from captum_abslrp.engine.names import IN_PLACE_PASS_THROUGH
+from captum_abslrp.engine.samples import check_aligned
+
+
+class Runner(Recorder, Protocol):
+    """What an in-place call asks of the recording."""
+
+    batch_size: int
+
+    def check_visible(self, value: Any) -> None: ...
+    def run_with_relevance(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        target: Tensor | None = None,
+    ) -> Any: ...
+
+
+def run_in_place(
+    recording: Runner,
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run an in-place call as the out-of-place one, and copy the result into the target."""
+    target = kwargs.get("out")
+    if target is None:
+        target = args[0] if args else next(iter(tensors_in(kwargs)), None)
+    if not isinstance(target, Tensor):
+        return untracked(func, args, kwargs)
+    carrying = [t for t in tensors_in((args, kwargs)) if carries_relevance(t)]
+    if not carrying:
+        recording.release(target)
+        return untracked(func, args, kwargs)
+    if name in IN_PLACE_PASS_THROUGH:
+        recording.release(target)
+        for tensor in carrying:
+            check_aligned(tensor, recording.batch_size)
+        return func(*args, **kwargs)
+    recording.check_visible((args, kwargs))
+    func, args, kwargs = out_of_place(name, func, args, kwargs)
+    result = recording.run_with_relevance(name, func, args, kwargs, target=target)
+    if result is target:  # the rule has changed it already
+        return target
+    recording.release(target)
+    if not target._is_view() and not target.is_leaf:
+        target.detach_()  # what was there has no part in what is there now
+    target.copy_(result)
+    if isinstance(result, Tensor) and recording.is_nonnegative(result):
+        recording.mark_nonnegative(target)
+    return target
