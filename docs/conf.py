@@ -54,6 +54,8 @@ nitpick_ignore = [
     for name in (
         "captum_abslrp.engine.recording.Recording",
         "captum_abslrp.engine.observers.Observer",
+        "captum_abslrp.engine.protocols.CallRule",
+        "captum_abslrp.engine.calls.Recorder",
         "Array",
         "Key",
         "Propagate",

@@ -12,7 +12,7 @@ from torch import Tensor
 class SavedTensor:
     """A tensor saved for the backward pass, or a function that makes it again.
 
-    Before a call overwrites the tensor, :meth:`SavedTensors.release` clones it.
+    Before a call overwrites the tensor, the recording clones it.
     """
 
     __slots__ = ("_remake", "_tensor")

@@ -13,6 +13,7 @@ from captum_abslrp.engine.tape import Record, Tail
 from captum_abslrp.rules.abslrp import AbsLRPRule
 from captum_abslrp.rules.base import ConstantRule, PassThroughRule, Rule
 from captum_abslrp.rules.elementwise import DropoutRule
+from captum_abslrp.rules.factor import FactorRule
 from captum_abslrp.rules.pooling import MaxPoolRule
 from captum_abslrp.rules.sums import HeadSumRule
 from captum_abslrp.rules.twin import TwinRule
@@ -21,6 +22,7 @@ __all__ = [
     "AbsLRPRule",
     "ConstantRule",
     "DropoutRule",
+    "FactorRule",
     "HeadSumRule",
     "MaxPoolRule",
     "PassThroughRule",

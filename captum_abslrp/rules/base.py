@@ -90,7 +90,7 @@ class Rule(PropagationRule):
         return getattr(self.closed_forms.get(call.name), "runs_parts", False)
 
     def forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        """Entry for Captum's ``LRP``: see :func:`~captum_abslrp.rules.captum.run_under_captum`."""
+        """Entry for Captum's ``LRP``: runs the module again under this rule."""
         return run_under_captum(self, module, inputs, outputs)
 
     def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None:

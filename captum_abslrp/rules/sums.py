@@ -153,7 +153,7 @@ class HeadSumRule(Rule):
     Two linear layers whose outputs are added are one linear layer on both inputs. This is the share
     at which each of them takes part in the rule of that layer: positive contributions are sought in
     the heads' inputs, not in their outputs, so that a class with two negative logits is explained,
-    too. A sum with a constant (the position embedding) is left to :class:`AdditionRule`.
+    too. A sum with a constant (the position embedding) is left to the usual rule.
     No mapping of this package needs it: on the tail of the score every sum shares in this way.
 
     Example:
