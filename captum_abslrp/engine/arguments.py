@@ -42,7 +42,7 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
 def map_instances(kind: type[Kind], function: Callable[[Kind], Any], value: Any) -> Any:
     """Apply a function to the instances of a class (tensors, say) in arguments or results of a call.
 
-    Containers of other instances than before are copies; all others are handed on, not copied, because
+    Containers of other instances than before are copies; all others are returned as they are, because
     a module may fill them.
 
     Args:

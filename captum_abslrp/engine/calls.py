@@ -38,7 +38,7 @@ class Call:
     Attributes:
         name: canonical name: no module, no dunder, no trailing underscore (``"add"`` for
             ``torch.add``, ``+``, ``+=`` and ``Tensor.add_``).
-        func: the function that was called, as ``torch.overrides`` hands it over.
+        func: the function that was called, as ``torch.overrides`` passes it.
         args: its positional arguments.
         kwargs: its keyword arguments, without ``out`` and ``inplace``.
         module: the innermost module whose forward pass makes the call.

@@ -156,7 +156,7 @@ def call_on_parts(
         is_source: whether a tensor depends on the explained inputs.
 
     Returns:
-        The call that a rule answers. Complex tensors among its arguments are real views. In arithmetic all
+        The call for the rule. Complex tensors among its arguments are real views. In arithmetic all
         other operands are, too, except a real factor that all elements share.
     """
     args, kwargs = call.args, dict(call.kwargs)

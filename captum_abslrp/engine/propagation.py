@@ -97,7 +97,7 @@ def propagate(
 
 
 def saved_bytes(output: Tensor) -> int:
-    """Memory of the tensors that the way back from an output keeps, without those that are made again."""
+    """Bytes of the tensors that the backward pass from an output has saved."""
     order, _ = _in_order(output.grad_fn)
     sizes: dict[int, int] = {}
     for node in order:
@@ -201,7 +201,7 @@ def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | N
 
 
 def _stacked_for_permutation(node: Any, gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """What unbinding a permuted tensor hands on (query, key and value of a ViT), put where it belongs at
+    """What unbinding a permuted tensor passes (query, key and value of a ViT), put where it belongs at
     once; None where it is not that."""
     permutation = node.next_functions[0][0]
     parts = [g for g in gradients if g is not None]
@@ -290,7 +290,7 @@ def _prepare(
 ) -> None:
     """Tell the steps which of their inputs need not be scaled, and that what arrives is their own.
 
-    Each step hands on memory of its own, and calls that move elements hand on what they get to one place.
+    Each step passes memory of its own, and a call that moves elements passes what arrives to one place.
     """
     stops = {node for node, _ in explained_at}
     depth: dict[Any, int] = {}

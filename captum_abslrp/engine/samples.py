@@ -323,7 +323,7 @@ def _in_order(samples: Tensor, batch_size: int) -> bool:
         return False
     if samples.numel() == 0:
         return True
-    # A view of an expanded shadow is told by its strides, without looking at the elements.
+    # The strides of an expanded shadow show its order, without a look at the elements.
     if any(samples.stride()[1:]) and samples.dim() > 1:
         rows = samples.reshape(batch_size, -1)
     else:

@@ -86,7 +86,7 @@ class SavedTensors:
             return cast(SavedTensor, saved)
         tensor = tensor.detach()
         cells = self._saved.setdefault(storage_of(tensor), [])
-        # How a sparse tensor lies in its memory cannot be told.
+        # A sparse tensor has no layout that could be compared.
         layout = _layout(tensor) if tensor.layout == torch.strided else None
         for known, cell in cells:
             if layout is not None and known == layout:

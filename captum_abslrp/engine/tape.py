@@ -28,21 +28,21 @@ class Record(NamedTuple):
     inputs: Sequence[Tensor]
     """The inputs of the call that receive relevance."""
     propagate: Propagate
-    """Hands relevance per magnitude of the output to the inputs; is called once per seed."""
+    """Maps relevance per magnitude of the output to that of each input; runs once per seed."""
     scaled: bool = True
     """Whether the relevance of each sample is scaled afterwards, as for all but pass-through calls."""
     constants: Sequence[Tensor] = ()
     """Arguments that depend on the explained inputs, too, and are constants of this call."""
     nonnegative: bool = False
     """Whether no negative entry of the output takes part in what comes after, because there is none, or the
-    rule hands nothing on where the output is negative. The rules of later calls may make use of it."""
+    rule passes nothing where the output is negative. The rules of later calls may make use of it."""
     vanishing: bool = False
     """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
     is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
     keeps_sign: bool = False
-    """Whether the rule hands on nothing negative where nothing negative arrives."""
+    """Whether the rule passes nothing negative where nothing negative arrives."""
     saved_output: SavedTensor | None = None
-    """The output as it is kept by whoever needs it later on, see ``Call.keep_output``."""
+    """The output, saved by :meth:`Call.save_output` or otherwise."""
     all_seeds: bool = False
     """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
     scale_now: bool = False
@@ -59,11 +59,11 @@ class Tail(NamedTuple):
     """A call on the tail of the score: between the last layer with weights and the output.
 
     The score itself is explained, so all of its relevance arrives at the last layer with weights. The calls
-    behind it pass relevance on by the share of the magnitudes of their inputs, with the sign of their slope.
+    behind it pass relevance by the share of the magnitudes of their inputs, with the sign of their slope.
     """
 
     propagate: Propagate
-    """From relevance over magnitude of the output, ``R / (|z| + EPS)``, to that of each source."""
+    """From relevance over magnitude of the output, ``R / (|z| + EPS)``, to that of each input."""
     output: SavedTensor
     inputs: Sequence[SavedTensor] | None = None
     """The inputs; None where the call scales its only input by `factor`."""
@@ -86,18 +86,18 @@ class Tail(NamedTuple):
 
 @dataclass
 class Step:
-    """The way back through one call that was answered by a rule."""
+    """The step of the backward pass through one recorded call."""
 
     propagate: Propagate | None
     keeps_sign: bool
     nonnegative: Sequence[bool]
-    """Whether each source is known to have no negative entry that takes part."""
+    """Whether each input is known to have no negative entry that takes part."""
     inputs: Sequence[SavedTensor]
-    """The inputs, where what they get is scaled."""
+    """The inputs, where their relevance is scaled."""
     output: SavedTensor | None
     """The output, where all inputs together are scaled to what arrived at it (``"joint"``)."""
     layouts: Sequence[tuple[torch.Size, torch.dtype]]
-    """Shape and dtype of each source."""
+    """Shape and dtype of each input."""
     batch_size: int
     total: float
     vanishing: SavedTensor | None
@@ -354,7 +354,7 @@ class ModuleOutput(torch.autograd.Function):
 
 
 def is_recorded(node: Any) -> bool:
-    """Whether a node of the autograd graph is the answer of a rule."""
+    """Whether a node of the autograd graph is a call that a rule has recorded."""
     return isinstance(node, _OWN_NODES[0])
 
 

@@ -1,4 +1,4 @@
-"""Which rule answers which call: one table per architecture family over a generic one.
+"""Which rule records which call: one table per architecture family over a generic one.
 
 The tables register themselves when this package is imported; to add an architecture, write one more
 and import it here.

@@ -1,4 +1,4 @@
-"""VGG: as published, max pooling hands relevance on without dividing by its output."""
+"""VGG: as published, max pooling passes relevance without dividing by its output."""
 
 from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import Mapping, register_mapping
