@@ -114,11 +114,11 @@ def inspect_rules(
         >>> [call.call for call in inspection.unsupported]
         ['torch.erfinv']
         >>> print(inspection)
-        | call                       | rule             | from              | calls | first in      |
-        | -------------------------- | ---------------- | ----------------- | ----- | ------------- |
-        | torch.erfinv               | NONE             |                   | 1     | (model) (Net) |
-        | torch.nn.functional.linear | AbsLRPRule()     | mapping 'generic' | 1     | 0 (Linear)    |
-        | torch.tanh                 | ActivationRule() | mapping 'generic' | 1     | 1 (Tanh)      |
+        | call                       | rule         | from              | calls | first in      |
+        | -------------------------- | ------------ | ----------------- | ----- | ------------- |
+        | torch.erfinv               | NONE         |                   | 1     | (model) (Net) |
+        | torch.nn.functional.linear | AbsLRPRule() | mapping 'generic' | 1     | 0 (Linear)    |
+        | torch.tanh                 | AbsLRPRule() | mapping 'generic' | 1     | 1 (Tanh)      |
     """
     attributor = AbsLRP(model, mapping, output=output)
     check_initialized(attributor.model)

@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, functional
+from captum_abslrp import AbsLRP
+from captum_abslrp.rules import affine
 from tests.conftest import relative_error
 
 
@@ -19,7 +20,7 @@ def test_channels_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model(name).eval()
     x = torch.randn(2, 3, 64, 64)
     plain = AbsLRP(model).attribute(x, 1, contrast=None)
-    convolution = functional.convolution
+    convolution = affine.convolution
     layouts: list[tuple[Any, ...]] = []
 
     def watched(x: Tensor, weight: Any, s: Tensor, **options: Any) -> Tensor:
@@ -27,7 +28,7 @@ def test_channels_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         layouts.append((tuple(s.shape), s.stride(), kept))
         return convolution(x, weight, s, **options)
 
-    monkeypatch.setattr(functional, "convolution", watched)
+    monkeypatch.setattr(affine, "convolution", watched)
     last = model.to(memory_format=torch.channels_last)
     given = x.contiguous(memory_format=torch.channels_last)
     maps = AbsLRP(last).attribute(given, 1, contrast=None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from captum_abslrp import AbsLRP, propagation
+from captum_abslrp import AbsLRP
+from captum_abslrp.engine import propagation
 from tests.conftest import relative_error
 
 
