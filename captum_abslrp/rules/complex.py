@@ -14,11 +14,11 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.complex import as_complex, as_parts
 from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.names import PREFIX
-from captum_abslrp.engine.tape import Propagate, Record
+from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.affine import CONVOLUTIONS
 from captum_abslrp.rules.base import Form, once, passed
 from captum_abslrp.rules.contributions import diagonal, positive_contributions, transposed
-from captum_abslrp.rules.matmul import einsum_pair, record_sum
+from captum_abslrp.rules.matmul import einsum_pair, with_summand
 from captum_abslrp.rules.products import record_division, record_product
 from captum_abslrp.rules.sums import record_addition, record_subtraction
 from captum_abslrp.rules.tails import tail_of
@@ -140,47 +140,32 @@ def _record_diagonal(
     return Record(output, [x for x, _ in pairs], propagate, keeps_sign=True)
 
 
-def _bilinear(
+def _record_product(
     call: Call, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor], Tensor], alpha: float = 1
-) -> tuple[list[Tensor], Propagate]:
-    """The sources among two factors and their relevance; ``run`` is the product on real tensors."""
+) -> Record:
+    """A sum of products of the elements of two tensors, times `alpha`; ``run`` is it on real tensors."""
+    output = call.run(lambda: call.func(*call.args, **call.kwargs))
     pairs = [(a, b, run), (b, a, lambda b, a: run(a, b))]
     kept = [(call.save(x), call.save(w), f) for x, w, f in pairs if is_source(x)]
 
     def propagate(s: Tensor) -> list[Tensor]:
         return [complex_bilinear(x(), w() if alpha == 1 else alpha * w(), f, s) for x, w, f in kept]
 
-    return [t for t in (a, b) if is_source(t)], propagate
-
-
-def _record_bilinear(
-    call: Call, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor], Tensor]
-) -> Record:
-    output = call.run(lambda: call.func(*call.args, **call.kwargs))
-    return Record(output, *_bilinear(call, a, b, run), keeps_sign=True)
-
-
-def record_complex_matmul(call: Call, input: Tensor, other: Tensor) -> Record:
-    return _record_bilinear(call, input, other, torch.matmul)
+    return Record(output, [x for x in (a, b) if is_source(x)], propagate, keeps_sign=True)
 
 
 def record_complex_bilinear(
     call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any
 ) -> Record:
-    run = getattr(torch, call.name.removeprefix(PREFIX))
-    return _record_bilinear(call, input, other, lambda a, b: run(a, b, *args, **kwargs))
+    run = getattr(torch, call.name.removeprefix(PREFIX), torch.matmul)  # of `linalg_matmul`
+    return _record_product(call, input, other, lambda a, b: run(a, b, *args, **kwargs))
 
 
 def record_complex_layer(
-    call: Call,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
+    call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Record:
     run = getattr(F, call.name.removeprefix(PREFIX))
-    return _record_bilinear(call, input, weight, lambda x, w: run(x, w, None, *args, **kwargs))
+    return _record_product(call, input, weight, lambda x, w: run(x, w, None, *args, **kwargs))
 
 
 def record_complex_einsum(call: Call, equation: Any, *operands: Any) -> Record:
@@ -188,20 +173,19 @@ def record_complex_einsum(call: Call, equation: Any, *operands: Any) -> Record:
     if pair is None:
         return record_twin(call)
     first, second = pair
-    return _record_bilinear(call, first, second, lambda a, b: torch.einsum(equation, a, b))
+    return _record_product(call, first, second, lambda a, b: torch.einsum(equation, a, b))
 
 
 def record_complex_product_and_sum(
     call: Call, input: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Record:
     """``beta * input + alpha * (first @ second)``: one affine call."""
-    output = call.run(lambda: call.func(*call.args, **call.kwargs))
-    size = output.shape[:-1]
-    factors, of_factors = _bilinear(
-        call, first, second, lambda a, b: (a @ b).sum_to_size(size), alpha
-    )
-    record = record_sum(call, output, input, beta, factors, of_factors)
-    return record._replace(keeps_sign=True)
+    sums_batch = call.name.removeprefix(PREFIX) == "addbmm"
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b).sum(0) if sums_batch else a @ b
+
+    return with_summand(call, _record_product(call, first, second, run, alpha), input, beta)
 
 
 def record_complex_exponential(call: Call, input: Tensor) -> Any:
@@ -229,8 +213,10 @@ COMPLEX: dict[str, Form] = {
     "mul": record_complex_product,
     "sub": record_subtraction,
     **dict.fromkeys(["linear", *CONVOLUTIONS], record_complex_layer),
-    **dict.fromkeys(["matmul", "bmm", "mm", "linalg_matmul"], record_complex_matmul),
-    **dict.fromkeys("dot ger inner kron mv outer tensordot".split(), record_complex_bilinear),
+    **dict.fromkeys(
+        "bmm dot ger inner kron linalg_matmul matmul mm mv outer tensordot".split(),
+        record_complex_bilinear,
+    ),
     **dict.fromkeys("addbmm addmm addmv baddbmm".split(), record_complex_product_and_sum),
 }
 """The forms on real views, by the name of a call on complex tensors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import rectify
-from captum_abslrp.engine.tape import Propagate, Record
+from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form, once, without_noise
 from captum_abslrp.rules.contributions import (
     SignedParts,
@@ -20,7 +20,7 @@ from captum_abslrp.rules.contributions import (
     positive_contributions,
     signed_parts,
 )
-from captum_abslrp.rules.sparse import is_sparse, record_sparse, sparse_contributions
+from captum_abslrp.rules.sparse import is_sparse, record_sparse
 from captum_abslrp.rules.twin import record_twin
 
 
@@ -123,10 +123,7 @@ def _record_product(
 
 
 def _without_noise(
-    call: Call,
-    output: Tensor,
-    operands: Sequence[Tensor],
-    run: Callable[[Tensor, Tensor], Tensor],
+    call: Call, output: Tensor, operands: Sequence[Tensor], run: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """:func:`captum_abslrp.rules.base.without_noise`, whichever factor is a constant, if one is."""
     first, second = operands
@@ -141,38 +138,34 @@ def record_product_and_sum(
     """``beta * input + alpha * (first @ second)``: one affine call."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     if is_sparse(first) or is_sparse(second):
-        dense, contributions = sparse_contributions(call, first, second, factor=alpha)
-        return record_sum(call, output, input, beta, [dense], lambda s: [contributions(s)])
-    a, b = call.save(first), call.save(second)
+        product = record_sparse(call, output, first, second, factor=alpha)
+        return with_summand(call, product._replace(keeps_sign=False), input, beta)
+    a, b, size = call.save(first), call.save(second), output.shape
     wanted = [is_source(t) for t in (first, second)]
-    size = output.shape
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b).sum_to_size(size)  # addbmm sums over the batch
 
     def propagate(s: Tensor) -> list[Tensor]:
-        # The sign of `alpha` is that of a weight; addbmm also sums over the batch.
-        of_first, of_second = bilinear(alpha * a(), b(), lambda a, b: (a @ b).sum_to_size(size), s)
+        # The sign of `alpha` is that of a weight.
+        of_first, of_second = bilinear(alpha * a(), b(), run, s)
         return list(compress([abs(alpha) * of_first, of_second], wanted))
 
-    return record_sum(call, output, input, beta, compress([first, second], wanted), propagate)
+    product = Record(output, list(compress([first, second], wanted)), propagate)
+    return with_summand(call, product, input, beta)
 
 
-def record_sum(
-    call: Call,
-    output: Tensor,
-    summand: Tensor,
-    beta: float,
-    factors: Iterable[Tensor],
-    of_factors: Propagate,
-) -> Record:
-    """``beta * summand`` and a product, of whose factors the relevance is known."""
+def with_summand(call: Call, product: Record, summand: Tensor, beta: float) -> Record:
+    """The record of a product to which ``beta * summand`` is added."""
     if not is_source(summand):
-        return Record(output, list(factors), of_factors)
+        return product
     c = call.save(summand)
 
     def propagate(s: Tensor) -> list[Tensor]:
         of_sum = abs(beta) * rectify(s.sum_to_size(c().shape), beta * c())
-        return [of_sum, *of_factors(s)]
+        return [of_sum, *product.propagate(s)]
 
-    return Record(output, [summand, *factors], propagate)
+    return product._replace(inputs=[summand, *product.inputs], propagate=propagate)
 
 
 MATMULS: dict[str, Form] = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,28 +32,22 @@ class _SparseParts(SignedParts):
         )
 
 
-def record_sparse(call: Call, output: Tensor, input: Tensor, other: Tensor) -> Record:
-    """The product of a sparse constant with a dense tensor, perhaps with a constant added."""
-    dense, contributions = sparse_contributions(call, input, other)
-    return Record(output, [dense], lambda s: [contributions(s)], keeps_sign=True)
-
-
-def sparse_contributions(
-    call: Call, input: Tensor, other: Tensor, *, factor: float = 1
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The dense factor of a product, and its relevance per magnitude from that of the product."""
+def record_sparse(
+    call: Call, output: Tensor, input: Tensor, other: Tensor, *, factor: float = 1
+) -> Record:
+    """The product of a sparse constant with a dense tensor, times a factor, perhaps with a constant added."""
     is_first = is_sparse(input)
     sparse, dense = (input, other) if is_first else (other, input)
     matrix, x = call.save(sparse), call.save(dense)
     nonnegative = call.is_nonnegative(dense)
     parts = once(lambda: _SparseParts(factor * matrix()))
 
-    def of_dense(s: Tensor) -> Tensor:
+    def propagate(s: Tensor) -> list[Tensor]:
         def transposed(w: Tensor) -> Tensor:
             if w.dim() == 3:
                 return torch.bmm(w.mT, s) if is_first else torch.bmm(s, w.mT)
             return w.mT @ s if is_first else s @ w.mT
 
-        return positive_contributions(x(), parts(), transposed, nonnegative=nonnegative)
+        return [positive_contributions(x(), parts(), transposed, nonnegative=nonnegative)]
 
-    return dense, of_dense
+    return Record(output, [dense], propagate, keeps_sign=True)
