@@ -26,7 +26,7 @@ from captum_abslrp.rules.sparse import is_sparse, record_sparse
 from captum_abslrp.rules.twin import record_twin
 
 LARGE = 2**22
-"""Elements of a weight from which on its parts are made piece by piece: it is never copied whole."""
+"""Elements of a weight above which its parts are made piece by piece, so that it is never copied whole."""
 
 
 def linear(
@@ -41,16 +41,17 @@ def linear(
     parts = signed_parts(weight)
     if parts.weight.numel() <= LARGE:
         return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
-    columns = s.flatten(0, -2)
-    positive = columns.new_zeros(len(columns), x.shape[-1])
-    negative = None if nonnegative else torch.zeros_like(positive)
-    for rows, piece in parts.rows(max(1, LARGE // x.shape[-1])):
-        positive.addmm_(columns[:, rows], piece.positive)
-        if negative is not None:
-            negative.addmm_(columns[:, rows], piece.negative)
-    if negative is None:
-        return rectify_in_place(positive.view(x.shape), x)
-    return chosen([positive.view(x.shape), negative.view(x.shape)], x)
+    columns, step = s.flatten(0, -2), max(1, LARGE // x.shape[-1])
+
+    def product(**limit: float) -> Tensor:
+        result = columns.new_zeros(len(columns), x.shape[-1])
+        for few, rows in zip(columns.split(step, 1), parts.weight.split(step), strict=True):
+            result.addmm_(few, rows.to(parts.dtype).clamp(**limit))
+        return result.view(x.shape)
+
+    if nonnegative:
+        return rectify_in_place(product(min=0), x)
+    return chosen([product(min=0), product(max=0)], x)
 
 
 def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Record:
@@ -174,8 +175,7 @@ def _by_phases(
     else:
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
         cells = convolve(s, weight, padding=pads)
-    cells = cells[tuple(kept)]
-    cells = cells.unflatten(1, (channels, *stride))
+    cells = cells[tuple(kept)].unflatten(1, (channels, *stride))
     # (B, C_in, phase, phase ..., place, place ...)
     order = [i + dim for dim in range(dims) for i in (2 + dims, 2)]
     grown = [k * n for k, n in zip(stride, cells.shape[2 + dims :], strict=True)]
@@ -188,9 +188,10 @@ def _by_phases(
 
 def _convolution(name: str) -> Form:
     run, dims, is_transposed = getattr(F, name), int(name[-2]), "transpose" in name
-    names = ["stride", "padding", "dilation", "groups"]
+    # In the order of the positional arguments.
+    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     if is_transposed:
-        names = ["stride", "padding", "output_padding", "groups", "dilation"]
+        defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 
     def record_convolution(
         call: Call,
@@ -203,10 +204,7 @@ def _convolution(name: str) -> Form:
         check_batched(call, input, dims)
         if carries_relevance(weight):
             return record_twin(call)
-        given: dict[str, Any] = {
-            name: int(name in ("stride", "dilation", "groups")) for name in names
-        }
-        given |= dict(zip(names, args)) | kwargs
+        given = defaults | dict(zip(defaults, args)) | kwargs
         if given["padding"] == "same":
             reach = [d * (k - 1) for d, k in zip(_each(given["dilation"], dims), weight.shape[2:])]
             given["padding"] = [total // 2 for total in reach]
@@ -218,9 +216,9 @@ def _convolution(name: str) -> Form:
                 )
         elif given["padding"] == "valid":
             given["padding"] = 0
-        options: dict[str, Any] = {
-            k: v if k == "groups" else _each(v, dims) for k, v in given.items()
-        }
+        groups = given.pop("groups")
+        options: dict[str, Any] = {k: _each(v, dims) for k, v in given.items()}
+        options["groups"] = groups
         output = call.run(lambda: run(input, weight, bias, **options))
         x, w = call.save(input), call.save(weight)
         parts = once(lambda: SignedParts(w()))

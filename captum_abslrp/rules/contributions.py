@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -42,12 +42,6 @@ class SignedParts:
 
     def clamped(self, **limit: float) -> Tensor:
         return self.weight.to(self.dtype).clamp(**limit)
-
-    def rows(self, step: int) -> Iterator[tuple[slice, SignedParts]]:
-        """A few rows of the weight at a time, whose parts are not kept."""
-        for start in range(0, len(self.weight), step):
-            rows = slice(start, start + step)
-            yield rows, SignedParts(self.weight[rows], dtype=self.dtype)
 
 
 def signed_parts(weight: Tensor | SignedParts) -> SignedParts:

@@ -61,7 +61,7 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
     least = rounding(output.dtype)  # no closure may hold the output, see `Step.output`
 
     def spread(x: Tensor) -> Tensor:
-        """The call with nonnegative coefficients, which shares relevance on the tail of the score."""
+        """The call with nonnegative coefficients, for the tail of the score."""
         plain = ["bilinear" if a == "bicubic" else a for a in args]
         result: Tensor = func(
             x, *plain, **{k: "bilinear" if v == "bicubic" else v for k, v in kwargs.items()}
@@ -77,14 +77,13 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
         s = s if nonnegative else s.masked_fill(noise(), 0)
         return [linear_map(x(), run, s)]
 
-    by_share = spread if bicubic else run
     return Record(
         output,
         [input],
         propagate,
         nonnegative=nonnegative and not bicubic,
         keeps_sign=not bicubic,
-        tail=tail_of(z, [x], lambda relevance: [shares(x(), by_share, relevance)], keeps_sign=True),
+        tail=tail_of(z, [x], lambda relevance: [shares(x(), spread, relevance)], keeps_sign=True),
     )
 
 
