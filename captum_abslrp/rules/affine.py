@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from torch import Tensor
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.numerics import rectify_in_place
-from captum_abslrp.engine.saved import SavedTensor
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form, check_batched, once, without_noise
 from captum_abslrp.rules.contributions import (
@@ -27,19 +26,13 @@ from captum_abslrp.rules.sparse import is_sparse, record_sparse
 from captum_abslrp.rules.twin import record_twin
 
 LARGE = 2**22
-"""Elements of a weight from which on its parts are made piece by piece: it is never copied whole."""
+"""Elements of a weight above which its parts are made piece by piece, so that it is never copied whole."""
 
 
 def linear(
     x: Tensor, weight: Tensor | SignedParts, s: Tensor, *, nonnegative: bool = False
 ) -> Tensor:
     """:func:`positive_contributions` of ``F.linear``.
-
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features).
-        s: (..., out_features).
-        nonnegative: whether ``x`` is known to have no negative entry that takes part.
 
     Example:
         >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1))
@@ -48,16 +41,17 @@ def linear(
     parts = signed_parts(weight)
     if parts.weight.numel() <= LARGE:
         return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
-    columns = s.flatten(0, -2)
-    positive = columns.new_zeros(len(columns), x.shape[-1])
-    negative = None if nonnegative else torch.zeros_like(positive)
-    for rows, piece in parts.rows(max(1, LARGE // x.shape[-1])):
-        positive.addmm_(columns[:, rows], piece.positive)
-        if negative is not None:
-            negative.addmm_(columns[:, rows], piece.negative)
-    if negative is None:
-        return rectify_in_place(positive.view(x.shape), x)
-    return chosen([positive.view(x.shape), negative.view(x.shape)], x)
+    columns, step = s.flatten(0, -2), max(1, LARGE // x.shape[-1])
+
+    def product(**limit: float) -> Tensor:
+        result = columns.new_zeros(len(columns), x.shape[-1])
+        for few, rows in zip(columns.split(step, 1), parts.weight.split(step), strict=True):
+            result.addmm_(few, rows.to(parts.dtype).clamp(**limit))
+        return result.view(x.shape)
+
+    if nonnegative:
+        return rectify_in_place(product(min=0), x)
+    return chosen([product(min=0), product(max=0)], x)
 
 
 def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Record:
@@ -104,55 +98,39 @@ def convolution(
     output_padding: Sequence[int] | None = None,
     nonnegative: bool = False,
 ) -> Tensor:
-    """:func:`positive_contributions` of a convolution in one, two or three dimensions.
-
-    Args:
-        x: (B, C_in, ...).
-        weight: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...) where transposed.
-        s: (B, C_out, ...).
-        stride, padding, dilation: one number per spatial dimension.
-        groups: number of blocks of channels.
-        output_padding: of a transposed convolution; None for a convolution.
-        nonnegative: whether ``x`` is known to have no negative entry that takes part.
+    """:func:`positive_contributions` of a convolution; of a transposed one, if `output_padding` is given.
 
     Example:
         >>> x, w = torch.ones(1, 1, 2, 2), torch.tensor([[[[2.0]]], [[[-1.0]]]])
-        >>> convolution(x, w, torch.ones(1, 2, 2, 2), stride=(1, 1), padding=(0, 0),
-        ...             dilation=(1, 1), groups=1).flatten()
+        >>> options = dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+        >>> convolution(x, w, torch.ones(1, 2, 2, 2), **options).flatten()
         tensor([2., 2., 2., 2.])
     """
     parts = signed_parts(weight)
-    is_transposed = output_padding is not None
-    covers_all = parts.weight.shape[2:] == x.shape[2:] and not any(padding)
-    if covers_all and groups == 1 and not is_transposed:
+    spatial = parts.weight.shape[2:]
+    is_transposed, padded = output_padding is not None, any(padding)
+    if spatial == x.shape[2:] and not padded and groups == 1 and not is_transposed:
         # A linear layer, perhaps with a very large weight.
         flat = SignedParts(parts.weight.flatten(1), dtype=s.dtype)
         return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
-
-    spatial = parts.weight.shape[2:]
-    if max(stride) > 1 and not any(padding) and set(spatial) == {1} and not is_transposed:
+    if set(spatial) == {1} and max(stride) > 1 and not padded and not is_transposed:
         # Most places of the input take no part.
         seen = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+        ones = [1] * len(spatial)
         result = torch.zeros_like(x, dtype=s.dtype)
         result[seen] = convolution(
-            x[seen],
-            parts,
-            s,
-            stride=[1] * len(spatial),
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
+            x[seen], parts, s, stride=ones, padding=padding, dilation=dilation, groups=groups,
             nonnegative=nonnegative,
-        )
+        )  # fmt: skip
         return result
-    plain = groups == 1 and not is_transposed and set(dilation) == {1}
-    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not any(padding)
     few = x.shape[1] <= FEW
+    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not padded
+    plain = groups == 1 and not is_transposed and set(dilation) == {1}
 
     def transposed(w: Tensor, like: Tensor = x) -> Tensor:
         if plain and (side_by_side or (few and max(stride) > 1)):
             return _by_phases(s, w, like, stride, padding)
-        # Of the input, only shape and layout are looked at.
+        # Only shape and layout of the input are used.
         grad_input: Tensor = torch.ops.aten.convolution_backward(
             s, like, w, None, stride, padding, dilation, is_transposed,
             output_padding or [0] * len(stride), groups, [True, False, False],
@@ -163,16 +141,15 @@ def convolution(
         return positive_contributions(x, parts, transposed, nonnegative=nonnegative)
     # An image: the products with the positive and the negative part of the weight as one.
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
-    positive, negative = both.chunk(2, 1)
-    return chosen([t.contiguous() for t in (positive, negative)], x)
+    return chosen([product.contiguous() for product in both.chunk(2, 1)], x)
 
 
 def _by_phases(
     s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """The transposed product of a convolution with a stride, as a convolution without; shaped like the input.
+    """The transposed product of a convolution with a stride, as a convolution without one.
 
-    Input places that are a stride apart meet the same taps: place ``k a + r`` meets tap ``r + p - k d`` of
+    Input places that are a stride apart use the same taps: place ``k a + r`` uses tap ``r + p - k d`` of
     output place ``a + d``. So each phase ``r`` is a channel of its own, over places ``a``.
     """
     channels, dims = weight.shape[1], len(stride)
@@ -198,8 +175,7 @@ def _by_phases(
     else:
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
         cells = convolve(s, weight, padding=pads)
-    cells = cells[tuple(kept)]
-    cells = cells.unflatten(1, (channels, *stride))
+    cells = cells[tuple(kept)].unflatten(1, (channels, *stride))
     # (B, C_in, phase, phase ..., place, place ...)
     order = [i + dim for dim in range(dims) for i in (2 + dims, 2)]
     grown = [k * n for k, n in zip(stride, cells.shape[2 + dims :], strict=True)]
@@ -210,103 +186,56 @@ def _by_phases(
     return torch.empty_like(like, dtype=result.dtype).copy_(result)
 
 
-class _Geometry(TypedDict):
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-
-
-def _convolution(dims: int) -> Form:
-    run = getattr(F, f"conv{dims}d")
+def _convolution(name: str) -> Form:
+    run, dims, is_transposed = getattr(F, name), int(name[-2]), "transpose" in name
+    # In the order of the positional arguments.
+    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    if is_transposed:
+        defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 
     def record_convolution(
         call: Call,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
+        *args: Any,
+        **kwargs: Any,
     ) -> Record:
         check_batched(call, input, dims)
         if carries_relevance(weight):
             return record_twin(call)
-        if padding == "same":
-            reach = [d * (k - 1) for d, k in zip(_each(dilation, dims), weight.shape[2:])]
-            pads = [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
+        given = defaults | dict(zip(defaults, args)) | kwargs
+        if given["padding"] == "same":
+            reach = [d * (k - 1) for d, k in zip(_each(given["dilation"], dims), weight.shape[2:])]
+            given["padding"] = [total // 2 for total in reach]
             if any(total % 2 for total in reach):
+                pads = [p for total in reversed(reach) for p in (total // 2, total - total // 2)]
+                given["padding"] = 0
                 return call.recording.run_parts(
-                    lambda: run(F.pad(input, pads), weight, bias, stride, 0, dilation, groups)
+                    lambda: run(F.pad(input, pads), weight, bias, **given)
                 )
-            padding = [total // 2 for total in reach]
-        elif padding == "valid":
-            padding = 0
-        geometry: _Geometry = {
-            "stride": _each(stride, dims),
-            "padding": _each(padding, dims),
-            "dilation": _each(dilation, dims),
-            "groups": groups,
-        }
-        output = call.run(lambda: run(input, weight, bias, **geometry))
-        x, parts = call.save(input), _saved_parts(call.save(weight))
+        elif given["padding"] == "valid":
+            given["padding"] = 0
+        groups = given.pop("groups")
+        options: dict[str, Any] = {k: _each(v, dims) for k, v in given.items()}
+        options["groups"] = groups
+        output = call.run(lambda: run(input, weight, bias, **options))
+        x, w = call.save(input), call.save(weight)
+        parts = once(lambda: SignedParts(w()))
         nonnegative = call.is_nonnegative(input)
-        masked = without_noise(
-            call, output, input, weight, lambda x, w: run(x, w, None, **geometry)
+        masked = (
+            (lambda s: s)
+            if is_transposed
+            else without_noise(call, output, input, weight, lambda x, w: run(x, w, **options))
         )
         return Record(
             output,
             [input],
-            lambda s: [convolution(x(), parts(), masked(s), nonnegative=nonnegative, **geometry)],
-            keeps_sign=True,
+            lambda s: [convolution(x(), parts(), masked(s), nonnegative=nonnegative, **options)],
+            keeps_sign=not is_transposed,
         )
 
     return record_convolution
-
-
-def _transposed_convolution(dims: int) -> Form:
-    run = getattr(F, f"conv_transpose{dims}d")
-
-    def record_transposed_convolution(
-        call: Call,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        output_padding: int | Sequence[int] = 0,
-        groups: int = 1,
-        dilation: int | Sequence[int] = 1,
-    ) -> Record:
-        check_batched(call, input, dims)
-        if carries_relevance(weight):
-            return record_twin(call)
-        geometry: _Geometry = {
-            "stride": _each(stride, dims),
-            "padding": _each(padding, dims),
-            "dilation": _each(dilation, dims),
-            "groups": groups,
-        }
-        extra = _each(output_padding, dims)
-        output = call.run(lambda: run(input, weight, bias, output_padding=extra, **geometry))
-        x, parts = call.save(input), _saved_parts(call.save(weight))
-        nonnegative = call.is_nonnegative(input)
-        return Record(
-            output,
-            [input],
-            lambda s: [
-                convolution(
-                    x(), parts(), s, output_padding=extra, nonnegative=nonnegative, **geometry
-                )
-            ],
-        )
-
-    return record_transposed_convolution
-
-
-def _saved_parts(weight: SavedTensor) -> Callable[[], SignedParts]:
-    return once(lambda: SignedParts(weight()))
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -317,6 +246,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 LINEAR: dict[str, Form] = {"linear": record_linear}
-CONVOLUTIONS: dict[str, Form] = {f"conv{d}d": _convolution(d) for d in (1, 2, 3)} | {
-    f"conv_transpose{d}d": _transposed_convolution(d) for d in (1, 2, 3)
+CONVOLUTIONS: dict[str, Form] = {
+    name: _convolution(name)
+    for name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 }

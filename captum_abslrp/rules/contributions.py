@@ -1,8 +1,9 @@
-"""Positive contributions: what all rules of affine calls and products share."""
+"""Positive contributions: what the rules of affine calls and products share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ class SignedParts:
     """Positive and negative part of a weight, made when they are first asked for.
 
     Args:
-        weight: the weight, any shape.
+        weight: any shape.
         nonnegative: whether it is known to have no negative entry.
         dtype: of the parts; None for that of the weight.
 
@@ -29,29 +30,18 @@ class SignedParts:
     ) -> None:
         self.weight = weight
         self.nonnegative = nonnegative
-        self._dtype = weight.dtype if dtype is None else dtype
-        self._made: dict[bool, Tensor] = {}
+        self.dtype = weight.dtype if dtype is None else dtype
 
-    @property
+    @cached_property
     def positive(self) -> Tensor:
-        """What is positive of the weight, and zero elsewhere."""
-        if True not in self._made:
-            weight = self.weight.to(self._dtype)
-            self._made[True] = weight if self.nonnegative else weight.clamp(min=0)
-        return self._made[True]
+        return self.weight.to(self.dtype) if self.nonnegative else self.clamped(min=0)
 
-    @property
+    @cached_property
     def negative(self) -> Tensor:
-        """What is negative of the weight, and zero elsewhere."""
-        if False not in self._made:
-            self._made[False] = self.weight.to(self._dtype).clamp(max=0)
-        return self._made[False]
+        return self.clamped(max=0)
 
-    def rows(self, step: int) -> Iterator[tuple[slice, SignedParts]]:
-        """A few rows of the weight at a time, whose parts are not kept."""
-        for start in range(0, len(self.weight), step):
-            rows = slice(start, start + step)
-            yield rows, SignedParts(self.weight[rows], dtype=self._dtype)
+    def clamped(self, **limit: float) -> Tensor:
+        return self.weight.to(self.dtype).clamp(**limit)
 
 
 def signed_parts(weight: Tensor | SignedParts) -> SignedParts:
@@ -67,19 +57,12 @@ def positive_contributions(
 ) -> Tensor:
     r"""The rule for a call that is linear in ``x``: only positive contributions count.
 
-    :math:`R_i = \sum_j (x_i w_{ij} + |x_i w_{ij}|) s_j = 2 \sum_j (x_i w_{ij})^+ s_j`, per magnitude:
-    :math:`T(w^+)` where :math:`x > 0` and :math:`-T(w^-)` where :math:`x < 0`, but for the 2. The
-    second product is left out where it is known that one of them has no negative entry.
+    :math:`R_i = \sum_j (x_i w_{ij} + |x_i w_{ij}|) s_j = 2 \sum_j (x_i w_{ij})^+ s_j`, per magnitude and
+    without the 2: :math:`T(w^+)` where :math:`x > 0` and :math:`-T(w^-)` where :math:`x < 0`.
 
     Args:
-        x: input, any shape.
-        weight: the weight, any shape.
-        transposed: the transposed product :math:`T(w)` of ``s`` with a weight, shaped like ``x``; a new
-            tensor.
-        nonnegative: whether ``x`` is known to have no negative entry that takes part.
-
-    Returns:
-        Relevance per magnitude of ``x``.
+        transposed: the transposed product :math:`T(w)` of ``s`` with a weight; a new tensor.
+        nonnegative: whether ``x`` is known to have no negative entry that takes part, which saves a product.
 
     Example:
         >>> x, w = torch.tensor([1.0, -2.0]), torch.tensor([[3.0, -5.0]])
@@ -94,8 +77,7 @@ def positive_contributions(
 
 
 def chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of products with a positive and a negative part, the one of the sign of ``x``, in place of the first;
-    overwrites both."""
+    """Of the products with positive and negative part, that of the sign of ``x``; overwrites both."""
     positive, negative = products
     return rectify_in_place(positive, x).sub_(rectify_in_place(negative, x, negative=True))
 
@@ -103,16 +85,7 @@ def chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
 def bilinear(
     a: Tensor, b: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`positive_contributions` of a product of two tensors, for each the other one fixed.
-
-    Args:
-        a: first argument, any shape.
-        b: second argument, any shape.
-        call: ``(a, b) -> z``, a sum of products of their elements: einsum, outer, dot ...
-        s: shaped like ``z``.
-
-    Returns:
-        What ``a`` and ``b`` get.
+    """:func:`positive_contributions` for each argument of a sum of products: einsum, outer, dot ...
 
     Example:
         >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.tensor(1.0))
@@ -134,17 +107,9 @@ def transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor
 
 
 def diagonal(x: Tensor, weight: Tensor) -> Tensor:
-    r"""The factor of calls in which each element has a weight of its own: batch norm in evaluation mode,
-    a product.
+    r"""The factor of ``s`` where each element has a weight ``c`` of its own: batch norm, a product.
 
-    :math:`R_{in} = 2 (x c)^+ s`, per magnitude :math:`k = |c|` where :math:`x c > 0`, but for the 2.
-
-    Args:
-        x: input, broadcastable to the output.
-        weight: ``c``, broadcastable to the output.
-
-    Returns:
-        What ``s`` is multiplied by, shaped like the output.
+    :math:`R_{in} = 2 (x c)^+ s`, per magnitude and without the 2: :math:`|c|` where :math:`x c > 0`.
 
     Example:
         >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]))
@@ -152,6 +117,6 @@ def diagonal(x: Tensor, weight: Tensor) -> Tensor:
     """
     product = x * weight
     sizes = weight.abs().expand_as(product)
-    # In the memory of the product, each element of which is looked at once.
+    # In the memory of the product, of which each element is read once.
     torch.ops.aten.threshold_backward.grad_input(sizes, product, 0, grad_input=product)
     return product

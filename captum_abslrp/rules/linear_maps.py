@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.complex import OnParts
 from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.names import TRANSFORMS, transformed_dims
-from captum_abslrp.engine.numerics import magnitude, rectify
+from captum_abslrp.engine.numerics import magnitude, rectify, rounding
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form, once
 from captum_abslrp.rules.contributions import transposed
@@ -22,15 +21,9 @@ from captum_abslrp.rules.tails import tail_of
 
 
 def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """The twin form of a linear call without weights of its own: pooling, mean, sum, interpolation.
+    """The twin form of a call that is linear in ``x``, without weights of its own: mean, interpolation.
 
-    Where no coefficient is negative (all but bicubic interpolation) it is
-    :func:`positive_contributions`.
-
-    Args:
-        x: input, any shape.
-        call: the call, linear in ``x``.
-        s: shaped like the output of the call.
+    Where no coefficient is negative (all but bicubic interpolation) it is :func:`positive_contributions`.
 
     Example:
         >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1))
@@ -40,18 +33,10 @@ def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor
 
 
 def shares(x: Tensor, call: Callable[[Tensor], Tensor], relevance: Tensor) -> Tensor:
-    r"""Relevance by the share of magnitudes, for linear calls on the tail of the score.
+    r"""Relevance by the share of magnitudes, for linear calls ``a`` on the tail of the score.
 
-    :math:`R_i = \sum_j |x_i| a_{ij} / (\sum_{i'} |x_{i'}| a_{i'j}) \, R_j`. Nothing is lost, but where all
-    inputs are 0.
-
-    Args:
-        x: input, any shape.
-        call: the call, linear in ``x``, without negative coefficients.
-        relevance: ``R``, relevance of the output, shaped like it.
-
-    Returns:
-        Relevance of ``x``, shaped like it.
+    :math:`R_i = \sum_j |x_i| a_{ij} / (\sum_{i'} |x_{i'}| a_{i'j}) \, R_j`.
+    No :math:`a_{ij}` is negative. Nothing is lost, except where all inputs are 0.
 
     Example:
         >>> shares(torch.tensor([[1.0, -3.0]]), lambda x: x.mean(1), torch.ones(1))
@@ -60,27 +45,6 @@ def shares(x: Tensor, call: Callable[[Tensor], Tensor], relevance: Tensor) -> Te
     sizes = magnitude(x)
     whole = call(sizes)
     return sizes * transposed(call, sizes, (relevance / whole).masked_fill_(whole == 0, 0))
-
-
-def without_rounding(s: Tensor, output: Tensor, dims: Sequence[int]) -> Tensor:
-    """Relevance per magnitude without that of numbers that are rounding errors.
-
-    Args:
-        s: relevance per magnitude of the output.
-        output: the output of a call that adds up numbers of both signs, such as a Fourier transform.
-        dims: the dimensions that it adds up over, along which the largest magnitude is what counts. Of a
-            real view the last one, of the two parts, is among them.
-
-    Returns:
-        ``s``, and 0 where the output is less than 16 times the machine precision of that magnitude.
-
-    Example:
-        >>> without_rounding(torch.ones(3), torch.tensor([1.0, 1e-8, -0.1]), [0])
-        tensor([1., 0., 1.])
-    """
-    sizes = output.abs()
-    bound = 16 * torch.finfo(output.dtype).eps * sizes.amax(tuple(dims), keepdim=True)
-    return s.masked_fill(sizes <= bound, 0)
 
 
 def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
@@ -92,26 +56,22 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
 
     output = call.run(lambda: run(input))
     x, z = call.save(input), call.save_output(output, lambda: run(x()))
+    nonnegative = call.is_nonnegative(input)
     bicubic = "bicubic" in (*args, *kwargs.values())
+    least = rounding(output.dtype)  # no closure may hold the output, see `Step.output`
 
     def spread(x: Tensor) -> Tensor:
-        """The call with nonnegative coefficients, which shares relevance on the tail of the score."""
-        plain = [["bilinear", a][a != "bicubic"] if isinstance(a, str) else a for a in args]
-        named = {k: "bilinear" if v == "bicubic" else v for k, v in kwargs.items()}
-        result: Tensor = func(x, *plain, **named)
+        """The call with nonnegative coefficients, for the tail of the score."""
+        plain = ["bilinear" if a == "bicubic" else a for a in args]
+        result: Tensor = func(
+            x, *plain, **{k: "bilinear" if v == "bicubic" else v for k, v in kwargs.items()}
+        )
         return result
-
-    def share(relevance: Tensor) -> list[Tensor]:
-        return [shares(x(), spread if bicubic else run, relevance)]
-
-    nonnegative = call.is_nonnegative(input)
-
-    least = numerics.rounding(output.dtype)  # no closure may hold the output, see `Step.output`
 
     @once
     def noise() -> Tensor:
         """Outputs that are rounding errors: the mean of what has been centered, say."""
-        return z().abs() <= least * run(numerics.magnitude(x()))
+        return z().abs() <= least * run(magnitude(x()))
 
     def propagate(s: Tensor) -> list[Tensor]:
         s = s if nonnegative else s.masked_fill(noise(), 0)
@@ -123,26 +83,28 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
         propagate,
         nonnegative=nonnegative and not bicubic,
         keeps_sign=not bicubic,
-        tail=tail_of(z, [x], share, keeps_sign=True),
+        tail=tail_of(z, [x], lambda relevance: [shares(x(), spread, relevance)], keeps_sign=True),
     )
 
 
 def record_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
-    """A linear map whose coefficients have both signs.
+    """A linear map whose coefficients have both signs, at which the tail of the score ends.
 
-    Frequencies that cancel out, such as the mean of what a norm has centered, leave rounding errors. No
-    relevance goes through those. The tail of the score ends here, as at a layer with weights.
+    Frequencies that cancel out, such as the mean of what a norm has centered, leave rounding errors: less
+    than 16 times the machine precision of the largest along the dimensions that the call sums over.
     """
     record = record_linear_map(call, input, *args, **kwargs)
     of_complex = isinstance(call.func, OnParts) and call.func.first_is_complex
     rank = input.dim() - of_complex
-    dims = transformed_dims(call.name, rank, *args, **kwargs)
+    dims = tuple(transformed_dims(call.name, rank, *args, **kwargs))
     if record.output.dim() > rank + {"stft": 1, "istft": -1}.get(call.name, 0):  # a real view
         dims = (*dims, -1)
     z = call.save(record.output)
 
     def propagate(s: Tensor) -> Sequence[Tensor]:
-        return record.propagate(without_rounding(s, z(), dims))
+        sizes = z().abs()
+        bound = 16 * torch.finfo(sizes.dtype).eps * sizes.amax(dims, keepdim=True)
+        return record.propagate(s.masked_fill(sizes <= bound, 0))
 
     return record._replace(propagate=propagate, nonnegative=False, keeps_sign=False, tail=None)
 
@@ -155,18 +117,13 @@ def record_grid_sample(call: Call, input: Tensor, grid: Tensor, *args: Any, **kw
     return record._replace(constants=[grid])
 
 
-AVERAGES: dict[str, Form] = dict.fromkeys(
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d mean nanmean sum nansum cumsum".split(),
-    record_linear_map,
-)
-
-
-RESAMPLING: dict[str, Form] = dict.fromkeys(
-    "interpolate upsample upsample_nearest upsample_bilinear fold".split(), record_linear_map
-) | {"grid_sample": record_grid_sample}
 LINEAR_MAPS: dict[str, Form] = {
-    **AVERAGES,
-    **RESAMPLING,
+    **dict.fromkeys(
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+        "mean nanmean sum nansum cumsum interpolate upsample upsample_nearest upsample_bilinear "
+        "fold".split(),
+        record_linear_map,
+    ),
+    "grid_sample": record_grid_sample,
     **dict.fromkeys(sorted(TRANSFORMS), record_transform),
 }

@@ -1,4 +1,4 @@
-"""Products that add up: matmul and its kin, einsum, addmm and its kin."""
+"""Sums of products: matmul and its kin, einsum, addmm and its kin."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
+from captum_abslrp.engine.numerics import rectify
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form, once, without_noise
 from captum_abslrp.rules.contributions import (
@@ -20,20 +20,12 @@ from captum_abslrp.rules.contributions import (
     positive_contributions,
     signed_parts,
 )
-from captum_abslrp.rules.sparse import is_sparse, record_sparse, record_sparse_and_sum
+from captum_abslrp.rules.sparse import is_sparse, record_sparse
 from captum_abslrp.rules.twin import record_twin
 
 
 def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`positive_contributions` of ``a @ b`` for each argument, the other one fixed.
-
-    Args:
-        a: (..., N, K).
-        b: (..., K, M), batch dimensions broadcast with those of ``a``.
-        s: (..., N, M).
-
-    Returns:
-        What ``a`` and ``b`` get.
+    """:func:`positive_contributions` for each argument of ``a @ b``, whose batch dimensions may broadcast.
 
     Example:
         >>> matmul(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.ones(1, 1))
@@ -42,7 +34,7 @@ def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple
     """
     of_a, of_b = signed_parts(a), signed_parts(b)
     x, y = of_a.weight, of_b.weight
-    lies_transposed = y.stride(-2) < y.stride(-1)  # as k.mT does: what it gets lies like it
+    lies_transposed = y.stride(-2) < y.stride(-1)  # as k.mT does: its relevance lies like it
 
     def to_a(w: Tensor) -> Tensor:
         return (s @ w.mT).sum_to_size(x.shape)
@@ -57,39 +49,33 @@ def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple
 
 
 def record_matmul(call: Call, input: Tensor, other: Tensor) -> Any:
-    if is_sparse(input) or is_sparse(other):
-        output = call.run(lambda: call.func(*call.args, **call.kwargs))
-        return record_sparse(call, output, input, other)
-    if input.dim() < 2 or other.dim() < 2:
-        return record_bilinear(call, input, other)
+    operands = input, other
+    if any(is_sparse(t) or t.dim() < 2 for t in operands):
+        return record_bilinear(call, *call.args, **call.kwargs)
     output = call.run(lambda: torch.matmul(input, other))
     a, b = call.save(input), call.save(other)
-    wanted = [is_source(t) for t in (input, other)]
-    nonnegative = [call.is_nonnegative(t) for t in (input, other)]
+    wanted = [is_source(t) for t in operands]
+    nonnegative = [call.is_nonnegative(t) for t in operands]
 
     @once
     def parts() -> list[SignedParts]:
-        return [
-            SignedParts(_by_batch(kept()), nonnegative=n)
-            for kept, n in zip((a, b), nonnegative, strict=True)
-        ]
+        pairs = zip((a, b), nonnegative, strict=True)
+        return [SignedParts(_by_batch(kept()), nonnegative=known) for kept, known in pairs]
 
-    masked = _without_noise(call, output, (input, other), torch.matmul)
+    masked = _without_noise(call, output, operands, torch.matmul)
 
     def propagate(s: Tensor) -> list[Tensor]:
-        of_input, of_other = parts()
-        s = masked(s).contiguous()
-        return list(compress(matmul(of_input, of_other, s), wanted))
+        of_a, of_b = parts()
+        return list(compress(matmul(of_a, of_b, masked(s).contiguous()), wanted))
 
+    # Attention of many tokens on each other is made again.
+    is_larger = output.numel() > input.numel() + other.numel()
     return Record(
         output,
-        list(compress([input, other], wanted)),
+        list(compress(operands, wanted)),
         propagate,
         nonnegative=all(nonnegative),
-        # Attention of many tokens on each other is made again.
-        saved_output=call.save_output(output, lambda: torch.matmul(a(), b()))
-        if output.numel() > input.numel() + other.numel()
-        else None,
+        saved_output=call.save_output(output, lambda: a() @ b()) if is_larger else None,
     )
 
 
@@ -103,19 +89,23 @@ def _by_batch(x: Tensor) -> Tensor:
 def record_bilinear(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Record:
     func = call.func
     if is_sparse(input) or is_sparse(other):
-        return record_sparse(
-            call, call.run(lambda: func(input, other, *args, **kwargs)), input, other
-        )
-    return _record_product(call, [input, other], lambda a, b: func(a, b, *args, **kwargs))
+        output = call.run(lambda: func(input, other, *args, **kwargs))
+        return record_sparse(call, output, input, other)
+    return _record_product(call, (input, other), lambda a, b: func(a, b, *args, **kwargs))
 
 
 def record_einsum(call: Call, equation: Any, *operands: Any) -> Record:
-    given = (
-        operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    )
-    if not isinstance(equation, str) or len(given) != 2:
+    pair = einsum_pair(equation, operands)
+    if pair is None:
         return record_twin(call)
-    return _record_product(call, given, lambda a, b: torch.einsum(equation, a, b))
+    return _record_product(call, pair, lambda a, b: torch.einsum(equation, a, b))
+
+
+def einsum_pair(equation: Any, operands: Sequence[Any]) -> Sequence[Tensor] | None:
+    """The operands of an einsum of two tensors."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = operands[0]
+    return operands if isinstance(equation, str) and len(operands) == 2 else None
 
 
 def _record_product(
@@ -133,15 +123,10 @@ def _record_product(
 
 
 def _without_noise(
-    call: Call,
-    output: Tensor,
-    operands: Sequence[Tensor],
-    run: Callable[[Tensor, Tensor], Tensor],
+    call: Call, output: Tensor, operands: Sequence[Tensor], run: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """:func:`captum_abslrp.forms.base.without_noise` of a product one of whose factors is a constant."""
+    """:func:`captum_abslrp.rules.base.without_noise`, whichever factor is a constant, if one is."""
     first, second = operands
-    if is_source(first) and is_source(second):
-        return lambda s: s
     if is_source(first):
         return without_noise(call, output, first, second, run)
     return without_noise(call, output, second, first, lambda b, a: run(a, b))
@@ -153,23 +138,34 @@ def record_product_and_sum(
     """``beta * input + alpha * (first @ second)``: one affine call."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     if is_sparse(first) or is_sparse(second):
-        return record_sparse_and_sum(call, output, input, first, second, beta, alpha)
-    c, a, b = (call.save(t) for t in (input, first, second))
-    wanted = [is_source(t) for t in (input, first, second)]
+        product = record_sparse(call, output, first, second, factor=alpha)
+        return with_summand(call, product._replace(keeps_sign=False), input, beta)
+    a, b, size = call.save(first), call.save(second), output.shape
+    wanted = [is_source(t) for t in (first, second)]
 
     def run(a: Tensor, b: Tensor) -> Tensor:
-        product = a @ b
-        return product if product.dim() == output_dims else product.sum(0)
-
-    output_dims = output.dim()
+        return (a @ b).sum_to_size(size)  # addbmm sums over the batch
 
     def propagate(s: Tensor) -> list[Tensor]:
-        of_sum = abs(beta) * numerics.rectify(s.sum_to_size(c().shape), beta * c())
-        # The sign of the factor is that of a weight.
+        # The sign of `alpha` is that of a weight.
         of_first, of_second = bilinear(alpha * a(), b(), run, s)
-        return list(compress([of_sum, abs(alpha) * of_first, of_second], wanted))
+        return list(compress([abs(alpha) * of_first, of_second], wanted))
 
-    return Record(output, list(compress([input, first, second], wanted)), propagate)
+    product = Record(output, list(compress([first, second], wanted)), propagate)
+    return with_summand(call, product, input, beta)
+
+
+def with_summand(call: Call, product: Record, summand: Tensor, beta: float) -> Record:
+    """The record of a product to which ``beta * summand`` is added."""
+    if not is_source(summand):
+        return product
+    c = call.save(summand)
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        of_sum = abs(beta) * rectify(s.sum_to_size(c().shape), beta * c())
+        return [of_sum, *product.propagate(s)]
+
+    return product._replace(inputs=[summand, *product.inputs], propagate=propagate)
 
 
 MATMULS: dict[str, Form] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -19,40 +20,35 @@ from captum_abslrp.rules.tails import scaled_tail, tail_of
 
 def record_product(call: Call, input: Any, other: Any) -> Record:
     output = call.run(lambda: input * other)
-    inputs = [t for t in (input, other) if is_source(t)]
     nonnegative = call.is_nonnegative(input, other)
-    for value, against in ((input, other), (other, input)):
-        if _is_scalar(value, against):
-            record = _record_scaled(call, output, value, against)
-            return record._replace(nonnegative=nonnegative)
-    a, b = call.save(input), call.save(other)
+    if _is_scalar(input, other):
+        input, other = other, input
+    if _is_scalar(other, input):
+        x, factor = call.save(input), _saved(call, other)
+        record = passed(call, output, [input], factor, nonnegative=nonnegative)
+        return record._replace(saved_output=call.save_output(output, lambda: x() * factor()))
+    a, b, z = call.save(input), call.save(other), call.save(output)
     wanted = [is_source(t) for t in (input, other)]
 
     @once
     def factors() -> list[Tensor]:
-        pairs = compress(((a(), b()), (b(), a())), wanted)
-        return [diagonal(x, y) for x, y in pairs]
+        return [diagonal(x(), y()) for x, y in compress([(a, b), (b, a)], wanted)]
 
-    def propagate(s: Tensor) -> list[Tensor]:
-        return [s * factor for factor in factors()]
-
-    z = call.save(output)
-    if len(inputs) == 1:
-        tail = scaled_tail(z, b if is_source(input) else a)
-    else:  # half for each factor, also where the product is negative
-        shapes = [t.shape for t in (input, other)]
+    if all(wanted):  # half for each factor, also where the product is negative
+        shapes = input.shape, other.shape
         tail = tail_of(
             z, [a, b], lambda r: [(r / 2).sum_to_size(shape) for shape in shapes], keeps_sign=True
         )
-    return Record(output, inputs, propagate, nonnegative=nonnegative, keeps_sign=True, tail=tail)
-
-
-def _record_scaled(call: Call, output: Tensor, value: Any, input: Tensor) -> Record:
-    """The product with a constant that all elements share."""
-    factor = call.save(value) if isinstance(value, Tensor) else partial(float, value)
-    x = call.save(input)
-    kept = call.save_output(output, lambda: x() * factor())
-    return passed(call, output, [input], factor)._replace(saved_output=kept)
+    else:
+        tail = scaled_tail(z, b if wanted[0] else a)
+    return Record(
+        output,
+        list(compress([input, other], wanted)),
+        lambda s: [s * factor for factor in factors()],
+        nonnegative=nonnegative,
+        keeps_sign=True,
+        tail=tail,
+    )
 
 
 def record_division(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
@@ -61,11 +57,11 @@ def record_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
     if rounding_mode is not None or not is_source(input):
         return output
     nonnegative = call.is_nonnegative(input, other)
+    divisor = _saved(call, other)
     if _is_scalar(other, input):
-        divisor = call.save(other) if isinstance(other, Tensor) else partial(float, other)
         return passed(call, output, [input], lambda: 1 / divisor(), nonnegative=nonnegative)
-    x, c = call.save(input), call.save(other)
-    factor = once(lambda: diagonal(x(), c().reciprocal()))
+    x = call.save(input)
+    factor = once(lambda: diagonal(x(), divisor().reciprocal()))
     return Record(
         output,
         [input],
@@ -73,7 +69,7 @@ def record_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
         constants=[other] if is_source(other) else [],
         nonnegative=nonnegative,
         keeps_sign=True,
-        tail=scaled_tail(call.save(output), lambda: c().reciprocal()),
+        tail=scaled_tail(call.save(output), lambda: divisor().reciprocal()),
     )
 
 
@@ -84,6 +80,10 @@ def _is_scalar(value: Any, other: Any) -> bool:
     if is_source(value):  # the other one may be a number
         return False
     return value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
+
+
+def _saved(call: Call, value: Any) -> Callable[[], Any]:
+    return call.save(value) if isinstance(value, Tensor) else partial(float, value)
 
 
 PRODUCTS: dict[str, Form] = {"mul": record_product, "div": record_division}

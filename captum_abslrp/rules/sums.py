@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
+from itertools import compress
 from typing import Any, ClassVar
 
 import torch
@@ -20,52 +21,36 @@ from captum_abslrp.rules.base import Form, Rule, once, passed
 from captum_abslrp.rules.tails import scaled_tail, tail_of
 
 MASKED = -100.0
-"""What is added to a logit so that softmax leaves nothing of it, or any lower number."""
+"""A summand from which on, downward, softmax leaves nothing of a logit."""
 
 
 def record_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Record:
-    summand = other if alpha == 1 else other * alpha
-    return _record_summands(call, (input, other), (input, summand), alpha)
-
-
-def record_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Record:
-    return _record_summands(call, (input, other), (input, -alpha * other), -alpha)
-
-
-def _record_summands(
-    call: Call, arguments: Sequence[Any], summands: Sequence[Any], alpha: float
-) -> Record:
-    """A sum of two; the second summand is the second argument times ``alpha``."""
-    inputs = [(a, s) for a, s in zip(arguments, summands, strict=True) if is_source(a)]
-    constants = [s for a, s in zip(arguments, summands, strict=True) if not is_source(a)]
-    nonnegative = call.is_nonnegative(*summands)
-    factor = abs(alpha) if is_source(arguments[1]) else 1.0
-    # The first argument is added; the second one may be subtracted.
-    signs = [
-        1.0 if i == 0 else math.copysign(1.0, alpha)
-        for i, argument in enumerate(arguments)
-        if is_source(argument)
-    ]
+    arguments, summands = (input, other), (input, other if alpha == 1 else other * alpha)
+    wanted = [is_source(a) for a in arguments]
+    inputs = list(compress(arguments, wanted))
+    constants = [s for s, is_input in zip(summands, wanted, strict=True) if not is_input]
+    signs = list(compress([1.0, math.copysign(1.0, alpha)], wanted))
+    factor = abs(alpha) if wanted[1] else 1.0
     is_mask = _is_mask(constants[0]) if constants else False
     if is_mask is True:
-        output = call.run(lambda: summands[0] + summands[1])
-        record = passed(call, output, [argument for argument, _ in inputs], lambda: factor)
+        output = call.run(lambda: operator.add(*summands))
+        record = passed(call, output, inputs, lambda: factor)
         return record._replace(tail=scaled_tail(call.save(output), lambda: factor * signs[0]))
-    kept = [call.save(s) for _, s in inputs]
+    nonnegative = call.is_nonnegative(*summands)
+    kept = [call.save(s) for s in compress(summands, wanted)]
     saved_inputs = [
         k if argument is summand else call.save(argument)
-        for k, (argument, summand) in zip(kept, inputs, strict=True)
+        for k, argument, summand in zip(kept, inputs, compress(summands, wanted), strict=True)
     ]
     constant = [call.save(c) if isinstance(c, Tensor) else partial(float, c) for c in constants]
     overwritten = _add_in_place(call, *summands)
-    output = call.run(lambda: summands[0] + summands[1]) if overwritten is None else overwritten
+    output = call.run(lambda: operator.add(*summands)) if overwritten is None else overwritten
 
     def values() -> list[Any]:
         return [value() for value in (*kept, *constant)]
 
     z = call.save_output(output, lambda: operator.add(*values()))
     cancels = call.name == "sub" or any(c < 0 for c in constants if not isinstance(c, Tensor))
-
     least = numerics.rounding(output.dtype)  # no closure may hold the output, see `Step.output`
 
     @once
@@ -89,18 +74,16 @@ def _record_summands(
             return [(relevance * signs[0]).sum_to_size(kept[0]().shape)]
         sizes = [numerics.magnitude(x()) for x in kept]
         if signs[1] < 0 and sizes[1].numel() < relevance.numel() == sizes[0].numel():
-            # What all of a row are less by, as in a softmax that is written out, tells no class from another.
+            # What is subtracted from a whole row, as in a written-out softmax, tells no classes apart.
             return [relevance, torch.zeros_like(sizes[1])]
         whole = sizes[0] + sizes[1]
         parts = (relevance / whole).masked_fill_(whole == 0, 0)
-        return [
-            (parts * size * sign).sum_to_size(size.shape)
-            for size, sign in zip(sizes, signs, strict=True)
-        ]
+        pairs = zip(sizes, signs, strict=True)
+        return [(parts * size * sign).sum_to_size(size.shape) for size, sign in pairs]
 
     return Record(
         output,
-        [argument for argument, _ in inputs],
+        inputs,
         propagate,
         nonnegative=nonnegative,
         keeps_sign=True,
@@ -109,8 +92,12 @@ def _record_summands(
     )
 
 
+def record_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Record:
+    return record_addition(call, input, other, alpha=-alpha)
+
+
 def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
-    """The target of an in-place addition, changed; None if there is none or it cannot be."""
+    """The target of an in-place addition, changed, or None if it cannot be."""
     if call.target is None or call.target is not target or target._is_view() or target.is_leaf:
         return None
     if isinstance(other, Tensor):
@@ -124,16 +111,13 @@ def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
 
 
 def _is_mask(value: Any) -> bool | Tensor:
-    """Whether a constant summand only masks: it holds 0 where all stays, and a very low number.
-
-    A tensor of one element, where the answer is on a device that would have to be waited for.
-    """
+    """Whether a constant holds only 0 and very low numbers; a tensor where only a device knows."""
     if not isinstance(value, Tensor):
         return bool(value == 0)
     if value.is_meta:  # inspected without values
         return False
     is_mask = ((value == 0) | (value <= MASKED)).all()
-    known = on_host(is_mask)
+    known = on_host(is_mask)  # nothing waits for a device
     return is_mask if known is None else known
 
 
@@ -150,11 +134,9 @@ SUMS: dict[str, Form] = {"add": record_addition, "sub": record_subtraction}
 class HeadSumRule(Rule):
     r"""Sum of the outputs of two linear heads (distilled DeiT): :math:`|x| s` and :math:`|y| s`.
 
-    Two linear layers whose outputs are added are one linear layer on both inputs. This is the share
-    at which each of them takes part in the rule of that layer: positive contributions are sought in
-    the heads' inputs, not in their outputs, so that a class with two negative logits is explained,
-    too. A sum with a constant (the position embedding) is left to the usual rule.
-    No mapping of this package needs it: on the tail of the score every sum shares in this way.
+    The rule of the two layers as one linear layer on both inputs: positive contributions are sought in the
+    inputs of the heads, so that a class with two negative logits is explained, too. No mapping of this
+    package needs it, because every sum on the tail of the score shares in this way.
 
     Example:
         >>> mapping = get_mapping().extended({At("", call="add"): HeadSumRule()})
