@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,24 +22,16 @@ from captum_abslrp.rules.base import DividingRule, Form
 from captum_abslrp.rules.contributions import transposed
 from captum_abslrp.rules.tails import tail_of
 
+Function = Callable[[Tensor], Tensor]
 
-def twin(
-    x: Tensor,
-    call: Callable[[Tensor], Tensor],
-    absolute_call: Callable[[Tensor], Tensor],
-    s: Tensor,
-) -> Tensor:
+
+def twin(x: Tensor, call: Function, absolute_call: Function, s: Tensor) -> Tensor:
     r"""The definition of the rule, for any differentiable call.
 
     :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`, per
     magnitude with :math:`\mathrm{sign}(x)` in place of :math:`x`. Infinite values mask an element, which
-    takes no part.
-
-    Args:
-        x: input, any shape.
-        call: ``x -> f(x; w, b)``.
-        absolute_call: ``x -> f(x; |w|, |b|)``; its argument is ``|x|``.
-        s: shaped like the output of the call.
+    takes no part. ``call`` is :math:`f(x; w, b)` as a function of ``x``, ``absolute_call``
+    :math:`f(x; |w|, |b|)`, whose argument is ``|x|``; ``s`` is shaped like the output.
 
     Example:
         >>> w = torch.tensor([[3.0, -4.0]])
@@ -51,10 +43,8 @@ def twin(
     return (x.sign() * gradient).masked_fill_((x == 0) | x.isinf(), 0)
 
 
-class _Slot(NamedTuple):
-    """Where a tensor was in the arguments of a call."""
-
-    number: int
+class _Slot(int):
+    """The number of a tensor in the arguments of a call, in its place."""
 
 
 class _Again:
@@ -78,7 +68,7 @@ class _Again:
 
     def run(self, func: Callable[..., Any], values: Sequence[Tensor]) -> Any:
         """The result of the function on other tensors."""
-        args, kwargs = map_instances(_Slot, lambda slot: values[slot.number], self._arguments)
+        args, kwargs = map_instances(_Slot, lambda slot: values[slot], self._arguments)
         return func(*args, **kwargs)
 
 
@@ -133,18 +123,14 @@ def _twin(again: _Again, number: int, z: SavedTensor | None, *, alone: bool) -> 
             depends = depends or result.requires_grad
             return result
 
-        shares = [
-            twin(
-                plain[i],
-                partial(run, again.func, plain, i),
-                partial(run, again.absolute_func, absolute, i),
-                given,
-            )
-            for i in again.at
-        ]
+        shares = []
+        for i in again.at:
+            call = partial(run, again.func, plain, i)
+            absolute_call = partial(run, again.absolute_func, absolute, i)
+            shares.append(twin(plain[i], call, absolute_call, given))
         if alone and not depends:
             raise UnsupportedCallError(
-                f"Expected {again.name} to be differentiable, because the twin rule answers it, but got a "
+                f"Expected {again.name} to be differentiable, because the twin rule records it, but got a "
                 f"result that does not depend on its inputs by a gradient. Give it another rule: "
                 f"`captum_abslrp.rules.ConstantRule()` where it is a constant of what comes after, "
                 f"`PassThroughRule()` where relevance moves with its element."
@@ -175,7 +161,7 @@ def _tail_of_twin(call: Call, output: Tensor, again: _Again) -> Tail | None:
         return None
     z = call.save(output)
 
-    def run(change: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def run(change: Function) -> tuple[Tensor, list[Tensor]]:
         """The result with changed inputs, and the inputs, for a gradient."""
         values = again.values()
         with torch.enable_grad():
