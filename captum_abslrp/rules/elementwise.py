@@ -18,8 +18,10 @@ from captum_abslrp.rules.contributions import transposed
 from captum_abslrp.rules.tails import passed_on, tail_of
 from captum_abslrp.rules.twin import record_twin
 
+Function = Callable[[Tensor], Tensor]
 
-def elementwise(x: Tensor, call: Callable[[Tensor], Tensor], *, even_slope: bool = False) -> Tensor:
+
+def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tensor:
     r"""The factor of a call ``f`` on each element alone, shaped like ``x``.
 
     The twin form, per magnitude: :math:`k = \mathrm{sign}(x) f'(x) + f'(|x|)`; 0 where :math:`x = 0`.
@@ -40,7 +42,7 @@ def elementwise(x: Tensor, call: Callable[[Tensor], Tensor], *, even_slope: bool
     return (x.sign() * gradient).masked_fill_(x == 0, 0)
 
 
-def gate(x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+def gate(x: Tensor, slope: Function) -> Tensor:
     r""":func:`elementwise` of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
 
     Their slopes at ``x`` and ``-x`` add up to one, so that one is enough:
@@ -69,10 +71,7 @@ def record_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def _record_function(
-    call: Call,
-    input: Tensor,
-    run: Callable[[Tensor], Tensor],
-    slope: Callable[[Tensor], Tensor] | None = None,
+    call: Call, input: Tensor, run: Function, slope: Function | None = None
 ) -> Record:
     """A function of one tensor, element by element."""
     output = call.run(lambda: run(input))
