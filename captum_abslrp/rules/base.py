@@ -22,6 +22,8 @@ from captum_abslrp.rules.tails import passed_on, scaled_tail
 Form = Callable[..., Any]
 """Runs a call and records it: from the call and its arguments to a record, or a result without relevance."""
 
+Function = Callable[[Tensor], Tensor]
+
 Made = TypeVar("Made")
 
 
@@ -194,7 +196,7 @@ def without_noise(
     input: Tensor,
     weight: Tensor,
     run: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor], Tensor]:
+) -> Function:
     """How to set relevance to zero where the output of an affine call is a rounding error: in a mean, written
     as a product, of values that were centered before.
 

@@ -13,12 +13,10 @@ from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import in_pieces, rectified, rectify
 from captum_abslrp.engine.saved import SavedTensor
 from captum_abslrp.engine.tape import Record, Step
-from captum_abslrp.rules.base import Form, Rule, multiplied, record_constant
+from captum_abslrp.rules.base import Form, Function, Rule, multiplied, record_constant
 from captum_abslrp.rules.contributions import transposed
 from captum_abslrp.rules.tails import passed_on, tail_of
 from captum_abslrp.rules.twin import record_twin
-
-Function = Callable[[Tensor], Tensor]
 
 
 def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,11 +82,15 @@ def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float)
     return rectify(scale.abs(), x * scale)
 
 
+Norm = Callable[[Tensor, int, Tensor | None, float], Tensor]
+"""From ``x``, the number of dimensions or groups, the weight and ``eps`` to the factor."""
+
+
 def _record_norm(
     call: Call,
     input: Tensor,
     output: Tensor,
-    norm: Callable[[Tensor, int, Tensor | None, float], Tensor],
+    norm: Norm,
     size: int,
     weight: Tensor | None,
     eps: float,
@@ -96,46 +101,31 @@ def _record_norm(
     return multiplied(output, input, lambda: norm(x(), size, w() if w else None, eps), **options)
 
 
-def record_layer_norm(
-    call: Call,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Record:
-    def run(x: Tensor) -> Tensor:
-        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+def _norm_form(
+    function: Callable[..., Tensor],
+    norm: Norm,
+    size_of: Callable[[Any], int],
+    *,
+    remade: bool = False,
+    keeps_sign: bool = False,
+) -> Form:
+    """The form of a norm whose second argument says how many dimensions or groups are normalized."""
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)[1:]
 
-    output, x = call.run(lambda: run(input)), call.save(input)
-    z, dims = call.save_output(output, lambda: run(x())), len(normalized_shape)
-    return _record_norm(call, input, output, layer_norm, dims, weight, eps, saved_output=z)
+    def record(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
+        # Functions of torch take an option of cuDNN, too, which changes nothing.
+        pairs = [*zip(names, args, strict=False), *kwargs.items()]
+        options = {name: value for name, value in pairs if name in names}
+        output, x = call.run(lambda: function(input, **options)), call.save(input)
+        z = call.save_output(output, lambda: function(x(), **options)) if remade else None
+        size, weight = size_of(options[names[0]]), options.get("weight")
+        eps = options.get("eps", parameters["eps"].default)
+        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        facts = {"keeps_sign": keeps_sign, "saved_output": z}
+        return _record_norm(call, input, output, norm, size, weight, eps, **facts)
 
-
-def record_rms_norm(
-    call: Call,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Record:
-    output = call.run(lambda: F.rms_norm(input, normalized_shape, weight, eps))
-    least, dims = torch.finfo(input.dtype).eps if eps is None else eps, len(normalized_shape)
-    return _record_norm(call, input, output, rms_norm, dims, weight, least, keeps_sign=True)
-
-
-def record_group_norm(
-    call: Call,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Record:
-    output = call.run(lambda: F.group_norm(input, num_groups, weight, bias, eps))
-    return _record_norm(call, input, output, group_norm, num_groups, weight, eps)
+    return record
 
 
 def record_instance_norm(
@@ -214,9 +204,9 @@ def _reordered(original: Any, form: Form) -> Form:
 
 
 NORMALIZATIONS: dict[str, Form] = {
-    "layer_norm": record_layer_norm,
-    "rms_norm": record_rms_norm,
-    "group_norm": record_group_norm,
+    "layer_norm": _norm_form(F.layer_norm, layer_norm, len, remade=True),
+    "rms_norm": _norm_form(F.rms_norm, rms_norm, len, keeps_sign=True),
+    "group_norm": _norm_form(F.group_norm, group_norm, int),
     "instance_norm": _reordered(torch.instance_norm, record_instance_norm),
     "normalize": record_divided,
     "local_response_norm": record_divided,

@@ -18,11 +18,9 @@ from captum_abslrp.engine.names import PREFIX
 from captum_abslrp.engine.numerics import magnitude
 from captum_abslrp.engine.saved import SavedTensor
 from captum_abslrp.engine.tape import Propagate, Record, Tail
-from captum_abslrp.rules.base import DividingRule, Form
+from captum_abslrp.rules.base import DividingRule, Form, Function
 from captum_abslrp.rules.contributions import transposed
 from captum_abslrp.rules.tails import tail_of
-
-Function = Callable[[Tensor], Tensor]
 
 
 def twin(x: Tensor, call: Function, absolute_call: Function, s: Tensor) -> Tensor:
