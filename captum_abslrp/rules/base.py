@@ -175,8 +175,15 @@ def passed(
         return [s if isinstance(size, float) and size == 1 else s * size] * len(inputs)
 
     tail = scaled_tail(call.save(output), factor) if len(inputs) == 1 else None
-    record = Record(output, inputs, propagate, scaled=False, keeps_sign=True, tail=tail)
-    return record._replace(nonnegative=nonnegative)
+    return Record(
+        output,
+        inputs,
+        propagate,
+        scaled=False,
+        nonnegative=nonnegative,
+        keeps_sign=True,
+        tail=tail,
+    )
 
 
 def multiplied(
