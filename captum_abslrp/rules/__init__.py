@@ -1,12 +1,10 @@
 """The absLRP rules as Captum ``PropagationRule`` subclasses.
 
-A rule runs a call and records how relevance goes from its output to its inputs.
-:class:`captum_abslrp.AbsLRP` asks the mapping of the model for the rule of each call. A rule that is set
-on a module, ``module.rule = AbsLRPRule()``, wins over every mapping there, and works in the same place
-under Captum's own ``captum.attr.LRP``.
+A rule runs a call and records how relevance goes from its output to its inputs. :class:`captum_abslrp.AbsLRP`
+asks the mapping of the model for the rule of each call. A rule that is set on a module, ``module.rule =
+AbsLRPRule()``, wins over every mapping there, and works in the same place under ``captum.attr.LRP``.
 
-Each file holds one kind of call: its mathematics, how it is recorded, and a table of its forms by the name
-of the call.
+Each file holds one kind of call: its mathematics, how it is recorded, and a table of its forms.
 """
 
 from captum_abslrp.engine.tape import Record, Tail

@@ -47,9 +47,7 @@ CLOSED_FORMS: dict[str, Form] = {
 class AbsLRPRule(Rule):
     """The absLRP rule: picks the closed form of the call itself.
 
-    Affine layers (linear, convolution, transposed convolution), pooling, mean and sum, interpolation,
-    normalization, activations, softmax, products, sums and Fourier transforms have a closed form. Every other
-    differentiable call is recorded by its definition, :class:`TwinRule`.
+    Every differentiable call that has no closed form is recorded by the definition, :class:`TwinRule`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -63,9 +61,9 @@ class AbsLRPRule(Rule):
 
     def form_of(self, call: Call) -> Form | None:
         name = call.name.removeprefix(PREFIX)
-        on_parts = name != call.name and name in self.closed_forms
-        forms = COMPLEX if on_parts else self.closed_forms
-        return forms.get(name if on_parts else call.name, record_twin)
+        if name != call.name and name in self.closed_forms:
+            return COMPLEX.get(name, record_twin)
+        return self.closed_forms.get(call.name, record_twin)
 
     def suits_complex(self, call: Call) -> bool:
         return call.name in COMPLEX or super().suits_complex(call)

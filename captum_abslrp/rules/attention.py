@@ -1,4 +1,4 @@
-"""Attention in one call: run part by part, so that each part meets its own rule, or at once."""
+"""Attention in one call: run part by part, so that each part has its own rule, or at once."""
 
 from __future__ import annotations
 
@@ -23,131 +23,6 @@ from captum_abslrp.rules.products import record_product
 from captum_abslrp.rules.softmax import record_softmax, softmax_factor
 
 
-def record_attention(
-    call: Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-
-        def repeated() -> Tensor:
-            k, v = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-            return F.scaled_dot_product_attention(
-                query, k, v, attn_mask, dropout_p, is_causal, scale=scale
-            )
-
-        return call.recording.run_parts(repeated)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    stabilized = _stabilized(call) if dropout_p == 0 else None
-    leading = {t.shape[:-2] for t in (query, key, value)}
-    plain_mask = attn_mask is None or (attn_mask.dtype == torch.bool and not is_source(attn_mask))
-    if stabilized is not None and len(leading) == 1 and query.dim() > 2 and plain_mask:
-        return _record_at_once(
-            call, query, key, value, attn_mask, scale, is_causal=is_causal, stabilized=stabilized
-        )
-
-    def attention() -> Tensor:
-        mask = _causal(query, key) if is_causal else attn_mask
-        logits = (query * scale) @ key.mT
-        if mask is not None:
-            logits = (
-                logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-            )
-        # Dropout is a call even where it does nothing: as in attention that is written out.
-        weights = F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0)
-        if mask is not None:
-            weights = _without_masked_rows(weights, logits)
-        del logits  # which are made again on the way back
-        return weights @ value
-
-    return call.recording.run_parts(attention)
-
-
-def _stabilized(call: Call) -> int | None:
-    """How many calls of attention divide by its probabilities; None if not all parts have their usual forms."""
-    if not call.recording.fuses:
-        return None
-
-    def form(name: str) -> Form | None:
-        part = replace(call, name=name)
-        rule = call.recording.rule_of(part)
-        found: Form | None = None if rule is None else rule.form_of(part)
-        return found
-
-    usual = {"mul": record_product, "matmul": record_matmul, "softmax": record_softmax}
-    if any(form(name) is not expected for name, expected in usual.items()):
-        return None
-    of_dropout: dict[Form | None, int] = {record_passed: 1, record_dropout: 2}
-    return of_dropout.get(form("dropout"))
-
-
-def _record_at_once(
-    call: Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    *,
-    is_causal: bool,
-    stabilized: int,
-) -> Record:
-    """What the parts would hand on one after the other, without the attention of all tokens on each other."""
-    output = call.run(
-        lambda: F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
-    )
-    inputs = (query, key, value)
-    wanted = [is_source(t) for t in inputs]
-    kept = [call.save(t) for t in inputs]
-    shapes = [t.shape for t in inputs]
-
-    def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
-        q, k, v = (t.contiguous().flatten(0, -3) for t in kept)
-        seen = _causal(q, k) if is_causal else mask
-        if seen is not None:
-            shape = (*shapes[0][:-1], shapes[1][-2])
-            of_all = seen.dim() == 2 or set(seen.shape[:-2]) == {1}
-            seen = seen.expand(shape[-2:] if seen.dim() == 2 else (*seen.shape[:-2], *shape[-2:]))
-            seen = seen.reshape(1, *shape[-2:]) if of_all else seen.expand(shape).flatten(0, -3)
-        shares = attention(
-            q * scale,
-            k,
-            v,
-            [s.flatten(0, -3) for s in seeds],
-            mask=seen,
-            stabilized=stabilized,
-        )
-        return [
-            list(compress((t.view(shape) for t, shape in zip(of, shapes, strict=True)), wanted))
-            for of in shares
-        ]
-
-    return Record(
-        output,
-        list(compress(inputs, wanted)),
-        propagate,  # type: ignore[arg-type]  # of all seeds
-        nonnegative=call.is_nonnegative(value),
-        all_seeds=True,
-    )
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    shape = (query.shape[-2], key.shape[-2])
-    return torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-
-
-def _without_masked_rows(weights: Tensor, logits: Tensor) -> Tensor:
-    """Attention of a query that may see nothing is zero, as in PyTorch's own kernels."""
-    return weights.masked_fill(logits.detach().isneginf().all(-1, keepdim=True), 0)
-
-
 def attention(
     query: Tensor,
     key: Tensor,
@@ -159,21 +34,16 @@ def attention(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     r""":func:`matmul`, :func:`softmax` and :func:`matmul` again, of :math:`\mathrm{softmax}(q k^T) v`.
 
-    A few rows of the attention at a time, which are made again: what stays in the cache costs little, and
-    memory does not grow with the square of the number of tokens.
-
-    Axes: G samples and heads, N queries, M keys, D and E features.
+    Returns the relevance of query, key and value for each seed. A few rows of the attention are made again
+    at a time: what stays in the cache costs little, and memory does not grow with the square of the tokens.
 
     Args:
-        query: (G, N, D), scaled.
-        key: (G, M, D).
-        value: (G, M, E).
+        query: (G, N, D), scaled; G samples and heads, N queries, D features.
+        key: (G, M, D), M keys.
+        value: (G, M, E), E features.
         seeds: relevance per magnitude of the output for each seed, (G, N, E).
         mask: what is seen, bool, (G, N, M) or (1, N, M); None for all.
         stabilized: how many calls divide by the probabilities: softmax, and a dropout behind it.
-
-    Returns:
-        What query, key and value get, for each seed.
 
     Example:
         >>> q, k, v = torch.ones(1, 1, 1), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
@@ -232,18 +102,126 @@ ROWS = 256
 """Rows of attention that are made at a time at least, so that products with them are efficient."""
 
 
-def _blocks(
-    groups: int, rows: int, columns: int, device: torch.device
-) -> tuple[list[slice], list[slice]]:
+def _blocks(groups: int, rows: int, columns: int, device: torch.device) -> list[list[slice]]:
     """Some groups with all of their rows, or some rows of a group, at a time."""
     elements = BLOCK.get(device.type, BLOCK["cuda"])
     many = max(1, elements // (rows * columns))
     few = rows if many > 1 else max(ROWS, elements // columns)
-    return _slices(groups, many), _slices(rows, few)
+    return [
+        [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
+        for size, step in ((groups, many), (rows, few))
+    ]
 
 
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
+def record_attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+
+        def repeated() -> Tensor:
+            k, v = (t.repeat_interleave(repeats, -3) for t in (key, value))
+            return F.scaled_dot_product_attention(
+                query, k, v, attn_mask, dropout_p, is_causal, scale=scale
+            )
+
+        return call.recording.run_parts(repeated)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    stabilized = _stabilized(call) if dropout_p == 0 else None
+    leading = {t.shape[:-2] for t in (query, key, value)}
+    plain_mask = attn_mask is None or (attn_mask.dtype == torch.bool and not is_source(attn_mask))
+    if stabilized is not None and len(leading) == 1 and query.dim() > 2 and plain_mask:
+        return _record_at_once(call, (query, key, value), attn_mask, scale, is_causal, stabilized)
+
+    def parts() -> Tensor:
+        mask = _causal(query, key) if is_causal else attn_mask
+        logits = (query * scale) @ key.mT
+        if mask is not None and mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            logits = logits + mask
+        # Dropout is a call even where it does nothing: as in attention that is written out.
+        weights = F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0)
+        if (
+            mask is not None
+        ):  # attention of a query that sees nothing is zero, as in PyTorch's own kernels
+            nothing = logits.detach().isneginf().all(-1, keepdim=True)
+            weights = weights.masked_fill(nothing, 0)
+        del logits  # which are made again by the backward pass
+        return weights @ value
+
+    return call.recording.run_parts(parts)
+
+
+def _stabilized(call: Call) -> int | None:
+    """How many calls of attention divide by its probabilities; None if a part has an unusual form."""
+    if not call.recording.fuses:
+        return None
+
+    def form(name: str) -> Form | None:
+        part = replace(call, name=name)
+        rule = call.recording.rule_of(part)
+        return None if rule is None else rule.form_of(part)
+
+    usual = {"mul": record_product, "matmul": record_matmul, "softmax": record_softmax}
+    if any(form(name) is not expected for name, expected in usual.items()):
+        return None
+    of_dropout: dict[Form | None, int] = {record_passed: 1, record_dropout: 2}
+    return of_dropout.get(form("dropout"))
+
+
+def _record_at_once(
+    call: Call,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    stabilized: int,
+) -> Record:
+    """What the parts would pass one after the other, without the attention of all tokens on each other."""
+    output = call.run(
+        lambda: F.scaled_dot_product_attention(*inputs, mask, 0.0, is_causal, scale=scale)
+    )
+    wanted = [is_source(t) for t in inputs]
+    saved = [call.save(t) for t in inputs]
+    shapes = [t.shape for t in inputs]
+
+    def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        q, k, v = (t.contiguous().flatten(0, -3) for t in saved)
+        seen = _causal(q, k) if is_causal else mask
+        if seen is not None:
+            shape = (*shapes[0][:-1], shapes[1][-2])
+            of_all = seen.dim() == 2 or set(seen.shape[:-2]) == {1}
+            seen = seen.expand(*seen.shape[:-2], *shape[-2:])
+            seen = seen.reshape(1, *shape[-2:]) if of_all else seen.expand(shape).flatten(0, -3)
+        flat = [s.flatten(0, -3) for s in seeds]
+        shares = attention(q * scale, k, v, flat, mask=seen, stabilized=stabilized)
+        return [
+            list(compress((t.view(shape) for t, shape in zip(of, shapes, strict=True)), wanted))
+            for of in shares
+        ]
+
+    return Record(
+        output,
+        list(compress(inputs, wanted)),
+        propagate,  # type: ignore[arg-type]  # of all seeds
+        nonnegative=call.is_nonnegative(inputs[2]),
+        all_seeds=True,
+    )
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """Which keys a query may see if it sees none after its own place."""
+    shape = (query.shape[-2], key.shape[-2])
+    return torch.ones(shape, dtype=torch.bool, device=query.device).tril()
 
 
 ATTENTION: dict[str, Form] = {"scaled_dot_product_attention": record_attention}

@@ -1,8 +1,9 @@
-"""What all rules share: the base class, and the rules that only pass relevance or stop it."""
+"""What all rules share: the base class, rules that only pass relevance or stop it, and helpers of forms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from captum.attr._utils.lrp_rules import PropagationRule
@@ -14,13 +15,14 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.complex import suits_parts
 from captum_abslrp.engine.dependence import carries_relevance, is_source
 from captum_abslrp.engine.names import PREFIX
-from captum_abslrp.engine.numerics import LEAST
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.captum import run_under_captum
 from captum_abslrp.rules.tails import passed_on, scaled_tail
 
 Form = Callable[..., Any]
+"""Runs a call and records it: from the call and its arguments to a record, or a result without relevance."""
 
+Function = Callable[[Tensor], Tensor]
 
 Made = TypeVar("Made")
 
@@ -47,14 +49,8 @@ class Rule(PropagationRule):
     def record(self, call: Call) -> Any:
         """Run a call and record how relevance goes from its output to its inputs.
 
-        Args:
-            call: the call. PyTorch records no history meanwhile.
-
-        Returns:
-            A :class:`~captum_abslrp.engine.tape.Record`.
-
-        Raises:
-            TypeError: if the rule has no form for this kind of call.
+        PyTorch records no history meanwhile. Returns a :class:`~captum_abslrp.engine.tape.Record`, and raises
+        ``TypeError`` if the rule has no form for this kind of call.
         """
         form = self.form_of(call)
         if form is None:
@@ -65,28 +61,16 @@ class Rule(PropagationRule):
         return form(call, *call.operands, **call.kwargs)
 
     def form_of(self, call: Call) -> Form | None:
-        """The form that records a call, or None.
-
-        Args:
-            call: the call.
-        """
+        """The form that records a call, or None."""
         return self.closed_forms.get(call.name)
 
     def suits_complex(self, call: Call) -> bool:
-        """Whether the rule can record a call on complex tensors, which it sees as real views.
-
-        Args:
-            call: the call, on complex tensors.
-        """
-        has_form = suits_parts(call.name) or self.runs_parts_of(call)
-        return call.name not in self.closed_forms or has_form
+        """Whether the rule can record a call on complex tensors, which it sees as real views."""
+        known = call.name in self.closed_forms
+        return not known or suits_parts(call.name) or self.runs_parts_of(call)
 
     def runs_parts_of(self, call: Call) -> bool:
-        """Whether the rule runs the calls that a call is made of, each by its own rule.
-
-        Args:
-            call: the call.
-        """
+        """Whether the rule runs the calls that a call is made of, each by its own rule."""
         return getattr(self.closed_forms.get(call.name), "runs_parts", False)
 
     def forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -98,6 +82,20 @@ class Rule(PropagationRule):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+class DividingRule(Rule):
+    """A rule that can leave out the division by the magnitude of the output."""
+
+    def __init__(self, *, divide: bool = True) -> None:
+        self.divide = divide
+
+    def form_of(self, call: Call) -> Form | None:
+        form = super().form_of(call)
+        return form if form is None or self.divide else partial(form, divides=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'' if self.divide else 'divide=False'})"
 
 
 class PassThroughRule(Rule):
@@ -132,7 +130,7 @@ class ConstantRule(Rule):
 
 
 def record_constant(call: Call, *_: Any, **__: Any) -> Tensor:
-    """The result is a constant of the call that uses it: no relevance goes this way."""
+    """The result is a constant of the call that uses it: it passes no relevance on."""
     return call.run(lambda: call.func(*call.args, **call.kwargs))
 
 
@@ -147,21 +145,17 @@ def record_passed(call: Call, *_: Any, **__: Any) -> Any:
         )
     if len(inputs) == 1 and is_alias(output, inputs[0]):  # dropout that does nothing
         return inputs[0]
-    z, kept = call.save(output), [call.save(source) for source in inputs]
-    dtypes = [source.dtype for source in inputs]
+    z, saved = call.save(output), [(call.save(x), x.dtype) for x in inputs]
 
     def propagate(s: Tensor) -> list[Tensor]:
         # Zeros have relevance, too: that of a class whose log-probability is rounded to 0, say.
-        relevance = numerics.relevance(z().abs().clamp(min=LEAST), s)
-        return [
-            numerics.per_magnitude(relevance, x(), dtype)
-            for x, dtype in zip(kept, dtypes, strict=True)
-        ]
+        relevance = numerics.relevance(z().abs().clamp(min=numerics.LEAST), s)
+        return [numerics.per_magnitude(relevance, x(), dtype) for x, dtype in saved]
 
     tail = None
     if len(inputs) == 1:
         sign = (lambda: -1.0) if call.name.removeprefix(PREFIX) == "neg" else None
-        tail = passed_on(z, kept[0], sign)
+        tail = passed_on(z, saved[0][0], sign)
     return Record(output, inputs, propagate, scaled=False, tail=tail)
 
 
@@ -173,7 +167,7 @@ def passed(
     *,
     nonnegative: bool = False,
 ) -> Record:
-    """Scaling by a constant factor: relevance moves with its element."""
+    """The record of scaling by a constant factor: relevance moves with its element."""
 
     def propagate(s: Tensor) -> list[Tensor]:
         value = factor()
@@ -192,28 +186,29 @@ def passed(
     )
 
 
+def multiplied(
+    output: Tensor, input: Tensor, factor: Callable[[], Tensor], **options: Any
+) -> Record:
+    """The record of a call with one input whose rule is a factor for each element.
+
+    The options are those of :class:`~captum_abslrp.engine.tape.Record`.
+    """
+    made = once(factor)
+    return Record(output, [input], lambda s: [s.mul_(made())], **options)
+
+
 def without_noise(
     call: Call,
     output: Tensor,
     input: Tensor,
     weight: Tensor,
     run: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor], Tensor]:
-    """How to mask relevance of outputs that are rounding errors: a mean, written as a product, of values
-    that were centered before.
+) -> Function:
+    """How to set relevance to zero where the output of an affine call is a rounding error: in a mean, written
+    as a product, of values that were centered before.
 
-    Only weights of one sign make means. Their signs are looked at on the host alone, because nothing waits
-    for a device.
-
-    Args:
-        call: the call, an affine one.
-        output: its output.
-        input: what it multiplies.
-        weight: the constant that it multiplies by.
-        run: the product of an input with a weight.
-
-    Returns:
-        From relevance per magnitude of the output to the same with zeros at rounding errors.
+    Only weights of one sign make means. Their signs are read only if they are on the host, because nothing
+    waits for a device. ``run`` is the product of an input with a weight.
     """
     if call.is_nonnegative(input) or not _has_one_sign(weight):
         return lambda s: s
@@ -232,30 +227,23 @@ def _has_one_sign(weight: Tensor) -> bool:
     """Whether it is known that a constant has no two entries of different signs."""
     if weight.numel() == 0 or weight.is_meta or is_source(weight):
         return False
-
-    def has_one_sign(values: Tensor) -> bool:
-        return on_host((values < 0).any() & (values > 0).any()) is False
-
     weight = weight.detach()
     # The weights of almost every layer differ in sign in their first row already.
     few = weight[0].flatten()[:64] if weight.dim() else weight
-    return has_one_sign(few) and has_one_sign(weight)
+    return all(on_host((w < 0).any() & (w > 0).any()) is False for w in (few, weight))
 
 
 def once(compute: Callable[[], Made]) -> Callable[[], Made]:
-    """Make what does not depend on the seed with the first seed, and keep it for the others.
-
-    What it was made from is let go.
-    """
+    """Compute something with the first seed only, keep it for the others, and free what it is made from."""
     steps = [compute]
     result: list[Made] = []
 
-    def get() -> Made:
+    def made() -> Made:
         if steps:
             result.append(steps.pop()())
         return result[0]
 
-    return get
+    return made
 
 
 def is_alias(output: Tensor, source: Tensor) -> bool:
@@ -265,6 +253,7 @@ def is_alias(output: Tensor, source: Tensor) -> bool:
 
 
 def check_batched(call: Call, input: Tensor, dims: int) -> None:
+    """Raise if an input with so many spatial dimensions has no batch dimension."""
     if input.dim() != dims + 2:
         raise ValueError(
             f"Expected {call} to see a batch, an input of {dims + 2} dimensions, but got shape "

@@ -26,16 +26,7 @@ _LAYER_RULES: dict[type[nn.Module], CallRule] = {}
 
 
 def register_layer_rule(layer: type[nn.Module], rule: CallRule, *, overwrite: bool) -> None:
-    """Record the layers of a class as one call, by a rule.
-
-    Args:
-        layer: the class; subclasses are meant, too.
-        rule: the rule.
-        overwrite: replace the rule that the class has.
-
-    Raises:
-        ValueError: if the class has one and ``overwrite`` is not set.
-    """
+    """Let a rule record the layers of a class, and of its subclasses, as one call."""
     if layer in _LAYER_RULES and not overwrite:
         raise ValueError(
             f"Expected a class of layers without a rule, but got {layer.__name__}, which has "
@@ -45,18 +36,7 @@ def register_layer_rule(layer: type[nn.Module], rule: CallRule, *, overwrite: bo
 
 
 def find_layer_rule(module: nn.Module) -> Any:
-    """The rule that is registered for the class of a layer, or a class it derives from.
-
-    Args:
-        module: the layer.
-
-    Returns:
-        The rule, or None.
-
-    Example:
-        >>> find_layer_rule(nn.Linear(3, 2)) is None
-        True
-    """
+    """The rule that is registered for the class of a layer, or a class it derives from; or None."""
     if not _LAYER_RULES:
         return None
     return next((_LAYER_RULES[c] for c in type(module).__mro__ if c in _LAYER_RULES), None)
@@ -71,17 +51,14 @@ def rule_of_module(module: nn.Module) -> Any:
 def rule_of_layer(module: nn.Module) -> CallRule | None:
     """The rule that records a module as one call, or None.
 
-    It is one of Captum's (``EpsilonRule``) that is set on the module, or the one that is registered for
-    its class. One of ours on a module of a class with a registered rule replaces that rule.
+    It is one of Captum's (``EpsilonRule``) that is set on the module, or the one that is registered
+    for its class, which one of ours on the module replaces.
     """
     own, registered = getattr(module, "rule", None), find_layer_rule(module)
-    if isinstance(own, PropagationRule):
-        if not _is_ours(own):
-            return CaptumRule(own)
-        if registered is not None:
-            ours: Any = own
-            return ours  # type: ignore[no-any-return]
-    return registered  # type: ignore[no-any-return]
+    if isinstance(own, PropagationRule) and not _is_ours(own):
+        return CaptumRule(own)
+    ours: Any = rule_of_module(module)
+    return registered if registered is None or ours is None else ours
 
 
 def _is_ours(rule: Any) -> bool:
@@ -93,9 +70,6 @@ class CaptumRule:
 
     The rule runs as under ``captum.attr.LRP``, on copies of the layer and of the rule, because it changes
     weights and keeps state on both.
-
-    Args:
-        rule: Captum's rule.
     """
 
     def __init__(self, rule: PropagationRule) -> None:
@@ -114,7 +88,7 @@ class CaptumRule:
 
     def record(self, call: Call) -> Record:
         """Record a layer with positional tensors and one output."""
-        _check_simple(call, self)
+        self._check(call)
         output, layer, inputs = call.result, call.module, call.args
         z = call.save(output)
         saved = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
@@ -127,6 +101,28 @@ class CaptumRule:
             ]
 
         return Record(output.detach(), [inputs[i] for i in at], propagate, scaled=False)
+
+    def _check(self, call: Call) -> None:
+        """Raise if the rule cannot record a layer: it knows positional real tensors only."""
+        name = type(self.rule).__name__
+        if not isinstance(call.result, Tensor):
+            raise TypeError(
+                f"Expected `{call.path}`, which has the rule {name}, to return one tensor, but got "
+                f"{type(call.result).__name__}. Set the rule on a layer inside."
+            )
+        others = [x for x in call.args if not isinstance(x, Tensor)]
+        if any(map(carries_relevance, instances_in(Tensor, (others, call.kwargs)))):
+            raise TypeError(
+                f"Expected `{call.path}`, which has the rule {name}, to be called with positional "
+                f"tensors, but got keyword arguments or containers that hold tensors. Set the rule on a "
+                f"layer inside, or register the layer with `captum_abslrp.rules.TwinRule()`."
+            )
+        if has_complex((call.args, call.result)):
+            raise TypeError(
+                f"Expected `{call.path}`, which has the rule {name} of Captum, to work on real tensors, but "
+                f"got complex ones. Set one of captum_abslrp.rules on it, or register the layer with "
+                f"`TwinRule()`."
+            )
 
     def _relevance(
         self, module: nn.Module | None, inputs: list[Any], at: list[int], relevance: Tensor
@@ -144,43 +140,16 @@ class CaptumRule:
             given = tuple(leaves[i].clone() if i in leaves else x for i, x in enumerate(inputs))
             # Clones, because the layer may change its input in place.
             result = own.forward_hook(layer, given, layer(*map(_copied, given)))
-            return list(
-                torch.autograd.grad(result, list(leaves.values()), relevance.to(result.dtype))
-            )
+            found = torch.autograd.grad(result, list(leaves.values()), relevance.to(result.dtype))
+            return list(found)
 
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _check_simple(call: Call, rule: CaptumRule) -> None:
-    """Raise where a rule of Captum's cannot record a layer, because it knows positional real tensors only."""
-    name = type(rule.rule).__name__
-    if not isinstance(call.result, Tensor):
-        raise TypeError(
-            f"Expected `{call.path}`, which has the rule {name}, to return one tensor, but got "
-            f"{type(call.result).__name__}. Set the rule on a layer inside."
-        )
-    others = [x for x in call.args if not isinstance(x, Tensor)]
-    if any(map(carries_relevance, instances_in(Tensor, (others, call.kwargs)))):
-        raise TypeError(
-            f"Expected `{call.path}`, which has the rule {name}, to be called with positional tensors, but "
-            f"got keyword arguments or containers that hold tensors. Set the rule on a layer inside, or "
-            f"register the layer with `captum_abslrp.rules.TwinRule()`."
-        )
-    if has_complex((call.args, call.result)):
-        raise TypeError(
-            f"Expected `{call.path}`, which has the rule {name} of Captum, to work on real tensors, but got "
-            f"complex ones. Set one of captum_abslrp.rules on it, or register the layer with `TwinRule()`."
-        )
-
-
 class SingleRule:
-    """The scope of one module under Captum's ``LRP``: a rule for all calls inside.
-
-    Args:
-        rule: the rule.
-    """
+    """The scope of one module under Captum's ``LRP``: a rule for all calls inside."""
 
     def __init__(self, rule: CallRule) -> None:
         self._rule = rule
@@ -189,7 +158,7 @@ class SingleRule:
     rule_of_layer: Callable[..., Any] = staticmethod(rule_of_layer)
 
     def table_of(self, module: nn.Module) -> Any:
-        """None: architectures have no say here."""
+        """None: no mapping is used here."""
         return None
 
     def rule_of_call(self, call: Call, table: Any) -> CallRule | None:
@@ -206,16 +175,10 @@ _IDEMPOTENT = (nn.ReLU, nn.modules.dropout._DropoutNd)
 
 
 def run_under_captum(rule: CallRule, module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Run a module again under Captum's ``LRP`` so that its backward pass is a rule of ours.
+    """Run a module again under Captum's ``LRP``, so that its backward pass is a rule of ours.
 
-    Args:
-        rule: the rule.
-        module: a module with one input tensor of shape (B, ...).
-        inputs: its inputs.
-        outputs: its output, which is not computed again where the module is a single call.
-
-    Returns:
-        The output, with a history whose backward pass is the rule.
+    The module has one input tensor, of shape (B, ...). If it is a single call, its output is not
+    computed again.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     if has_complex((inputs, outputs)):

@@ -1,4 +1,4 @@
-"""Calls that are made of others: run again part by part."""
+"""Calls that are made of others: run part by part, each part by its own rule."""
 
 from __future__ import annotations
 
@@ -15,29 +15,9 @@ from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form
 
 
-def _decomposed(parts: Callable[..., Any]) -> Form:
-    def record_parts(call: Call, *args: Any, **kwargs: Any) -> Any:
-        return call.recording.run_parts(parts, *args, **kwargs)
-
-    record_parts.runs_parts = True  # type: ignore[attr-defined]
-    return record_parts
-
-
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     value, gate = input.chunk(2, dim)
     return value * gate.sigmoid()
-
-
-def _addcmul(input: Tensor, first: Tensor, second: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * (first * second)
-
-
-def _addcdiv(input: Tensor, first: Tensor, second: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * (first / second)
-
-
-def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
-    return input * (1 - weight) + end * weight
 
 
 def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -45,14 +25,56 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
     return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
 
 
-def _softmin(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
-) -> Tensor:
-    return F.softmax(-input, dim, dtype=dtype)
+def _extremum(name: str) -> Callable[..., Any]:
+    """``max`` and ``min``: over all elements, over one axis, or of two tensors."""
+    names = (f"a{name}", f"arg{name}", f"{name}imum")
+    reduced, at, of_two = (getattr(torch, of) for of in names)
+    pair = getattr(torch.return_types, name)
+
+    def extremum(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:
+            return reduced(input)
+        if (args and isinstance(args[0], Tensor)) or "other" in kwargs:
+            return of_two(input, *args, **kwargs)
+        return pair((reduced(input, *args, **kwargs), at(input, *args, **kwargs)))
+
+    return extremum
 
 
-def _polar(abs: Tensor, angle: Tensor) -> Tensor:
-    return torch.complex(abs * angle.cos(), abs * angle.sin())
+def _statistics(spread: Callable[..., Tensor]) -> Callable[..., Any]:
+    """``var_mean`` and ``std_mean``."""
+
+    def statistics(input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+        return spread(input, dim, *args, **kwargs), input.mean(dim, keepdim=keepdim)
+
+    return statistics
+
+
+_PARTS: dict[str, Callable[..., Any]] = {
+    "addcdiv": lambda input, first, second, *, value=1: input + value * (first / second),
+    "addcmul": lambda input, first, second, *, value=1: input + value * (first * second),
+    "cosine_similarity": _cosine_similarity,
+    "glu": _glu,
+    "lerp": lambda input, end, weight: input * (1 - weight) + end * weight,
+    "max": _extremum("max"),
+    "min": _extremum("min"),
+    "polar": lambda abs, angle: torch.complex(abs * angle.cos(), abs * angle.sin()),
+    "softmin": lambda input, dim=None, _stacklevel=3, dtype=None: F.softmax(
+        -input, dim, dtype=dtype
+    ),
+    "std_mean": _statistics(torch.std),
+    "var_mean": _statistics(torch.var),
+}
+"""Calls as functions of others, which take the same arguments."""
+
+
+def _decomposed(parts: Callable[..., Any]) -> Form:
+    def record_parts(call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call.recording.run_parts(parts, *args, **kwargs)
+
+    record_parts.runs_parts = True  # type: ignore[attr-defined]
+    return record_parts
 
 
 def record_gumbel_softmax(
@@ -63,8 +85,11 @@ def record_gumbel_softmax(
     eps: float = 1e-10,
     dim: int = -1,
 ) -> Any:
-    """Softmax of logits with noise, which is drawn once; where it is hard, relevance moves with its element
-    from the one that was chosen, as the gradient does in the straight-through estimator."""
+    """Softmax of logits with noise, which is drawn once.
+
+    Where it is hard, relevance moves with the chosen element, as the gradient does in the straight-through
+    estimator.
+    """
 
     def soft() -> Tensor:
         noise = torch.empty_like(logits.detach()).exponential_().log()
@@ -85,51 +110,6 @@ def record_gumbel_softmax(
         nonnegative=True,
         keeps_sign=True,
     )
-
-
-def _extremum(name: str) -> Callable[..., Any]:
-    """``max`` and ``min``: over all elements, over one axis, or of two tensors."""
-    reduced, at, of_two = (
-        getattr(torch, f"a{name}"),
-        getattr(torch, f"arg{name}"),
-        getattr(torch, f"{name}imum"),
-    )
-    pair = getattr(torch.return_types, name)
-
-    def extremum(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs:
-            return reduced(input)
-        if (args and isinstance(args[0], Tensor)) or "other" in kwargs:
-            return of_two(input, *args, **kwargs)
-        return pair((reduced(input, *args, **kwargs), at(input, *args, **kwargs)))
-
-    return extremum
-
-
-def _statistics(name: str) -> Callable[..., Any]:
-    """``var_mean`` and ``std_mean``."""
-    spread = getattr(torch, name)
-
-    def statistics(input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-        return spread(input, dim, *args, **kwargs), input.mean(dim, keepdim=keepdim)
-
-    return statistics
-
-
-_PARTS: dict[str, Callable[..., Any]] = {
-    "addcdiv": _addcdiv,
-    "addcmul": _addcmul,
-    "cosine_similarity": _cosine_similarity,
-    "glu": _glu,
-    "lerp": _lerp,
-    "max": _extremum("max"),
-    "min": _extremum("min"),
-    "polar": _polar,
-    "softmin": _softmin,
-    "std_mean": _statistics("std"),
-    "var_mean": _statistics("var"),
-}
 
 
 DECOMPOSITIONS: dict[str, Form] = {name: _decomposed(parts) for name, parts in _PARTS.items()}

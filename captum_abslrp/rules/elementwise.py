@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
-from captum_abslrp.engine.numerics import in_pieces, rectify
+from captum_abslrp.engine.numerics import in_pieces, rectified, rectify
 from captum_abslrp.engine.saved import SavedTensor
 from captum_abslrp.engine.tape import Record, Step
-from captum_abslrp.rules.base import Form, Rule, once, record_constant
+from captum_abslrp.rules.base import Form, Function, Rule, multiplied, record_constant
 from captum_abslrp.rules.contributions import transposed
 from captum_abslrp.rules.tails import passed_on, tail_of
 from captum_abslrp.rules.twin import record_twin
 
 
-def elementwise(
-    x: Tensor,
-    call: Callable[[Tensor], Tensor],
-    *,
-    even_slope: bool = False,
-) -> Tensor:
-    r"""The factor of a call that acts on each element alone.
+def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tensor:
+    r"""The factor of a call ``f`` on each element alone, shaped like ``x``.
 
     The twin form, per magnitude: :math:`k = \mathrm{sign}(x) f'(x) + f'(|x|)`; 0 where :math:`x = 0`.
-
-    Args:
-        x: input, any shape.
-        call: ``f``, for example ``torch.tanh``.
-        even_slope: whether :math:`f'(x) = f'(-x)`, so that :math:`k = 2 f'(x)` where :math:`x > 0`.
-
-    Returns:
-        ``k``, what ``s`` is multiplied by, shaped like ``x``.
+    With ``even_slope``, :math:`f'(x) = f'(-x)`, so that :math:`k = 2 f'(x)` where :math:`x > 0`.
 
     Example:
         >>> elementwise(torch.tensor([2.0, -2.0]), torch.square)
@@ -54,33 +40,12 @@ def elementwise(
     return (x.sign() * gradient).masked_fill_(x == 0, 0)
 
 
-def slope_sign(x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sign of the slope of a call that acts on each element alone: -1 where it falls, and 1 elsewhere.
-
-    Args:
-        x: input, any shape.
-        call: ``f``, for example ``torch.abs``.
-
-    Example:
-        >>> slope_sign(torch.tensor([2.0, -2.0, 0.0]), torch.abs)
-        tensor([ 1., -1.,  1.])
-    """
-    slope = transposed(call, x, torch.ones_like(x))
-    return torch.where(slope < 0, -1.0, 1.0).to(x.dtype)
-
-
-def gate(x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+def gate(x: Tensor, slope: Function) -> Tensor:
     r""":func:`elementwise` of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
 
     Their slopes at ``x`` and ``-x`` add up to one, so that one is enough:
-    :math:`k = \mathrm{sign}(x) f'(x) + [x < 0] / 2`, but for a factor of two.
-
-    Args:
-        x: input, any shape.
-        slope: :math:`f'`; returns a new tensor.
-
-    Returns:
-        ``k``, what ``s`` is multiplied by, shaped like ``x``.
+    :math:`k = \mathrm{sign}(x) f'(x) + [x < 0] / 2`, but for a factor of two. ``slope`` is :math:`f'`, which
+    returns a new tensor.
 
     Example:
         >>> gate(torch.tensor([1.0, -1.0]), lambda x: torch.ops.aten.silu_backward(torch.ones(2), x))
@@ -98,64 +63,49 @@ def record_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> 
     if any(map(is_source, [*args, *kwargs.values()])):
         return record_twin(call)
     args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
-    func = call.func
-
-    def run(x: Tensor) -> Tensor:
-        result: Tensor = func(x, *args, **kwargs)
-        return result
-
-    slope = _GATES.get(call.name)
-    return _record_function(
-        call, input, run, None if slope is None else lambda x: slope(x, *args, **kwargs)
-    )
+    func, slope = call.func, _GATES.get(call.name)
+    of_x = None if slope is None else lambda x: slope(x, *args, **kwargs)
+    return _record_function(call, input, lambda x: func(x, *args, **kwargs), of_x)
 
 
 def _record_function(
-    call: Call,
-    input: Tensor,
-    run: Callable[[Tensor], Tensor],
-    slope: Callable[[Tensor], Tensor] | None = None,
+    call: Call, input: Tensor, run: Function, slope: Function | None = None
 ) -> Record:
     """A function of one tensor, element by element."""
     output = call.run(lambda: run(input))
     if output.shape != input.shape:  # broadcast with another argument
         return record_twin(call)
     x = call.save(input)
-    even_slope = call.name in _EVEN_SLOPE
-
-    @once
-    def factor() -> Tensor:
-        if slope is not None:
-            return gate(x(), slope)
-        return elementwise(x(), run, even_slope=even_slope)
-
+    even_slope, increases = call.name in _EVEN_SLOPE, call.name in _INCREASING
     # Drawn at random in training mode.
-    kept = None if call.name == "rrelu" else call.save_output(output, lambda: run(x()))
-    increases = call.name in _INCREASING
-    return Record(
+    made_again = None if call.name == "rrelu" else call.save_output(output, lambda: run(x()))
+
+    def factor() -> Tensor:
+        return elementwise(x(), run, even_slope=even_slope) if slope is None else gate(x(), slope)
+
+    def sign() -> Tensor:
+        values = x()
+        slopes = transposed(run, values, torch.ones_like(values))
+        return torch.where(slopes < 0, -1.0, 1.0).to(values.dtype)
+
+    return multiplied(
         output,
-        [input],
-        lambda s: [s.mul_(factor())],
+        input,
+        factor,
         nonnegative=call.name in _NONNEGATIVE,
         keeps_sign=even_slope and increases,
         vanishing=True,
-        saved_output=kept,
-        tail=passed_on(
-            call.save(output) if kept is None else kept,
-            x,
-            None if increases else lambda: slope_sign(x(), run),
-        ),
+        saved_output=made_again,
+        tail=passed_on(made_again or call.save(output), x, None if increases else sign),
         logits=x if call.name == "sigmoid" else None,
     )
 
 
 def record_power(call: Call, input: Any, exponent: Any) -> Any:
     if is_source(exponent):
-        return (
-            record_twin(call)
-            if is_source(input)
-            else _record_function(call, exponent, lambda x: torch.pow(input, x))
-        )
+        if is_source(input):
+            return record_twin(call)
+        return _record_function(call, exponent, lambda x: torch.pow(input, x))
     if not isinstance(exponent, Tensor) and exponent < 0:  # a divisor
         return record_constant(call)
     return _record_function(call, input, lambda x: torch.pow(x, exponent))
@@ -170,15 +120,16 @@ def record_clamp(call: Call, input: Tensor, min: Any = None, max: Any = None) ->
 def record_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     """The twin rule of ReLU is the identity, up to the scale of a sample, where the output is positive.
 
-    Where the output is zero, so is the relevance that arrives there: the call that handed it over has
-    multiplied by that zero. So nothing is left to do on the way back.
+    Where the output is zero, so is the relevance that arrives there: the later call has multiplied it by that
+    zero. So nothing is left to do.
     """
     if call.target is input and call.recording.is_fresh(input):
         call.recording.release(input)
-        torch.relu_(input)  # its history stays what it is, but that it hands on less
+        torch.relu_(input)  # its history stays what it is, but it passes less on
         step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: a call has made it
-        if step.output is not None:
-            step.output = SavedTensor(remake=partial(_rectified, step.output))
+        before = step.output
+        if before is not None:
+            step.output = SavedTensor(remake=lambda: before.as_given().clamp(min=0))
         step.rectified = call.save(input)
         call.recording.mark_nonnegative(input)
         return input
@@ -186,49 +137,35 @@ def record_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     x = call.save(input)
     z = call.save_output(output, lambda: torch.relu(x()))
     # A score of zero does not depend on what is negative.
-    tail = tail_of(z, [x], lambda r: [numerics.rectify(r, x())], keeps_sign=True)
+    tail = tail_of(z, [x], lambda r: [rectify(r, x())], keeps_sign=True)
     return Record(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True, tail=tail)
 
 
-def _rectified(kept: SavedTensor) -> Tensor:
-    return kept.as_given().clamp(min=0)
-
-
 def record_dropout(
-    call: Call,
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
+    call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Record:
     output = call.run(lambda: call.func(input, p, training))
-    if call.is_nonnegative(input):
-        # Attention of next to nothing is divided by `EPS` once more.
-        kept = call.save(output)
-        return Record(
-            output, [input], lambda s: [s], nonnegative=True, vanishing=True, saved_output=kept
-        )
     z = call.save(output)
+    # Relevance of attention of next to nothing is divided by `EPS` once more.
+    attends = call.is_nonnegative(input)
     return Record(
         output,
         [input],
-        lambda s: [numerics.rectified([s], [z()])[0]],
+        lambda s: [s] if attends else rectified([s], [z()]),
         nonnegative=True,
+        vanishing=attends,
         saved_output=z,
     )
 
 
-def _slope_of_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    slope: Tensor = torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
-    return slope
-
-
 _EVEN_SLOPE = frozenset("erf hardsigmoid sigmoid sin sinh softsign tan tanh".split())
-"""Functions of which negative inputs get exactly nothing."""
+"""Functions whose slope at x and -x is the same: negative inputs have no relevance at all."""
 
 
 _GATES: dict[str, Callable[..., Tensor]] = {
-    "gelu": _slope_of_gelu,
+    "gelu": lambda x, *, approximate="none": torch.ops.aten.gelu_backward(
+        torch.ones_like(x), x, approximate=approximate
+    ),
     "hardswish": lambda x, inplace=False: torch.ops.aten.hardswish_backward(torch.ones_like(x), x),
     "silu": lambda x, inplace=False: torch.ops.aten.silu_backward(torch.ones_like(x), x),
 }

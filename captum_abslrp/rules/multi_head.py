@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,98 +23,65 @@ def record_multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
         )
     bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    return call.recording.run_parts(_multi_head_attention, **bound.arguments)
+    return call.recording.run_parts(_multi_head_attention, SimpleNamespace(**bound.arguments))
 
 
-def _multi_head_attention(
-    *,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool,
-    key_padding_mask: Tensor | None,
-    need_weights: bool,
-    attn_mask: Tensor | None,
-    q_proj_weight: Tensor | None,
-    k_proj_weight: Tensor | None,
-    v_proj_weight: Tensor | None,
-    static_k: Tensor | None,
-    static_v: Tensor | None,
-    average_attn_weights: bool,
-    is_causal: bool,
-    **_: Any,
-) -> tuple[Tensor, Tensor | None]:
+def _multi_head_attention(given: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     """``F.multi_head_attention_forward`` with samples in the leading dimension throughout.
 
     Inputs are (N, B, D), or (N, D) for one sample; where the original is sequence first, every call
-    in between here is (B, ...), which is what makes the relevance of a sample its own.
+    in between here is (B, ...), which keeps the relevance of samples apart.
     """
-    unsupported = {
-        "bias_k": bias_k, "bias_v": bias_v, "static_k": static_k, "static_v": static_v,
-        "add_zero_attn": add_zero_attn or None,
-    }  # fmt: skip
-    for name, given in unsupported.items():
-        if given is not None:
+    for name in ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn"):
+        value = getattr(given, name)
+        if value is not None and value is not False:
             raise NotImplementedError(
                 f"Expected multi-head attention without `{name}`, but got one with it. Write the "
                 f"attention out in the model as calls of its own."
             )
-    batched = query.dim() == 3
-    q, k, v = (t.transpose(0, 1) if batched else t.unsqueeze(0) for t in (query, key, value))
-    if in_proj_weight is None:
-        weights = [w for w in (q_proj_weight, k_proj_weight, v_proj_weight) if w is not None]
-    else:
-        weights = list(in_proj_weight.chunk(3))
-    biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
+    inputs, heads = (given.query, given.key, given.value), given.num_heads
+    batched = given.query.dim() == 3
+    of_samples = [t.transpose(0, 1) if batched else t.unsqueeze(0) for t in inputs]
+    weight, bias = given.in_proj_weight, given.in_proj_bias
     # Backward hooks make three views of one tensor.
-    alike = all(t is query or is_alias(t, query) for t in (key, value))
-    if alike and in_proj_weight is not None:
+    alike = all(t is given.query or is_alias(t, given.query) for t in inputs[1:])
+    if alike and weight is not None:
         # As in the original, one product makes all three.
-        projected = list(F.linear(q, in_proj_weight, in_proj_bias).chunk(3, -1))
+        projected = F.linear(of_samples[0], weight, bias).chunk(3, -1)
     else:
-        triples = zip((q, k, v), weights, biases, strict=True)
-        projected = [F.linear(t, w, b) for t, w, b in triples]
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in projected)
+        separate = (given.q_proj_weight, given.k_proj_weight, given.v_proj_weight)
+        weights = separate if weight is None else weight.chunk(3)
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        projected = tuple(map(F.linear, of_samples, weights, biases))
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in projected)
     mask: Tensor | None = None
-    for given in (attn_mask, None if key_padding_mask is None else key_padding_mask):
-        if given is None:
+    for part in (given.attn_mask, given.key_padding_mask):
+        if part is None:
             continue
-        additive = (
-            torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf)
-            if given.dtype == torch.bool
-            else given
-        )
-        if given is key_padding_mask:
+        additive = part
+        if part.dtype == torch.bool:
+            zeros = torch.zeros_like(part, dtype=q.dtype)
+            additive = zeros.masked_fill(part, -torch.inf)
+        if part is given.key_padding_mask:
             additive = additive.reshape(-1, 1, 1, additive.shape[-1])
         elif additive.dim() == 3:
-            additive = additive.unflatten(0, (-1, num_heads))
+            additive = additive.unflatten(0, (-1, heads))
         mask = additive if mask is None else mask + additive
-    if not need_weights:
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
-        return _projected(attended, out_proj_weight, out_proj_bias, batched), None
+
+    def output(attended: Tensor) -> Tensor:
+        joined = attended.transpose(1, 2).flatten(2)
+        result = F.linear(joined, given.out_proj_weight, given.out_proj_bias)
+        return result.transpose(0, 1) if batched else result.squeeze(0)
+
+    if not given.need_weights:
+        dropout = given.dropout_p if given.training else 0.0
+        return output(F.scaled_dot_product_attention(q, k, v, mask, dropout)), None
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits + mask
-    attention = F.dropout(logits.softmax(-1), dropout_p, training)
-    output = _projected(attention @ v, out_proj_weight, out_proj_bias, batched)
-    attention = attention.detach()
-    attention = attention.mean(1) if average_attn_weights else attention
-    return output, attention if batched else attention.squeeze(0)
-
-
-def _projected(attended: Tensor, weight: Tensor, bias: Tensor | None, batched: bool) -> Tensor:
-    """The output projection of all heads together."""
-    output = F.linear(attended.transpose(1, 2).flatten(2), weight, bias)
-    return output.transpose(0, 1) if batched else output.squeeze(0)
+    weights = F.dropout(logits.softmax(-1), given.dropout_p, given.training)
+    shown = weights.detach().mean(1) if given.average_attn_weights else weights.detach()
+    return output(weights @ v), shown if batched else shown.squeeze(0)
 
 
 MULTI_HEAD: dict[str, Form] = {"multi_head_attention_forward": record_multi_head_attention}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.numerics import rectify
 from captum_abslrp.engine.tape import Record
-from captum_abslrp.rules.base import Form, once
+from captum_abslrp.rules.base import Form, multiplied
 from captum_abslrp.rules.contributions import diagonal
 from captum_abslrp.rules.tails import passed_on
 
@@ -23,59 +22,34 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
     r"""The factor of layer norm; mean and variance are constants of the call.
 
     :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s`, per magnitude
-    :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`.
-
-    Args:
-        x: input, (..., D).
-        normalized_dims: how many trailing dimensions are normalized together.
-        weight: ``w`` of these dimensions, or None.
-        eps: of the layer norm, inside the square root of the variance.
-
-    Returns:
-        What ``s`` is multiplied by, shaped like ``x``.
+    :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`. As many trailing dimensions as
+    ``normalized_dims`` are normalized together; ``weight`` has their shape.
 
     Example:
         >>> layer_norm(torch.tensor([[1.0, -1.0]]), 1, torch.ones(2), 1.0)
         tensor([[1.7071, 0.2929]])
     """
     dims = list(range(-normalized_dims, 0))
-    plain, twin_part = _rsigma(x, dims, eps), _rsigma(x.abs(), dims, eps)
-    if weight is not None:
-        plain, twin_part = plain * weight, twin_part * weight.abs()
-    sign = x.sign()
-    return (sign * plain).addcmul_(sign.abs(), twin_part)
+    return _twin_factor(x, _rsigma(x, dims, eps), _rsigma(x.abs(), dims, eps), weight)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
     r"""The factor of group norm (of instance norm, with one channel in each group).
 
     As :func:`layer_norm`: :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)` with
-    :math:`\sigma` over the channels of a group and all places.
-
-    Args:
-        x: input, (B, C, ...).
-        groups: number of groups of channels.
-        weight: ``w`` of each channel, (C,), or None.
-        eps: of the group norm, inside the square root of the variance.
-
-    Returns:
-        What ``s`` is multiplied by, shaped like ``x``.
+    :math:`\sigma` over the channels of a group and all places. ``x`` is (B, C, ...), ``weight`` (C,).
 
     Example:
         >>> group_norm(torch.tensor([[[1.0, -1.0]]]), 1, torch.ones(1), 1.0)
         tensor([[[1.7071, 0.2929]]])
     """
+    channels = (x.shape[1], *[1] * (x.dim() - 2))
     grouped = x.unflatten(1, (groups, -1)).flatten(2)
-    per_channel = (1, x.shape[1], *[1] * (x.dim() - 2))
-    plain, twin_part = (
-        _rsigma(v, [2], eps).expand(-1, -1, x.shape[1] // groups).reshape(-1, *per_channel[1:])
+    plain, absolute = (
+        _rsigma(v, [2], eps).expand(-1, -1, channels[0] // groups).reshape(-1, *channels)
         for v in (grouped, grouped.abs())
     )
-    if weight is not None:
-        weight = weight.view(per_channel)
-        plain, twin_part = plain * weight, twin_part * weight.abs()
-    sign = x.sign()
-    return (sign * plain).addcmul_(sign.abs(), twin_part)
+    return _twin_factor(x, plain, absolute, None if weight is None else weight.view(channels))
 
 
 def _rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -84,13 +58,19 @@ def _rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
     return centered.square_().mean(dims, keepdim=True).add_(eps).rsqrt_()
 
 
+def _twin_factor(x: Tensor, plain: Tensor, absolute: Tensor, weight: Tensor | None) -> Tensor:
+    """The factor by the reciprocal standard deviations of ``x`` and of ``|x|``."""
+    if weight is not None:
+        plain, absolute = plain * weight, absolute * weight.abs()
+    sign = x.sign()
+    return (sign * plain).addcmul_(sign.abs(), absolute)
+
+
 def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of RMS norm; the mean square is a constant of the call.
+    r"""The factor of RMS norm; the mean square is a constant of the call. Arguments as of :func:`layer_norm`.
 
     The mean square of ``x`` is that of ``|x|``: :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`,
     per magnitude :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
-
-    Args and returns: as :func:`layer_norm`.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, -4.0]]), 1, torch.ones(2), 0.0)
@@ -102,114 +82,53 @@ def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float)
     return rectify(scale.abs(), x * scale)
 
 
-def record_batch_norm(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
-    if call.func is torch.batch_norm:  # the order of its arguments differs
-        weight, bias, mean, var, training, momentum, eps, _ = args
-        return _record_batch_norm(call, input, mean, var, weight, bias, training, momentum, eps)
-    return _record_batch_norm(call, input, *args, **kwargs)
+Norm = Callable[[Tensor, int, Tensor | None, float], Tensor]
+"""From ``x``, the number of dimensions or groups, the weight and ``eps`` to the factor."""
 
 
-def _record_batch_norm(
+def _record_norm(
     call: Call,
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    output: Tensor,
+    norm: Norm,
+    size: int,
+    weight: Tensor | None,
+    eps: float,
+    **options: Any,
 ) -> Record:
-    output = call.run(
-        lambda: F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-    )
-    remake = (
-        None
-        if training or running_var is None
-        else partial(
-            F.batch_norm,
-            running_mean=running_mean,
-            running_var=running_var,
-            weight=weight,
-            bias=bias,
-            eps=eps,
-        )
-    )
-    if training or running_var is None:
-        running_var = input.transpose(0, 1).flatten(1).var(1, correction=0)
-    scale = (running_var + eps).rsqrt()
-    scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
-    x = call.save(input)
-    factor = once(lambda: diagonal(x(), scale))
-    kept = None if remake is None else call.save_output(output, lambda: remake(x()))
-    z = call.save(output) if kept is None else kept
-    return Record(
-        output,
-        [input],
-        lambda s: [s.mul_(factor())],
-        keeps_sign=True,
-        saved_output=kept,
-        tail=passed_on(z, x, scale.sign),
-    )
+    """A norm by its factor; ``size`` is the number of dimensions or of groups."""
+    x, w = call.save(input), None if weight is None else call.save(weight)
+    return multiplied(output, input, lambda: norm(x(), size, w() if w else None, eps), **options)
 
 
-def record_layer_norm(
-    call: Call,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Record:
-    output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
-    x = call.save(input)
-    w = None if weight is None else call.save(weight)
-    factor = once(lambda: layer_norm(x(), len(normalized_shape), w() if w else None, eps))
-    kept = call.save_output(output, lambda: F.layer_norm(x(), normalized_shape, weight, bias, eps))
-    return Record(output, [input], lambda s: [s.mul_(factor())], saved_output=kept)
+def _norm_form(
+    function: Callable[..., Tensor],
+    norm: Norm,
+    size_of: Callable[[Any], int],
+    *,
+    remade: bool = False,
+    keeps_sign: bool = False,
+) -> Form:
+    """The form of a norm whose second argument says how many dimensions or groups are normalized."""
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)[1:]
+
+    def record(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
+        # Functions of torch take an option of cuDNN, too, which changes nothing.
+        pairs = [*zip(names, args, strict=False), *kwargs.items()]
+        options = {name: value for name, value in pairs if name in names}
+        output, x = call.run(lambda: function(input, **options)), call.save(input)
+        z = call.save_output(output, lambda: function(x(), **options)) if remade else None
+        size, weight = size_of(options[names[0]]), options.get("weight")
+        eps = options.get("eps", parameters["eps"].default)
+        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        facts = {"keeps_sign": keeps_sign, "saved_output": z}
+        return _record_norm(call, input, output, norm, size, weight, eps, **facts)
+
+    return record
 
 
-def record_rms_norm(
-    call: Call,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Record:
-    output = call.run(lambda: F.rms_norm(input, normalized_shape, weight, eps))
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    x = call.save(input)
-    w = None if weight is None else call.save(weight)
-    factor = once(lambda: rms_norm(x(), len(normalized_shape), w() if w else None, eps))
-    return Record(output, [input], lambda s: [s.mul_(factor())], keeps_sign=True)
-
-
-def record_group_norm(
-    call: Call,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Record:
-    output = call.run(lambda: F.group_norm(input, num_groups, weight, bias, eps))
-    return _record_groups(call, input, output, num_groups, weight, eps)
-
-
-def record_instance_norm(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
-    if call.func is torch.instance_norm:  # the order of its arguments differs
-        weight, bias, mean, var, use_input_stats, momentum, eps, _ = args
-        return _record_instance_norm(
-            call, input, mean, var, weight, bias, use_input_stats, momentum, eps
-        )
-    return _record_instance_norm(call, input, *args, **kwargs)
-
-
-def _record_instance_norm(
+def record_instance_norm(
     call: Call,
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -220,46 +139,76 @@ def _record_instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Record:
+    statistics = (running_mean, running_var, weight, bias)
     if not use_input_stats:
-        return _record_batch_norm(call, input, running_mean, running_var, weight, bias, eps=eps)
-    output = call.run(
-        lambda: F.instance_norm(
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
-    )
-    return _record_groups(call, input, output, input.shape[1], weight, eps)
+        return record_batch_norm(call, input, *statistics, eps=eps)
+    output = call.run(lambda: F.instance_norm(input, *statistics, True, momentum, eps))
+    return _record_norm(call, input, output, group_norm, input.shape[1], weight, eps)
 
 
-def _record_groups(
-    call: Call, input: Tensor, output: Tensor, groups: int, weight: Tensor | None, eps: float
+def record_batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Record:
-    x = call.save(input)
-    w = None if weight is None else call.save(weight)
-    factor = once(lambda: group_norm(x(), groups, w() if w else None, eps))
-    return Record(output, [input], lambda s: [s.mul_(factor())])
+    def run(x: Tensor) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    output, x = call.run(lambda: run(input)), call.save(input)
+    variance, kept = running_var, None
+    if training or variance is None:
+        variance = input.transpose(0, 1).flatten(1).var(1, correction=0)
+    else:  # training changes the running statistics
+        kept = call.save_output(output, lambda: run(x()))
+    scale = (variance + eps).rsqrt()
+    scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
+    return multiplied(
+        output,
+        input,
+        lambda: diagonal(x(), scale),
+        keeps_sign=True,
+        saved_output=kept,
+        tail=passed_on(kept or call.save(output), x, scale.sign),
+    )
 
 
 def record_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
     """Division by a positive number that depends on the data, ``2 (x / c)^+ s``."""
     output = call.run(lambda: call.func(input, *args, **kwargs))
     x, z = call.save(input), call.save(output)
-    factor = once(lambda: numerics.rectify(z() / x(), x()))
-    return Record(
+    return multiplied(
         output,
-        [input],
-        lambda s: [s.mul_(factor())],
+        input,
+        lambda: rectify(z() / x(), x()),
         nonnegative=call.is_nonnegative(input),
         keeps_sign=True,
         tail=passed_on(z, x),
     )
 
 
+def _reordered(original: Any, form: Form) -> Form:
+    """A form that takes the arguments of a function of torch, too, which has weight and bias first."""
+
+    def record(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
+        if call.func is original:
+            args = (*args[2:4], *args[:2], *args[4:7])
+        return form(call, input, *args, **kwargs)
+
+    return record
+
+
 NORMALIZATIONS: dict[str, Form] = {
-    "layer_norm": record_layer_norm,
-    "rms_norm": record_rms_norm,
-    "group_norm": record_group_norm,
-    "instance_norm": record_instance_norm,
+    "layer_norm": _norm_form(F.layer_norm, layer_norm, len, remade=True),
+    "rms_norm": _norm_form(F.rms_norm, rms_norm, len, keeps_sign=True),
+    "group_norm": _norm_form(F.group_norm, group_norm, int),
+    "instance_norm": _reordered(torch.instance_norm, record_instance_norm),
     "normalize": record_divided,
     "local_response_norm": record_divided,
 }
-BATCH_NORM: dict[str, Form] = {"batch_norm": record_batch_norm}
+BATCH_NORM: dict[str, Form] = {"batch_norm": _reordered(torch.batch_norm, record_batch_norm)}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
-from captum_abslrp.engine.numerics import magnitude
+from captum_abslrp.engine.numerics import EPS, magnitude
 from captum_abslrp.engine.tape import Record, Tail
-from captum_abslrp.rules.base import Form, Rule, check_batched
+from captum_abslrp.rules.base import DividingRule, Form, check_batched
 
 
 def max_pool(
@@ -28,14 +26,9 @@ def max_pool(
 ) -> Tensor:
     r"""The twin form of max pooling: the maximum of ``x`` and of ``|x|`` in every window.
 
-    Padding by :math:`-\infty` takes no part.
-
-    Args:
-        x: (B, C, ...).
-        pool: ``x -> (maximum, indices)``; the indices count the elements of one channel.
-        indices: those of ``x``.
-        s: shaped like the maximum.
-        nonnegative: whether ``x`` is known to have no negative entry that takes part.
+    Padding by :math:`-\infty` takes no part. ``x`` is (B, C, ...) and ``s`` is shaped like the maximum.
+    ``pool`` returns the maximum and its indices, which count the elements of one channel; ``indices`` are
+    those of ``x``. With ``nonnegative``, ``x`` is known to have no negative entry that takes part.
 
     Example:
         >>> x = torch.tensor([[[1.0, -2.0]]])
@@ -61,23 +54,20 @@ def record_max_pool(
 ) -> Record:
     check_batched(call, input, int(call.name[-2]))
     with_indices = getattr(F, f"{call.name}_with_indices")
-    bound = inspect.signature(with_indices).bind(input, *args, **kwargs)
-    if bound.arguments.get("return_indices", False):
+    options = inspect.signature(with_indices).bind(input, *args, **kwargs).arguments
+    if options.pop("return_indices", False):
         raise TypeError(f"Expected max pooling without indices, but got {call}.")
-    options = {key: value for key, value in bound.arguments.items() if key != "input"}
+    del options["input"]
 
-    def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-        maximum, indices = with_indices(x, **options)
-        return maximum, indices
+    def pool(x: Tensor) -> Any:
+        return with_indices(x, **options)
 
     output, indices = pool(input)
-    x, at = call.save(input), call.save(indices)
-    z = None if divides else call.save(output)
+    x, at, z = call.save(input), call.save(indices), None if divides else call.save(output)
     nonnegative = call.is_nonnegative(input)
 
     def propagate(s: Tensor) -> list[Tensor]:
-        if z is not None:
-            s.mul_(z().abs() + numerics.EPS)
+        s = s if z is None else s.mul_(z().abs() + EPS)
         return [max_pool(x(), pool, at(), s, nonnegative=nonnegative)]
 
     def to_maximum(s: Tensor) -> list[Tensor]:
@@ -101,7 +91,7 @@ MAX_POOLS: dict[str, Form] = dict.fromkeys(
 )
 
 
-class MaxPoolRule(Rule):
+class MaxPoolRule(DividingRule):
     """Max pooling: the twin rule, the maximum of ``x`` and of ``|x|`` in every window.
 
     Args:
@@ -116,13 +106,3 @@ class MaxPoolRule(Rule):
     """
 
     closed_forms: ClassVar[Mapping[str, Form]] = MAX_POOLS
-
-    def __init__(self, *, divide: bool = True) -> None:
-        self.divide = divide
-
-    def form_of(self, call: Call) -> Form | None:
-        form = super().form_of(call)
-        return form if form is None or self.divide else partial(form, divides=False)
-
-    def __repr__(self) -> str:
-        return f"MaxPoolRule({'' if self.divide else 'divide=False'})"

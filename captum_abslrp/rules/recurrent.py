@@ -1,4 +1,4 @@
-"""Recurrent layers and cells: unrolled, so that each step meets its own rules.
+"""Recurrent layers and cells: unrolled, so that each step has its own rules.
 
 A gate's pre-activation is one affine call on the step's input and the hidden state together.
 
@@ -8,6 +8,7 @@ Axes: B samples, T steps, D features, H hidden features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,13 @@ from captum_abslrp.rules.base import Form
 State = tuple[Tensor, ...]
 """Hidden state (B, H), and of an LSTM the cell state (B, H), too."""
 
-
 Step = Callable[[Tensor, State], State]
 """From the input (B, D) and the state to the next state."""
 
+Weight = Tensor | None
 
-def _joined(
-    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
+
+def _joined(w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Callable[..., Tensor]:
     """``W_ih x + W_hh h + b`` as one linear call."""
     weight = torch.cat([w_ih, w_hh], 1)
     bias = None if b_ih is None or b_hh is None else b_ih + b_hh
@@ -35,11 +35,7 @@ def _joined(
 
 
 def _lstm_step(
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    w_hr: Tensor | None = None,
+    w_ih: Tensor, w_hh: Tensor, b_ih: Weight = None, b_hh: Weight = None, w_hr: Weight = None
 ) -> Step:
     gates = _joined(w_ih, w_hh, b_ih, b_hh)
 
@@ -53,15 +49,12 @@ def _lstm_step(
     return step
 
 
-def _gru_step(
-    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-) -> Step:
-    def halves(tensor: Tensor | None) -> Sequence[Tensor | None]:
+def _gru_step(w_ih: Tensor, w_hh: Tensor, b_ih: Weight = None, b_hh: Weight = None) -> Step:
+    def halves(tensor: Weight) -> Sequence[Weight]:
         return (None, None) if tensor is None else tensor.tensor_split([2 * w_hh.shape[1]])
 
-    of_gates, of_new = zip(*map(halves, (w_ih, w_hh, b_ih, b_hh)), strict=True)
+    of_gates, (w_in, w_hn, b_in, b_hn) = zip(*map(halves, (w_ih, w_hh, b_ih, b_hh)), strict=True)
     gates = _joined(*of_gates)
-    w_in, w_hn, b_in, b_hn = of_new
 
     def step(x: Tensor, state: State) -> State:
         (h,) = state
@@ -72,25 +65,26 @@ def _gru_step(
     return step
 
 
-def _rnn_step(activation: Callable[[Tensor], Tensor]) -> Callable[..., Step]:
-    def make(*weights: Tensor) -> Step:
-        joined = _joined(*weights)
-        return lambda x, state: (activation(joined(x, *state)),)
-
-    return make
+def _rnn_step(activation: Callable[[Tensor], Tensor], *weights: Tensor) -> Step:
+    joined = _joined(*weights)
+    return lambda x, state: (activation(joined(x, *state)),)
 
 
 _STEPS: dict[str, Callable[..., Step]] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
-    "rnn_tanh": _rnn_step(torch.tanh),
-    "rnn_relu": _rnn_step(torch.relu),
+    "rnn_tanh": partial(_rnn_step, torch.tanh),
+    "rnn_relu": partial(_rnn_step, torch.relu),
 }
 
 
 def record_recurrent(call: Call, input: Tensor, hidden: Any, weights: Any, *options: Any) -> Any:
-    states = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
-    return call.recording.run_parts(_recurrent, _STEPS[call.name], input, states, weights, *options)
+    make, states = _STEPS[call.name], _states(hidden)
+    return call.recording.run_parts(_recurrent, make, input, states, weights, *options)
+
+
+def _states(hidden: Any) -> State:
+    return tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
 
 
 def _recurrent(
@@ -106,8 +100,7 @@ def _recurrent(
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
     directions = 2 if bidirectional else 1
-    cells = num_layers * directions
-    per_cell = len(weights) // cells
+    per_cell = len(weights) // (num_layers * directions)
     x = input if batch_first else input.transpose(0, 1)
     finals: list[State] = []
     for layer in range(num_layers):
@@ -116,9 +109,9 @@ def _recurrent(
         outputs = []
         for direction in range(directions):
             cell = layer * directions + direction
-            own = list(weights[cell * per_cell : (cell + 1) * per_cell])
+            own: list[Weight] = list(weights[cell * per_cell : (cell + 1) * per_cell])
             if not has_biases:  # a projection comes after the biases
-                own[2:2] = [None, None]  # type: ignore[list-item]  # no biases
+                own[2:2] = [None, None]
             step, state = make(*own), tuple(s[cell] for s in states)
             steps = x.unbind(1)
             hidden = []
@@ -133,15 +126,14 @@ def _recurrent(
 
 
 def record_cell(call: Call, input: Tensor, hidden: Any, *weights: Tensor) -> Any:
-    states = tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,)
-
     def cell() -> Any:
-        state = _STEPS[call.name.removesuffix("_cell")](*weights)(input, states)
+        state = _STEPS[call.name.removesuffix("_cell")](*weights)(input, _states(hidden))
         return state if len(state) > 1 else state[0]
 
     return call.recording.run_parts(cell)
 
 
-RECURRENT: dict[str, Form] = dict.fromkeys(_STEPS, record_recurrent) | dict.fromkeys(
-    [f"{name}_cell" for name in _STEPS], record_cell
-)
+RECURRENT: dict[str, Form] = {
+    **dict.fromkeys(_STEPS, record_recurrent),
+    **{f"{name}_cell": record_cell for name in _STEPS},
+}

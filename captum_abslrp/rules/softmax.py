@@ -1,4 +1,4 @@
-"""Softmax."""
+"""Softmax: its factor, and how it is recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.numerics import EPS, LEAST, in_pieces
 from captum_abslrp.engine.tape import Record
-from captum_abslrp.rules.base import Form, once
+from captum_abslrp.rules.base import Form, multiplied
 from captum_abslrp.rules.tails import passed_on
 
 
@@ -20,28 +20,19 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
 
     :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`, per magnitude
     :math:`k = \mathrm{sign}(x) p + \mathrm{softmax}(|x|)`. What is masked, by :math:`-\infty` or a number
-    that leaves it a probability of at most ``EPS``, takes no part; where all is masked there is none.
-
-    Args:
-        x: logits, any shape.
-        probabilities: ``p = softmax(x)``.
-        dim: the dimension that adds up to one.
-
-    Returns:
-        What ``s`` is multiplied by, shaped like ``x``.
+    that leaves it a probability of at most ``EPS``, takes no part; where all is masked, relevance is zero.
+    ``probabilities`` are ``p = softmax(x)`` over ``dim``.
 
     Example:
         >>> x = torch.tensor([0.0, -float("inf"), 1.0])
         >>> softmax(x, x.softmax(0), 0)
         tensor([0.0000, -0.0000, 1.4621])
     """
-
     factor = torch.empty_like(x)
-    whole = dim % x.dim() == 0
-    pieces = (
-        ([t] for t in (x, probabilities, factor)) if whole else in_pieces(x, probabilities, factor)
-    )
-    for few, shares, into in zip(*pieces, strict=True):
+    tensors = (x, probabilities, factor)
+    for few, shares, into in (
+        [tensors] if dim % x.dim() == 0 else zip(*in_pieces(*tensors), strict=True)
+    ):
         softmax_factor(few, shares, dim, into, [torch.empty_like(few) for _ in range(2)])
     return factor
 
@@ -49,7 +40,7 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
 def softmax_factor(
     x: Tensor, probabilities: Tensor, dim: int, factor: Tensor, scratch: Sequence[Tensor]
 ) -> None:
-    """:func:`softmax`, into the memory of ``factor``; what two more tensors of the shape hold is lost."""
+    """:func:`softmax`, into the memory of ``factor``; two more tensors of its shape are overwritten."""
     sizes, twin_part = scratch
     torch.nan_to_num(probabilities, out=factor)
 
@@ -79,11 +70,10 @@ def record_softmax(
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
     x = call.save(input)
     p = call.save_output(output, lambda: torch.softmax(x(), dim))
-    factor = once(lambda: softmax(x(), p(), dim))
-    return Record(
+    return multiplied(
         output,
-        [input],
-        lambda s: [s.mul_(factor())],
+        input,
+        lambda: softmax(x(), p(), dim),
         nonnegative=True,
         vanishing=True,
         saved_output=p,

@@ -1,4 +1,4 @@
-"""Relevance on the tail of the score: how calls behind the last layer with weights share it."""
+"""Tails of the score: how calls behind the last layer with weights pass relevance on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def tail_of(
     *,
     keeps_sign: bool = False,
 ) -> Tail:
-    """A tail that says how relevance itself is shared, from that of the output to that of each source."""
+    """A tail by how relevance itself is shared: from that of the output to that of each input."""
 
     def propagate(s: Tensor) -> list[Tensor]:
-        relevance = numerics.relevance(_plus_eps(output()), s)
+        relevance = numerics.relevance(output().abs() + EPS, s)
         return [
-            r / _plus_eps(x()).clamp(max=torch.finfo(r.dtype).max)
+            r / (x().abs() + EPS).clamp(max=torch.finfo(r.dtype).max)
             for r, x in zip(share(relevance), inputs, strict=True)
         ]
 
@@ -45,13 +45,10 @@ def scaled_tail(output: SavedTensor, factor: Callable[[], Tensor | float]) -> Ta
 
 
 def passed_on(
-    output: SavedTensor, source: SavedTensor, sign: Callable[[], Tensor | float] | None = None
+    output: SavedTensor, input: SavedTensor, sign: Callable[[], Tensor | float] | None = None
 ) -> Tail:
-    """The tail of a call that acts on each element alone: relevance passes, with the sign of the slope."""
+    """The tail of a call on each element alone: relevance passes, with the sign of the slope (None if none
+    is negative)."""
     if sign is None:
-        return tail_of(output, [source], lambda relevance: [relevance], keeps_sign=True)
-    return tail_of(output, [source], lambda relevance: [relevance * sign()])
-
-
-def _plus_eps(values: Tensor) -> Tensor:
-    return values.abs() + EPS
+        return tail_of(output, [input], lambda relevance: [relevance], keeps_sign=True)
+    return tail_of(output, [input], lambda relevance: [relevance * sign()])
