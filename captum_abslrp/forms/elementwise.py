@@ -72,6 +72,7 @@ def _answer_function(
         [input],
         lambda s: [s.mul_(factor())],
         nonnegative=call.name in _NONNEGATIVE,
+        keeps_sign=even_slope and increases,
         vanishing=True,
         kept=kept,
         tail=passed_on(
@@ -280,7 +281,7 @@ def answer_product(call: Call, input: Any, other: Any) -> Answer:
         tail = tail_of(
             z, [a, b], lambda r: [(r / 2).sum_to_size(shape) for shape in shapes], keeps_sign=True
         )
-    return Answer(output, sources, propagate, nonnegative=nonnegative, tail=tail)
+    return Answer(output, sources, propagate, nonnegative=nonnegative, keeps_sign=True, tail=tail)
 
 
 def _answer_scaled(call: Call, output: Tensor, value: Any, input: Tensor) -> Answer:
@@ -308,6 +309,7 @@ def answer_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
         lambda s: [s.mul_(factor())],
         constants=[other] if is_source(other) else [],
         nonnegative=nonnegative,
+        keeps_sign=True,
         tail=scaled_tail(call.keep(output), lambda: c().reciprocal()),
     )
 

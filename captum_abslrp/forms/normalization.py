@@ -100,7 +100,7 @@ def answer_rms_norm(
     x = call.keep(input)
     w = None if weight is None else call.keep(weight)
     factor = once(lambda: functional.rms_norm(x(), len(normalized_shape), w() if w else None, eps))
-    return Answer(output, [input], lambda s: [s.mul_(factor())])
+    return Answer(output, [input], lambda s: [s.mul_(factor())], keeps_sign=True)
 
 
 def answer_softmax(
@@ -193,6 +193,7 @@ def answer_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Answ
         [input],
         lambda s: [s.mul_(factor())],
         nonnegative=call.is_nonnegative(input),
+        keeps_sign=True,
         tail=passed_on(z, x),
     )
 
