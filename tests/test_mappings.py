@@ -124,8 +124,8 @@ def test_other_models_get_the_generic_mapping() -> None:
     x = torch.rand(2, 2)
     model = nn.Sequential(nn.Linear(2, 2), nn.MaxPool1d(1))
     torch.testing.assert_close(
-        AbsLRP(model).attribute(x[:, None], (0, 1)),
-        AbsLRP(model, get_mapping("generic")).attribute(x[:, None], (0, 1)),
+        AbsLRP(model).attribute(x[:, None], (0, 1), class_dim=2),
+        AbsLRP(model, get_mapping("generic")).attribute(x[:, None], (0, 1), class_dim=2),
     )
 
 

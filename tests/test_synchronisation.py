@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, attribution, contrast
-from captum_abslrp.forms import elementwise
+from captum_abslrp.forms import base, elementwise
 from tests.conftest import GOLDEN_NAMES, load_golden, realistic, relative_error
 
 WAITING = frozenset(
@@ -41,7 +41,7 @@ class NoWaiting(TorchDispatchMode):
 def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where values are: on the host, where they may be looked at, or as if they were on a device."""
     if request.param == "device":
-        for module in (attribution, contrast, elementwise):
+        for module in (attribution, base, contrast, elementwise):
             monkeypatch.setattr(module, "on_host", lambda condition: None)
     return str(request.param)
 

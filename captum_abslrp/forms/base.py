@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_abslrp import functional
-from captum_abslrp.calls import instances_in, map_instances, tensors_in
+from captum_abslrp.calls import instances_in, map_instances, on_host, tensors_in
 from captum_abslrp.complex_calls import PREFIX
 from captum_abslrp.functional import EPS, LEAST
 from captum_abslrp.interception import Call, UnsupportedCallError, carries_relevance
@@ -337,11 +337,11 @@ def without_noise(
 
 def _has_one_sign(weight: Tensor) -> bool:
     """Whether it is known that a constant has no two entries of different signs."""
-    if weight.device.type != "cpu" or weight.numel() == 0 or is_source(weight):
+    if weight.numel() == 0 or weight.is_meta or is_source(weight):
         return False
 
     def has_one_sign(values: Tensor) -> bool:
-        return not (bool((values < 0).any()) and bool((values > 0).any()))
+        return on_host((values < 0).any() & (values > 0).any()) is False
 
     weight = weight.detach()
     # The weights of almost every layer differ in sign in their first row already.
