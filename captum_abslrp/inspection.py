@@ -20,6 +20,7 @@ from captum_abslrp.engine.arguments import tensors_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.modules import Frame
+from captum_abslrp.engine.names import canonical_name
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.engine.samples import Misaligned
 from captum_abslrp.engine.state import unchanged
@@ -209,4 +210,4 @@ class _Survey(Recording):
 
 
 def _name_of(func: Any) -> str:
-    return resolve_name(func) or getattr(func, "__name__", str(func))
+    return resolve_name(func) or canonical_name(func)[0]

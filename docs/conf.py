@@ -55,6 +55,7 @@ nitpick_ignore = [
         "captum_abslrp.engine.recording.Recording",
         "captum_abslrp.engine.observers.Observer",
         "captum_abslrp.engine.protocols.CallRule",
+        "captum_abslrp.rules.base.DividingRule",
         "captum_abslrp.engine.calls.Recorder",
         "Array",
         "Key",

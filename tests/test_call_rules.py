@@ -703,4 +703,8 @@ def test_every_call_of_the_mapping_has_a_case() -> None:
         for keys, _ in get_mapping().entries
         for name in (keys if isinstance(keys, tuple) else (keys,))
     }
-    assert names == {*(case.split(",")[0] for case in CASES), *ELSEWHERE}
+    tested = {*(case.split(",")[0] for case in CASES), *ELSEWHERE}
+    assert names == tested, (
+        f"{sorted(names - tested)} have no case in CASES, or WRITTEN_OUT if they are run part by part; "
+        f"{sorted(tested - names)} have no rule"
+    )

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, trace_relevance
+from captum_abslrp.engine.calls import Call
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.rules import AbsLRPRule
+from captum_abslrp.rules import AbsLRPRule, Record, Rule
 from tests.conftest import relative_error
 
 Tail = Callable[[Tensor], Tensor]
@@ -370,3 +371,26 @@ def test_zero_maps_of_parts_of_a_batch_are_warned_about_once() -> None:
         with pytest.warns(UserWarning, match="zero for 2 of 4 samples, first for sample 2") as seen:
             AbsLRP(model).attribute(x, 0, contrast=None, internal_batch_size=size)
         assert len(seen) == 1
+
+
+class Unscaled(Rule):
+    """A linear layer whose relevance is left as it is."""
+
+    def record(self, call: Call) -> Record:
+        x, weight = call.args[:2]
+        w = call.save(weight)
+        output = call.run(lambda: call.func(*call.args, **call.kwargs))
+        return Record(output, [x], lambda s: [s @ w().abs()], scaled=False)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_score_of_zero_behind_a_relu_has_no_relevance_whatever_the_rule_before(
+    inplace: bool,
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace)), torch.randn(3, 4)
+    at_zero = model(x).argmin(1)
+    mapping = get_mapping().extended({"linear": Unscaled()})
+    with pytest.warns(UserWarning, match="The map of the target is zero"):
+        relevance = AbsLRP(model, mapping).attribute(x, at_zero, contrast=None)
+    assert not relevance.any()

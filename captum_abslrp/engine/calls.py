@@ -36,8 +36,8 @@ class Call:
     """One call of the forward pass.
 
     Attributes:
-        name: canonical name: no module, no dunder, no trailing underscore (``"add"`` for
-            ``torch.add``, ``+``, ``+=`` and ``Tensor.add_``).
+        name: canonical name: no dunder, no trailing underscore, and no module if that is PyTorch's (``"add"``
+            for ``torch.add``, ``+``, ``+=`` and ``Tensor.add_``).
         func: the function that was called, as ``torch.overrides`` passes it.
         args: its positional arguments.
         kwargs: its keyword arguments, without ``out`` and ``inplace``.
@@ -70,7 +70,10 @@ class Call:
         return self.args[::-1] if self.reflected else self.args
 
     def save(self, tensor: Tensor) -> SavedTensor:
-        """Keep a tensor for the backward pass."""
+        """Save a tensor for the backward pass, as it is now: it is cloned if the model overwrites it later.
+
+        Calling what is returned gives the tensor, in float32 where it is of half precision.
+        """
         return self.recording.save(tensor)
 
     def save_output(self, output: Tensor, remake: Callable[[], Tensor]) -> SavedTensor:

@@ -101,8 +101,12 @@ def transformed_dims(name: str, rank: int, *args: Any, **kwargs: Any) -> tuple[i
 
 @functools.lru_cache(maxsize=4096)
 def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
-    """Name without module, dunder and trailing underscore (``"namespace::name"`` for an operator of a
-    library); whether in place; whether reflected."""
+    """The name of a function, whether it works in place, and whether its arguments are reflected.
+
+    The name has no module, dunder or trailing underscore. That of an operator of a library is
+    ``"namespace::name"``; that of a function outside of PyTorch is ``"module.name"``, with the module that
+    defines it.
+    """
     name = getattr(func, "__name__", str(func)).removeprefix("special_")
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         namespace, name = str(func).split(".")[:2]

@@ -261,7 +261,7 @@ def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> tuple[bool, se
             step.on_tail = step.tail is not None
             divides |= step.on_tail or step.scaled
             if not step.on_tail:
-                step.stabilized, step.vanishing = step.scaled, None
+                step.is_first, step.stabilized, step.vanishing = True, step.scaled, None
                 continue
         for following, _ in node.next_functions:
             if following is not None:

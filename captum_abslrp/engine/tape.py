@@ -16,8 +16,8 @@ from captum_abslrp.engine.observers import ObservedCall
 from captum_abslrp.engine.saved import SavedTensor, SavedTensors, in_full_precision, storage_of
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
-"""From relevance per magnitude of the output to that of each source, before it is scaled. A factor that all
-inputs share may be left out. What is given may be overwritten, and what is returned will be."""
+"""From relevance per magnitude of the output to that of each input. Where it is scaled afterwards, a factor
+that all inputs share may be left out. The argument may be overwritten, and what is returned will be."""
 
 
 class Record(NamedTuple):
@@ -30,7 +30,9 @@ class Record(NamedTuple):
     propagate: Propagate
     """Maps relevance per magnitude of the output to that of each input; runs once per seed."""
     scaled: bool = True
-    """Whether the relevance of each sample is scaled afterwards, as for all but pass-through calls."""
+    """Whether the relevance of each sample is scaled afterwards, so that the sum of its magnitudes is the total,
+    or with ``"joint"`` that of what arrived. A rule of another family, or one that only passes relevance, says
+    no."""
     constants: Sequence[Tensor] = ()
     """Arguments that depend on the explained inputs, too, and are constants of this call."""
     nonnegative: bool = False
@@ -42,7 +44,7 @@ class Record(NamedTuple):
     keeps_sign: bool = False
     """Whether the rule passes nothing negative where nothing negative arrives."""
     saved_output: SavedTensor | None = None
-    """The output, saved by :meth:`Call.save_output` or otherwise."""
+    """The output, saved by ``Call.save_output`` or otherwise."""
     all_seeds: bool = False
     """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
     scale_now: bool = False
@@ -106,6 +108,8 @@ class Step:
     """Whether the rule takes all seeds at once."""
     stabilized: bool = False
     """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
+    is_first: bool = False
+    """Whether it is the first step behind the tail of the score, or behind the score itself."""
     positive: bool = False
     """Whether what arrives is known to be nowhere negative."""
     shared: bool = True
@@ -176,7 +180,7 @@ class Step:
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
-        if self.rectified is not None and (self.on_tail or self.stabilized):
+        if self.rectified is not None and (self.on_tail or self.is_first):
             output = self.rectified()
             seeds = [numerics.rectify(in_full_precision(s), output) for s in seeds]
         self.rectified = None

@@ -49,8 +49,9 @@ class Rule(PropagationRule):
     def record(self, call: Call) -> Any:
         """Run a call and record how relevance goes from its output to its inputs.
 
-        PyTorch records no history meanwhile. Returns a :class:`~captum_abslrp.engine.tape.Record`, and raises
-        ``TypeError`` if the rule has no form for this kind of call.
+        PyTorch records no history meanwhile. Returns a :class:`~captum_abslrp.engine.tape.Record`; any other
+        result is a constant of the calls that use it. Raises ``TypeError`` if the rule has no form for the
+        call.
         """
         form = self.form_of(call)
         if form is None:

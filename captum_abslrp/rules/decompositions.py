@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.numerics import EPS
 from captum_abslrp.engine.tape import Record
-from captum_abslrp.rules.base import Form
+from captum_abslrp.rules.base import Form, Rule
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -114,3 +114,33 @@ def record_gumbel_softmax(
 
 DECOMPOSITIONS: dict[str, Form] = {name: _decomposed(parts) for name, parts in _PARTS.items()}
 DECOMPOSITIONS["gumbel_softmax"] = record_gumbel_softmax
+
+
+class DecomposedRule(Rule):
+    """A call that is made of others: run part by part, each part by its own rule.
+
+    Args:
+        parts: the function that makes the parts; it takes the arguments of the call.
+
+    Example:
+        >>> from torch.overrides import wrap_torch_function
+        >>> from captum_abslrp import register_call_rule
+        >>> @wrap_torch_function(lambda x, gate: (x, gate))
+        ... def swiglu(x, gate):  # a fused kernel
+        ...     return x * F.silu(gate)
+        >>> register_call_rule(swiglu, DecomposedRule(lambda x, gate: x * F.silu(gate)))
+        >>> class Net(nn.Linear):
+        ...     def forward(self, x):
+        ...         return swiglu(*super().forward(x).chunk(2, 1))
+        >>> AbsLRP(Net(3, 4)).attribute(torch.rand(5, 3), target=0).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, parts: Callable[..., Any]) -> None:
+        self.parts = parts
+
+    def record(self, call: Call) -> Any:
+        return call.recording.run_parts(self.parts, *call.operands, **call.kwargs)
+
+    def runs_parts_of(self, call: Call) -> bool:
+        return True
