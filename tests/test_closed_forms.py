@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.rules import AbsLRPRule, DropoutRule, MaxPoolRule, Rule, TwinRule
@@ -385,6 +386,6 @@ def test_twin_rule_is_the_definition_for_any_call(name: str, rule: Rule) -> None
 
 def test_rule_names_the_calls_that_it_is_for() -> None:
     with pytest.raises(
-        TypeError, match=r"Expected MaxPoolRule to be used for one of .*max_pool2d.*"
+        UnsupportedCallError, match=r"Expected MaxPoolRule to be used for one of .*max_pool2d.*"
     ):
         by_rule(MaxPoolRule(), torch.tanh, [torch.ones(1, 2)], torch.ones_like)

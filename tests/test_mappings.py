@@ -99,26 +99,41 @@ def test_vit_options(name: str, fused: bool) -> None:
     check(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("timm:test_vit", "vit"),
-        ("timm:resnet18", "resnet"),
-        ("timm:vgg11", "vgg"),
-        ("timm:deit_tiny_distilled_patch16_224", "vit_distilled"),
-        ("torchvision:vit_b_16", "vit"),
-        ("torchvision:resnet18", "resnet"),
-        ("torchvision:vgg11", "vgg"),
-    ],
-)
-def test_the_mapping_is_found_from_the_class(module: str, name: str) -> None:
-    library, model = module.split(":")
+FOUND = {
+    "timm:test_vit": "vit",
+    "timm:resnet18": "resnet",
+    "timm:vgg11": "vgg",
+    "timm:deit_tiny_distilled_patch16_224": "vit_distilled",
+    "torchvision:vit_b_16": "vit",
+    "torchvision:resnet18": "resnet",
+    "torchvision:vgg11": "vgg",
+}
+"""A model of each registered class, and its mapping."""
+
+
+def of_class(model: str) -> nn.Module:
+    library, name = model.split(":")
     with torch.device("meta"):
-        made = (
-            timm.create_model(model) if library == "timm" else getattr(torchvision.models, model)()
+        made: nn.Module = (
+            timm.create_model(name) if library == "timm" else getattr(torchvision.models, name)()
         )
-    found = find_mapping(made)
-    assert found is get_mapping(name)
+    return made
+
+
+@pytest.mark.parametrize("model", FOUND)
+def test_the_mapping_is_found_from_the_class(model: str) -> None:
+    assert find_mapping(of_class(model)) is get_mapping(FOUND[model])
+
+
+def test_every_registered_class_of_timm_and_torchvision_is_tested() -> None:
+    registered = {
+        name
+        for name in registry_module._ARCHITECTURES
+        if name.startswith(("timm.", "torchvision."))
+    }
+    tested = {type(of_class(model)) for model in FOUND}
+    missing = registered - {f"{cls.__module__}.{cls.__qualname__}" for cls in tested}
+    assert not missing, f"{missing} have no model in FOUND"
 
 
 def test_other_models_get_the_generic_mapping() -> None:

@@ -10,8 +10,9 @@ from captum.attr import LRP
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP
+from captum_abslrp import AbsLRP, UnsupportedCallError
 from captum_abslrp.engine.propagation import propagate
+from captum_abslrp.mappings import get_mapping
 from captum_abslrp.rules import AbsLRPRule, MaxPoolRule, PassThroughRule, Rule, TwinRule
 from tests.conftest import relative_error
 
@@ -165,10 +166,10 @@ def test_a_rule_on_a_container_holds_for_what_is_inside() -> None:
     model, x = vgg_style(), images()
     container = nn.Sequential(model[:3], model[3:])
     container[0].rule = MaxPoolRule(divide=False)
-    with pytest.raises(TypeError, match="Expected MaxPoolRule to be used for one of"):
+    with pytest.raises(UnsupportedCallError, match="Expected MaxPoolRule to be used for one of"):
         AbsLRP(container).attribute(x, 1)
     container[0].rule = PassThroughRule()
-    with pytest.raises(TypeError, match="keeps the shape of its input"):
+    with pytest.raises(UnsupportedCallError, match="keeps the shape of its input"):
         AbsLRP(container).attribute(x, 1)
     container[0].rule = TwinRule()
     assert (
@@ -245,3 +246,15 @@ def test_rules_have_readable_names() -> None:
     assert repr(AbsLRPRule()) == "AbsLRPRule()"
     assert repr(MaxPoolRule(divide=False)) == "MaxPoolRule(divide=False)"
     assert repr(TwinRule()) == "TwinRule()"
+
+
+@pytest.mark.parametrize("rule", [MaxPoolRule(), PassThroughRule()])
+def test_what_a_rule_says_is_not_lost_behind_an_operator(rule: Rule) -> None:
+    class Product(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            return h * h.mean(1, keepdim=True)
+
+    mapping = get_mapping().extended({"mul": rule})
+    with pytest.raises(UnsupportedCallError, match="torch.Tensor.mul"):
+        AbsLRP(Product(3, 2), mapping).attribute(torch.rand(4, 3), target=0)

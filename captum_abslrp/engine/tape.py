@@ -30,9 +30,9 @@ class Record(NamedTuple):
     propagate: Propagate
     """Maps relevance per magnitude of the output to that of each input; runs once per seed."""
     scaled: bool = True
-    """Whether the relevance of each sample is scaled afterwards, so that the sum of its magnitudes is the total,
-    or with ``"joint"`` that of what arrived. A rule of another family, or one that only passes relevance, says
-    no."""
+    """Whether the relevance of each sample is scaled afterwards, so that the sum of its magnitudes is the
+    total, or with ``"joint"`` that of what arrived. A rule of another family, or one that only passes
+    relevance, says no."""
     constants: Sequence[Tensor] = ()
     """Arguments that depend on the explained inputs, too, and are constants of this call."""
     nonnegative: bool = False

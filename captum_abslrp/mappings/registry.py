@@ -34,9 +34,10 @@ class At:
     """Matches calls by where they are made.
 
     Args:
-        pattern: path of the module that makes the call, with shell-style wildcards. The path is
-            relative to the module that the mapping was found for; that module itself is ``""``.
-        call: name of the call; None matches every call that is made there.
+        pattern: path of the module that makes the call, with the wildcards of ``fnmatch``: ``*`` matches
+            dots, too. The path is relative to the module that the mapping was found for; that module itself
+            is ``""``.
+        call: canonical name of the call (``"add"``); None matches every call that is made there.
 
     Example:
         >>> At("*pos_drop")
@@ -48,7 +49,8 @@ class At:
 
 
 Key = str | type[nn.Module] | At
-"""A call by its name (``"add"``), the calls of a layer type (``nn.Dropout``) or place (:class:`At`)."""
+"""A call by its canonical name (``"add"`` for what ``inspect_rules`` prints as ``torch.Tensor.add``), the calls
+of a layer type (``nn.Dropout``) or place (:class:`At`)."""
 
 
 @dataclass(frozen=True)

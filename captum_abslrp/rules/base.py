@@ -14,6 +14,7 @@ from captum_abslrp.engine.arguments import on_host, tensors_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.complex import suits_parts
 from captum_abslrp.engine.dependence import carries_relevance, is_source
+from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.names import PREFIX
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.captum import run_under_captum
@@ -50,12 +51,13 @@ class Rule(PropagationRule):
         """Run a call and record how relevance goes from its output to its inputs.
 
         PyTorch records no history meanwhile. Returns a :class:`~captum_abslrp.engine.tape.Record`; any other
-        result is a constant of the calls that use it. Raises ``TypeError`` if the rule has no form for the
-        call.
+        result is a constant of the calls that use it. Raises
+        ``UnsupportedCallError`` if the rule has no form for the call.
         """
         form = self.form_of(call)
         if form is None:
-            raise TypeError(
+            # Not a TypeError, which an operator such as `*` would turn into one of its own.
+            raise UnsupportedCallError(
                 f"Expected {type(self).__name__} to be used for one of {sorted(self.closed_forms)}, but "
                 f"got {call}. Use `AbsLRPRule()` or `TwinRule()` there."
             )
@@ -140,7 +142,7 @@ def record_passed(call: Call, *_: Any, **__: Any) -> Any:
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     inputs = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
     if not isinstance(output, Tensor) or any(s.shape != output.shape for s in inputs):
-        raise TypeError(
+        raise UnsupportedCallError(
             f"Expected relevance to pass through a call that keeps the shape of its input, but got "
             f"{call}."
         )
