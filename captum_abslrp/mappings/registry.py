@@ -49,8 +49,8 @@ class At:
 
 
 Key = str | type[nn.Module] | At
-"""A call by its canonical name (``"add"`` for what ``inspect_rules`` prints as ``torch.Tensor.add``), the calls
-of a layer type (``nn.Dropout``) or place (:class:`At`)."""
+"""A call by its canonical name (``"add"`` for what ``inspect_rules`` prints as ``torch.Tensor.add``), the
+calls of a layer type (``nn.Dropout``) or place (:class:`At`)."""
 
 
 @dataclass(frozen=True)
