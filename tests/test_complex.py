@@ -17,11 +17,11 @@ from captum_abslrp import (
     AbsLRP,
     LayerAbsLRP,
     UnsupportedCallError,
-    calls,
     inspect_rules,
     register_call_rule,
     trace_relevance,
 )
+from captum_abslrp.engine import names
 from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.mappings import At, get_mapping, registry
@@ -245,7 +245,7 @@ def test_transforms_are_linear_without_weights(name: str, rule: Rule | None) -> 
 
 def test_every_transform_has_a_case() -> None:
     assert {name.partition(" ")[0] for name in TRANSFORMS} == {
-        name.removeprefix("fft_") for name in calls.TRANSFORMS
+        name.removeprefix("fft_") for name in names.TRANSFORMS
     }
 
 
