@@ -263,6 +263,9 @@ CASES: dict[str, Callable[[int], Case]] = {
         lambda a, b: torch.einsum("bhic,bhjc->bhij", a, b),
         [draw_tensor(s, 2, 2, 3, 4), draw_tensor(s + 1, 2, 2, 5, 4)],
     ),
+    "einsum, of sums": lambda s: Case(
+        lambda a, b: torch.einsum("bi,bj->b", a, b), [draw_tensor(s, 2, 3), draw_tensor(s + 1, 2, 4)]
+    ),
     "addmm": affine_sum("addmm", (5,), (3, 4), (4, 5)),
     "addmv": affine_sum("addmv", (3,), (3, 4), (4,)),
     "baddbmm": affine_sum("baddbmm", (2, 3, 5), (2, 3, 4), (2, 4, 5)),

@@ -462,6 +462,15 @@ def test_a_negative_factor_is_the_sign_of_the_product(name: str, normalization: 
     torch.testing.assert_close(*maps, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_a_negative_factor_is_the_sign_of_the_summand(normalization: str) -> None:
+    def calls(h: Tensor, beta: float) -> Tensor:
+        return torch.addmm(h.sin() if beta > 0 else -h.sin(), h.tanh(), matrix(True), beta=beta)
+
+    maps = [explain(lambda h, b=b: calls(h, b), None, normalization) for b in (-2.0, 2.0)]
+    torch.testing.assert_close(*maps, rtol=1e-9, atol=1e-12)
+
+
 class Graph(nn.Module):
     """A graph network: the nodes of one graph are one sample."""
 
@@ -849,6 +858,30 @@ def test_the_input_of_a_layer_that_is_one_call(
     for actual, expected in zip(*maps, strict=True):
         assert torch.equal(actual, expected)
         assert bool(actual.any())
+
+
+def test_a_container_that_a_layer_is_given_is_left_alone(
+    registered: Callable[[Any], None],
+) -> None:
+    class Unpacking(nn.Module):
+        def forward(self, given: Fields) -> Tensor:
+            return given.spikes * given.state[0].tanh()
+
+    registered(Unpacking)
+
+    def used_again(h: Tensor) -> Tensor:
+        given = Fields(h, [h.relu()])
+        z: Tensor = Unpacking()(given)
+        return z + given.spikes + given.state[0]
+
+    def made_twice(h: Tensor) -> Tensor:
+        state = h.relu()
+        z: Tensor = Unpacking()(Fields(h, [state]))
+        return z + h + state
+
+    x = samples()
+    maps = [AbsLRP(ready(Between(calls), x)).attribute(x, 1) for calls in (used_again, made_twice)]
+    torch.testing.assert_close(*maps)
 
 
 class Remembering(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.engine.recording import Recording
-from captum_abslrp.rules import AbsLRPRule, DropoutRule, MaxPoolRule, Rule, TwinRule
+from captum_abslrp.rules import AbsLRPRule, DropoutRule, MaxPoolRule, Rule, TwinRule, affine
 from captum_abslrp.rules.captum import SingleRule
 
 EPS = 1e-9
@@ -98,6 +98,24 @@ def assert_literal(
 def test_linear(seed: int, b: int, i: int, o: int, signed: bool, bias: bool) -> None:
     weights = [draw_tensor(seed + 2, o, i), *([draw_tensor(seed + 3, o)] if bias else [])]
     assert_literal(F.linear, [draw_tensor(seed, b, 3, i, signed=signed)], weights, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_large_weight_is_used_piece_by_piece(
+    signed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = draw_tensor(0, 3, 4).to(dtype), draw_tensor(1, 9, 4).to(dtype)
+
+    def call(x: Tensor) -> Tensor:
+        return F.linear(x.sin() if signed else x.sigmoid(), w)
+
+    def found() -> Tensor:
+        return by_rule(AbsLRPRule(), call, [x], torch.ones_like)[0][0]
+
+    at_once = found()
+    monkeypatch.setattr(affine, "LARGE", 8)
+    torch.testing.assert_close(found(), at_once)
 
 
 @given(seeds, st.integers(1, 3), sizes, st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
@@ -270,6 +288,21 @@ def test_gelu_with_its_arguments(seed: int, approximate: str) -> None:
     assert_literal(
         lambda x: F.gelu(x, approximate=approximate), [draw_tensor(seed, 4, 5)], seed=seed
     )
+
+
+@given(seeds)
+def test_batch_norm_in_training_has_the_statistics_of_the_batch(seed: int) -> None:
+    x, w, b = (draw_tensor(seed + i, *shape) for i, shape in enumerate([(2, 3, 2), (3,), (3,)]))
+    x = x * torch.tensor([0.1, 1.0, 10.0]).double()[:, None]  # variances beside a large `eps`
+    mean, var = x.mean((0, 2)), x.var((0, 2), correction=0)
+    of_batch, of_statistics = (
+        by_rule(AbsLRPRule(), call, [x], torch.ones_like)[0][0]
+        for call in (
+            lambda x: F.batch_norm(x, None, None, w, b, True, 0.1, 1.0),
+            lambda x: F.batch_norm(x, mean, var, w, b, False, 0.1, 1.0),
+        )
+    )
+    torch.testing.assert_close(of_batch, of_statistics, rtol=1e-8, atol=1e-12)
 
 
 @given(seeds, sizes, st.integers(2, 5), st.booleans(), st.booleans())

@@ -85,6 +85,51 @@ def out_of_place(x: Tensor) -> Tensor:
     return torch.cat([F.gelu(y), y * x], 1)
 
 
+def constant_changed_after_use(x: Tensor) -> Tensor:
+    factor = torch.linspace(-1, 2, 8, dtype=x.dtype)
+    y = x * factor
+    factor.neg_()
+    return y
+
+
+def changed_before_use(x: Tensor) -> Tensor:
+    y = x.tanh()
+    y.mul_(x)
+    return y.tanh()
+
+
+def lowered(x: Tensor) -> Tensor:
+    y = x.sigmoid()
+    y.sub_(0.5)
+    return y
+
+
+def copied_before(x: Tensor) -> Tensor:
+    """The layer's output is copied before the ReLU overwrites it."""
+    kept = x.clone()
+    x.relu_()
+    return torch.cat([kept, x], 1)
+
+
+def halves(y: Tensor) -> Tensor:
+    """Sums that are nonnegative if all elements are."""
+    return torch.cat([y, y[:, :4] + y[:, 4:]], 1)
+
+
+def ends_below_zero(x: Tensor) -> Tensor:
+    return halves(torch.cat([x[:, :6].sigmoid(), torch.full_like(x[:, :2], -0.6)], 1))
+
+
+def pairs(x: Tensor) -> Tensor:
+    """Signed pairs from a linear layer on nonnegative elements."""
+    return linear_of_rows(x.sigmoid()).view(-1, 1, 8)
+
+
+def resized(x: Tensor) -> Tensor:
+    """Bicubic interpolation of nonnegative elements may be negative."""
+    return F.interpolate(x.view(-1, 1, 2, 4), scale_factor=2, mode="bicubic").flatten(1)
+
+
 def use_after_inplace(x: Tensor) -> Tensor:
     F.relu(x, inplace=True)
     return x + x.tanh()
@@ -107,6 +152,26 @@ SAME = {
         lambda x: torch.cat([(y := linear_of_rows(x))[:, :1], y[:, 1:].relu()], 1).flatten(1),
     ),
     "in-place after use": (inplace_after_use, out_of_place),
+    "in-place on a constant after use": (
+        constant_changed_after_use, lambda x: x * torch.linspace(-1, 2, 8, dtype=x.dtype),
+    ),
+    "in-place before use": (changed_before_use, lambda x: (x.tanh() * x).tanh()),
+    "in-place below zero": (lowered, lambda x: x.sigmoid() - 0.5),
+    "in-place after a copy": (copied_before, lambda x: torch.cat([x, x.relu()], 1)),
+    "where below zero": (
+        lambda x: halves(torch.where(torch.arange(8) < 6, x.sigmoid(), -0.6)), ends_below_zero,
+    ),
+    "masked below zero": (
+        lambda x: halves(x.sigmoid().masked_fill(torch.arange(8) >= 6, -0.6)), ends_below_zero,
+    ),
+    "padded below zero": (
+        lambda x: halves(F.pad(x[:, :6].sigmoid(), (0, 2), value=-0.6)), ends_below_zero,
+    ),
+    "pooled below zero": (
+        lambda x: torch.cat([x, F.max_pool1d(pairs(x), 2).flatten(1)], 1),
+        lambda x: torch.cat([x, pairs(x).view(-1, 4, 2).amax(2)], 1),
+    ),
+    "resized below zero": (lambda x: resized(x.relu()), lambda x: resized(x.relu() + 0.0)),
     "use after in-place": (use_after_inplace, lambda x: x.relu() + x.relu().tanh()),
     "method and function": (lambda x: x.softmax(1), lambda x: F.softmax(x, dim=1)),
     "reflected operators": (lambda x: 2.0 * x + 0.0 * x, lambda x: x * 2.0 + x * 0.0),
@@ -214,6 +279,24 @@ def test_multi_head_attention_is_the_same_written_out(normalization: str) -> Non
     )
     one_by_one = [AbsLRP(model, normalization=normalization).attribute(i[None], 1) for i in x]
     assert relative_error(torch.cat(one_by_one), of_module) < 1e-9
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_weights_are_those_of_the_layer(average: bool) -> None:
+    model = self_attention(batch_first=True)
+    attention, shown = model.attention, []
+
+    class Showing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y, weights = attention(x, x, x, average_attn_weights=average)
+            shown.append(weights)
+            return model.head(y).mean(1)
+
+    x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    AbsLRP(Showing()).attribute(x, 1)
+    torch.testing.assert_close(
+        shown[0], attention(x, x, x, average_attn_weights=average)[1].detach()
+    )
 
 
 def test_masked_attention_hands_nothing_to_what_it_does_not_see() -> None:
@@ -364,6 +447,7 @@ KEPT_APART = {
     "product": lambda x: x @ torch.ones(4, 4).double() * torch.ones(4).double(),
     "product of tokens": lambda x: (torch.ones(2, 2).double() @ x.view(-1, 2, 2)).flatten(1),
     "gate": lambda x: F.glu(torch.cat([x, x], 1)) * x.max(1, keepdim=True)[0],
+    "transform of the last of all": lambda x: torch.fft.fftn(x, s=(4,)).real,
 }  # fmt: skip
 
 
@@ -479,6 +563,28 @@ def test_the_model_is_freed_with_its_last_reference() -> None:
         reference = weakref.ref(model)
         del model
         assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_branch_that_is_not_used_is_freed_without_the_garbage_collector() -> None:
+    import gc
+
+    model = Calls(lambda x: (x.softmax(1).tanh(), x.relu())[1])
+    x = torch.rand(2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+
+    def alive() -> int:
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    AbsLRP(model).attribute(x, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        AbsLRP(model).attribute(x, 1)
+        assert alive() == before
     finally:
         gc.enable()
 

@@ -174,6 +174,14 @@ def test_relevance_is_traced_from_call_to_call(name: str) -> None:
     assert header.split("|")[1].strip() == "call" and "torch.nn.functional.linear" in first
 
 
+def test_relevance_of_a_logit_of_zero_is_traced() -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Sigmoid()).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    for call in trace_relevance(model, torch.ones(2, 4).double(), 1).calls:
+        assert call.arrived == pytest.approx(1) and sum(call.passed) == pytest.approx(1), call
+
+
 def test_lost_relevance_is_seen_where_it_was_lost() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval()
     with torch.no_grad():

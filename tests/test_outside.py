@@ -458,6 +458,7 @@ class Harmless(nn.Module):
         lambda z: z,
         lambda z: z * (z.detach() > 0),
         lambda z: z / z.detach().norm(dim=1, keepdim=True),
+        lambda z: z * (1 / z.detach().norm(dim=1, keepdim=True)),
         lambda z: z[:, z.detach()[0].argsort()],
     ],
 )

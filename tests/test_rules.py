@@ -11,9 +11,10 @@ from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRu
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, UnsupportedCallError
+from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.propagation import propagate
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.rules import AbsLRPRule, MaxPoolRule, PassThroughRule, Rule, TwinRule
+from captum_abslrp.rules import AbsLRPRule, MaxPoolRule, PassThroughRule, Record, Rule, TwinRule
 from tests.conftest import relative_error
 
 
@@ -145,6 +146,55 @@ def test_captums_identity_rule_hands_relevance_on() -> None:
     of_captums_rule = AbsLRP(model).attribute(x, 2)
     model[2].rule = PassThroughRule()
     torch.testing.assert_close(of_captums_rule, AbsLRP(model).attribute(x, 2))
+
+
+def test_captums_rules_keep_an_input_that_is_overwritten_later() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self, *, late: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 4)
+            self.layer, self.late = nn.Linear(5, 5), late
+            self.layer.rule = EpsilonRule()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y = self.layer(h)
+            if self.late:
+                h *= -2
+            else:
+                h = h * -2
+            return self.last(y + h)
+
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).double()
+    maps = [AbsLRP(Overwriting(late=late).double()).attribute(x, 1) for late in (True, False)]
+    torch.testing.assert_close(*maps)
+
+
+def test_inputs_may_share_what_a_rule_passes_on() -> None:
+    class Passing(Rule):
+        def __init__(self, *, copies: bool) -> None:
+            self.copies = copies
+
+        def record(self, call: Call) -> Record:
+            a, b = call.args
+            output = call.run(lambda: a + b)
+            return Record(output, [a, b], lambda s: [s, s.clone() if self.copies else s])
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(h.exp() + h.tanh())
+
+    model, x = Sum().double(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    mappings = [get_mapping().extended({"add": Passing(copies=c)}) for c in (True, False)]
+    maps = [AbsLRP(model, mapping).attribute(x.double(), 1) for mapping in mappings]
+    torch.testing.assert_close(*maps)
 
 
 def test_our_rule_on_a_module_wins_over_the_mapping() -> None:
