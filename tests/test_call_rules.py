@@ -676,6 +676,13 @@ def by_mapping_unused(
     return by_mapping(lambda *x: call(*x) + 0 * sum(t.sum() for t in x), inputs, seed)
 
 
+def test_what_is_drawn_is_not_drawn_again() -> None:
+    given_ = draw_tensor(0, 2, 5).requires_grad_().clone()
+    with Recording(own_rule, inputs=[given_], batch_size=1) as recording:
+        z = F.rrelu(given_, 0.1, 0.9, training=True)
+        assert torch.equal(recording.save(z)(), z.detach())
+
+
 def test_an_extremum_has_its_indices() -> None:
     x = draw_tensor(0, 2, 5)
     given_ = x.clone().requires_grad_().clone()

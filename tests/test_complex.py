@@ -268,6 +268,10 @@ WRITTEN_OUT: dict[str, tuple[Function, Function]] = {
     ),
     "exp": (torch.exp, lambda z: _from_polar(z.real.exp(), z.imag)),
     "sgn": (torch.sgn, lambda z: z / z.detach().abs()),
+    "sgn of zeros": (
+        lambda z: torch.sgn(F.pad(z[:, :2], (0, 2))),
+        lambda z: F.pad(z[:, :2] / z[:, :2].detach().abs(), (0, 2)),
+    ),
     "addcmul": (lambda z: torch.addcmul(z, z, z.conj()), lambda z: z + z * z.conj()),
     "lerp": (lambda z: z.lerp(z.conj(), 0.25), lambda z: z * 0.75 + z.conj() * 0.25),
     "matmul of a list": (

@@ -158,6 +158,9 @@ SAME = {
     "in-place before use": (changed_before_use, lambda x: (x.tanh() * x).tanh()),
     "in-place below zero": (lowered, lambda x: x.sigmoid() - 0.5),
     "in-place after a copy": (copied_before, lambda x: torch.cat([x, x.relu()], 1)),
+    "scaled below zero": (
+        lambda x: halves(x.sigmoid() * -2.0), lambda x: halves(-x.sigmoid() * 2.0),
+    ),
     "where below zero": (
         lambda x: halves(torch.where(torch.arange(8) < 6, x.sigmoid(), -0.6)), ends_below_zero,
     ),
@@ -190,6 +193,10 @@ SAME = {
     "difference": (lambda x: x - x.tanh(), lambda x: x + -x.tanh()),
     "reflected difference": (lambda x: 1 - x, lambda x: -x + 1),
     "difference with a constant": (lambda x: x - 1, lambda x: x + -1),
+    "softmax of what is masked": (
+        lambda x: x.masked_fill(torch.arange(8) >= 6, -torch.inf).softmax(1)[:, :6],
+        lambda x: x[:, :6].softmax(1),
+    ),
     "softmax with a dtype": (
         lambda x: torch.softmax(x, -1, torch.float64), lambda x: x.softmax(-1),
     ),

@@ -5,6 +5,7 @@ Models that change themselves as they run are in ``test_state.py``.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,25 @@ def test_buffers_of_a_model_in_training_mode_are_put_back() -> None:
     golden.model.train()
     with no_trace(golden.model):
         AbsLRP(golden.model).attribute(golden.x, golden.target)
+
+
+@pytest.mark.filterwarnings("ignore:Expected the model to be in evaluation mode")
+def test_statistics_that_a_thread_of_the_model_updates_are_put_back() -> None:
+    class Threaded(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.norm = nn.BatchNorm1d(3, momentum=None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=self.norm, args=(torch.rand(5, 3),))
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    model = Threaded()
+    before = {name: value.clone() for name, value in model.norm.named_buffers()}
+    AbsLRP(model).attribute(torch.rand(2, 3), 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.norm.named_buffers())
 
 
 def test_what_a_model_stores_as_it_runs_is_put_back() -> None:

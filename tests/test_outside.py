@@ -497,6 +497,7 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {
     "cumsum": lambda x: x + centered(x).cumsum(1)[:, -1:],
     "difference of the same": lambda x: x + ((x * 3) / 3 - x),
     "a large number": lambda x: x + (x.tanh() + 1e9 - 1e9 if x.dtype == torch.float32 else 0 * x),
+    "a negative number": lambda x: x + (x.softmax(1).sum(1, keepdim=True) + -1.0),
 }
 
 

@@ -14,7 +14,15 @@ from captum_abslrp import AbsLRP, UnsupportedCallError
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.propagation import propagate
 from captum_abslrp.mappings import get_mapping
-from captum_abslrp.rules import AbsLRPRule, MaxPoolRule, PassThroughRule, Record, Rule, TwinRule
+from captum_abslrp.rules import (
+    AbsLRPRule,
+    FactorRule,
+    MaxPoolRule,
+    PassThroughRule,
+    Record,
+    Rule,
+    TwinRule,
+)
 from tests.conftest import relative_error
 
 
@@ -169,6 +177,23 @@ def test_captums_rules_keep_an_input_that_is_overwritten_later() -> None:
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).double()
     maps = [AbsLRP(Overwriting(late=late).double()).attribute(x, 1) for late in (True, False)]
     torch.testing.assert_close(*maps)
+
+
+def test_a_factor_knows_the_arguments_of_its_call() -> None:
+    seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    class Noting(FactorRule):
+        def factor(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+            seen.append((args, kwargs))
+            return torch.ones_like(x)
+
+    class Clamped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(super().forward(x), -0.5, max=0.5)
+
+    mapping = get_mapping().extended({"clamp": Noting()})
+    AbsLRP(Clamped(5, 4), mapping).attribute(torch.rand(2, 5), 1)
+    assert seen == [((-0.5,), {"max": 0.5})]
 
 
 def test_inputs_may_share_what_a_rule_passes_on() -> None:

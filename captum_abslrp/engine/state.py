@@ -11,7 +11,7 @@ other packages: a trainer, a logger or a data loader is not a part of the model.
 
 Values of tensors are copied only where they must be: those of buffers at once, because kernels may
 update them unseen (batch norm), those of other tensors right before a call changes them. The
-:class:`~captum_abslrp.interception.Interception` of the pass sees these calls and asks
+:class:`~captum_abslrp.engine.recording.Recording` of the pass sees these calls and asks
 :func:`saver` 's function to save.
 """
 
@@ -309,7 +309,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     it back.
 
     Args:
-        model: the model; its calls run under an interception that calls :func:`saver`.
+        model: the model; its calls run under a recording that calls :func:`saver`.
 
     Warns:
         UserWarning: if something cannot be put back; everything else is.
