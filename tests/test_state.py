@@ -1039,6 +1039,23 @@ def test_a_history_that_a_tensor_had_is_put_back() -> None:
     assert torch.equal(start.grad, torch.full((5,), 3.0))
 
 
+@pytest.mark.parametrize("written", ["whole", "part"])
+def test_a_history_of_a_tensor_and_a_view_of_it_is_put_back(written: str) -> None:
+    class Remembering(Lazy):
+        def step(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            getattr(self, written).mul_(h[0].mean())
+            return h
+
+    model = Remembering().eval()
+    start = torch.ones(6, requires_grad=True)
+    model.whole = start * 3
+    model.part = model.whole[:3]
+    AbsLRP(model).attribute(X, 1)
+    (model.whole.sum() + model.part.sum()).backward()
+    assert torch.equal(start.grad, torch.tensor([6.0, 6, 6, 3, 3, 3]))
+
+
 def test_values_are_not_copied_where_nothing_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from captum_abslrp.engine import state
 

@@ -199,8 +199,8 @@ class _Snapshot:
                 for state in memory.tensors:
                     state.is_changed = True
             filled = [Table.empty(table) for table in self._empty if table]
-            # A view is made anew from what it is a view of.
-            tensors = sorted(self._tensors, key=lambda state: state.holder._is_view())
+            # Views first: to put a tensor back gives it a new history, and its views with it.
+            tensors = sorted(self._tensors, key=lambda state: not state.holder._is_view())
             for part in (*self._parts, *filled, *memories, *tensors):
                 try:
                     part.put_back()
