@@ -1,9 +1,9 @@
 """Where the time of an attribution goes, per kind of call.
 
-``python -m benchmarks.profile --model vit_base_patch16_224`` prints how long the forward pass takes, plain
-and under the recording, and what each kind of rule takes on the way back, in milliseconds and as
-multiples of the plain forward pass, with the share of the transposed products, which no implementation
-can do without. (Run as a module: a script in a folder with a file of this name would take it for the one of
+``python -m benchmarks.profile --model vit_base_patch16_224`` prints the time of the forward pass, plain and
+recorded, and the time of each kind of rule in the backward pass, in milliseconds and as multiples of the
+plain forward pass. The share of the transposed products is printed, too: no implementation can do without
+them. (Run it as a module: a script in a folder with a file of this name would take that file for the one of
 the standard library.)
 """
 

@@ -431,7 +431,7 @@ class AbsLRP(GradientAttribution):
     def run(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], recording: Recording
     ) -> tuple[Tensor, list[str]]:
-        """Output of the model, (B, ...), as it depends on the leaves under an recording, and the names
+        """Output of the model, (B, ...), as it depends on the leaves under a recording, and the names
         of the nodes of its history that no visible call has made."""
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.

@@ -19,10 +19,10 @@ def markdown_table(
         aligned: pad the cells, so that columns are aligned in the source as well.
 
     Example:
-        >>> print(markdown_table(["call", "rule"], [["relu", "ActivationRule()"]]))
-        | call | rule             |
-        | ---- | ---------------- |
-        | relu | ActivationRule() |
+        >>> print(markdown_table(["call", "rule"], [["relu", "AbsLRPRule()"]]))
+        | call | rule         |
+        | ---- | ------------ |
+        | relu | AbsLRPRule() |
     """
     # A bar would end the cell.
     cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]

@@ -1,5 +1,6 @@
-"""What comes of bad input: an error that says what was expected and what came, or the behavior that is
-defined for it. One table: arguments, models, files, options, checkpoints."""
+"""Bad input raises a clear error or has a documented result.
+
+One table: arguments, models, files, options, checkpoints."""
 
 from __future__ import annotations
 

@@ -496,7 +496,9 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {
     "var_mean": lambda x: x + torch.var_mean(centered(x), 1, keepdim=True)[1],
     "cumsum": lambda x: x + centered(x).cumsum(1)[:, -1:],
     "difference of the same": lambda x: x + ((x * 3) / 3 - x),
-    "a large number": lambda x: x + (x.tanh() + 1e9 - 1e9 if x.dtype == torch.float32 else 0 * x),
+    "a large number": lambda x: (
+        x + (x.tanh() * 1e-6 + 3 - 3 if x.dtype == torch.float32 else 0 * x)
+    ),
     "a negative number": lambda x: x + (x.softmax(1).sum(1, keepdim=True) + -1.0),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -333,3 +335,20 @@ def test_what_a_rule_says_is_not_lost_behind_an_operator(rule: Rule) -> None:
     mapping = get_mapping().extended({"mul": rule})
     with pytest.raises(UnsupportedCallError, match="torch.Tensor.mul"):
         AbsLRP(Product(3, 2), mapping).attribute(torch.rand(4, 3), target=0)
+
+
+@pytest.mark.parametrize("call", [lambda h: torch.square(input=h), lambda h: 2**h])
+def test_a_factor_rule_says_where_it_does_not_suit(call: Callable[[Tensor], Tensor]) -> None:
+    class Factor(FactorRule):
+        def factor(self, x: Tensor, *args: Any) -> Tensor:
+            return x.abs()
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(super().forward(x))
+
+    mapping = get_mapping().extended({("square", "pow"): Factor()})
+    with pytest.raises(UnsupportedCallError, match=r"first argument of `torch.*Use `TwinRule\(\)`"):
+        AbsLRP(Net(3, 2), mapping).attribute(torch.rand(4, 3), target=0)
+    remedy = get_mapping().extended({("square", "pow"): TwinRule()})
+    AbsLRP(Net(3, 2), remedy).attribute(torch.rand(4, 3), target=0)

@@ -395,7 +395,7 @@ class Recording(TorchFunctionMode):
         moved = self._move(name, CONJUGATES[name], *args, **kwargs)
         parts = self._move("view_as_real", as_parts, moved)
         output = as_parts(moved.detach().conj())
-        # Relevance has no sign, so it passes what is negated; autograd would conjugate it.
+        # The negated part keeps its relevance; autograd would conjugate it.
         tail = Tail(
             lambda s: [as_parts(as_complex(s).conj())], self.save(output), [self.save(parts)]
         )

@@ -260,8 +260,8 @@ def _visit_of(cls: type) -> Callable[[_Snapshot, Any], None] | None:
         (tuple(kind for kind, *_ in VALUES), _Snapshot.visit_value),
         (_ATTRIBUTED, _Snapshot.visit_attributes),
     ):
-        if issubclass(cls, kinds):  # type: ignore[arg-type]
-            return visit  # type: ignore[return-value]
+        if issubclass(cls, kinds):  # type: ignore[arg-type]  # the rows are of many types
+            return visit  # type: ignore[return-value]  # as above
     return None if _package(cls) in _FOREIGN else _Snapshot.visit_object
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.dependence import is_source
+from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Rule, once
 
@@ -41,7 +43,12 @@ class FactorRule(Rule):
         raise NotImplementedError(f"{type(self).__name__} has to define `factor`.")
 
     def record(self, call: Call) -> Record:
-        x, *others = call.operands
+        x, *others = call.operands or [None]
+        if not is_source(x):
+            raise UnsupportedCallError(
+                f"Expected the first argument of {call} to be the tensor that {type(self).__name__} passes "
+                f"relevance to, by position, but got {type(x).__name__} there. Use `TwinRule()` for it."
+            )
         output = call.run(lambda: call.func(*call.args, **call.kwargs))
         saved = call.save(x)
         factor = once(lambda: self.factor(saved(), *others, **call.kwargs))
