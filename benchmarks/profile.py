@@ -109,10 +109,10 @@ def main() -> None:
             attributor.attribute(one, 0)
             times["attribution"].append(time.perf_counter() - start)
     one_forward, one_attribution = (1e3 * statistics.median(t) for t in times.values())
-    answered = sum(count.values()) // args.repeats
+    n_calls = sum(count.values()) // args.repeats
     print(
         f"One sample: {one_attribution:.1f} ms, its plain forward pass {one_forward:.1f} ms; "
-        f"{answered} calls are answered: {one_attribution / answered:.2f} ms each at most."
+        f"{n_calls} calls are recorded: {one_attribution / n_calls:.2f} ms each at most."
     )
 
 
