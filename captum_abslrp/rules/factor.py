@@ -43,12 +43,13 @@ class FactorRule(Rule):
         raise NotImplementedError(f"{type(self).__name__} has to define `factor`.")
 
     def record(self, call: Call) -> Record:
-        x, *others = call.operands or [None]
-        if not is_source(x):
+        if not call.operands or not is_source(call.operands[0]):
+            found = type(call.operands[0]).__name__ if call.operands else "no argument by position"
             raise UnsupportedCallError(
                 f"Expected the first argument of {call} to be the tensor that {type(self).__name__} passes "
-                f"relevance to, by position, but got {type(x).__name__} there. Use `TwinRule()` for it."
+                f"relevance to, by position, but got {found} there. Use `TwinRule()` for it."
             )
+        x, *others = call.operands
         output = call.run(lambda: call.func(*call.args, **call.kwargs))
         saved = call.save(x)
         factor = once(lambda: self.factor(saved(), *others, **call.kwargs))
