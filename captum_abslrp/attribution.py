@@ -23,13 +23,11 @@ from captum_abslrp.checks import (
     explain_missing_batch_dimension,
     logits_of,
     plain,
-    unseen_nodes,
     unwrapped,
 )
 from captum_abslrp.chunks import Samples, in_chunks
 from captum_abslrp.eager import eager
 from captum_abslrp.engine.arguments import on_host
-from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.propagation import TOTAL, logits, propagate
 from captum_abslrp.engine.recording import Recording
@@ -418,26 +416,16 @@ class AbsLRP(GradientAttribution):
             total=TOTAL,
             observer=observer,
         )
-        output, unseen = self.run(leaves, extra, recording)
-        for node in unseen:
-            raise UnsupportedCallError(
-                f"Expected every call of the model to have a rule, but got `{node}` from code whose "
-                f"calls cannot be seen: a scripted part, `torch.vmap`, checkpointing with "
-                f"`use_reentrant=True` or another thread. Write it as plain calls, or register its layer "
-                f"as one call: `captum_abslrp.register_call_rule(Layer, captum_abslrp.rules.TwinRule())`."
-            )
-        return output
+        return self.run(leaves, extra, recording)
 
-    def run(
-        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], recording: Recording
-    ) -> tuple[Tensor, list[str]]:
-        """Output of the model, (B, ...), as it depends on the leaves under a recording, and the names
-        of the nodes of its history that no visible call has made."""
+    def run(self, leaves: Sequence[Tensor], extra: tuple[Any, ...], recording: Recording) -> Tensor:
+        """Output of the model, (B, ...), as it depends on the leaves under a recording."""
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
         given = [leaf.clone() for leaf in leaves]
         recording.before_change = saver(self.model)
         with eager(self.model), recording:
+            recording.depends.mark_seen(given)
             try:
                 output = self.model(*given, *extra)
             except Exception as error:  # raised again, explained where it can be
@@ -445,10 +433,11 @@ class AbsLRP(GradientAttribution):
                 raise
             output = logits_of(output) if self.output is None else self.output(output)
             with torch._C.DisableTorchFunction():
+                recording.check_visible(output)
                 output = checked_output(output, batch_size)
                 if recording.observer is None or not recording.observer.repeated:
                     warn_of_detached(recording.detached.reaching(output))
-                return output, list(unseen_nodes(output, recording.depends))
+                return output
 
 
 def _leaf(x: Tensor) -> Tensor:

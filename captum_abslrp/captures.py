@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from captum_abslrp.engine.arguments import instances_in, map_instances, tensors_in
-from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.dependence import carries_relevance, mark_seen
 from captum_abslrp.engine.samples import copy_samples
 from captum_abslrp.engine.state import own_hooks
 from captum_abslrp.integers import IntegerInputs, new_leaf
@@ -133,4 +133,5 @@ def _clone_unseen(tensor: Tensor) -> Tensor:
     """A clone that the recording does not see."""
     with torch._C.DisableTorchFunction():
         clone = tensor.clone()
+        mark_seen(clone)
     return copy_samples(tensor, clone)

@@ -6,8 +6,6 @@ Axes: B samples.
 from __future__ import annotations
 
 import collections.abc
-import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.messages import warn
 from captum_abslrp.engine.samples import Misaligned, check_aligned
-from captum_abslrp.engine.tape import history, is_hook, is_recorded
+from captum_abslrp.engine.tape import is_recorded
 from captum_abslrp.mappings import Mapping
 
 __all__ = [
@@ -37,7 +35,6 @@ __all__ = [
     "explain_missing_batch_dimension",
     "logits_of",
     "plain",
-    "unseen_nodes",
     "unwrapped",
 ]
 
@@ -323,24 +320,3 @@ def _is_squeezed(output: Tensor) -> bool:
             return not is_recorded(node)
         node = following
     return False
-
-
-_MOVING_NODES = re.compile(
-    r"(AccumulateGrad|Alias|AsStrided|BlockDiag|Broadcast\w*|Cat|Clone|Copy|CopyBackwards|CopySlices|DiagEmbed|Diagonal\w*|"
-    r"Expand|Fill|Flip|Gather|Im2Col|Index|IndexCopy|IndexPut|IndexSelect|Kthvalue|MaskedFill|"
-    r"MaskedScatter|MaskedSelect|Median\w*|Mode|\w*PadNd?|(Constant|Reflection|Replication)Pad\w*|"
-    r"Permute|PixelShuffle|PixelUnshuffle|Put|Repeat|Reshape\w*|Roll|Rot90|Scatter|Select\w*|Slice\w*|"
-    r"Sort|Split|SplitWithSizes|Squeeze|Stack|SwapAxes|T|Take|TakeAlongDim|ToCopy|Topk|Transpose|Tril|"
-    r"Triu|Unbind|Unfold|UnsafeSplit\w*|UnsafeView|Unsqueeze|View|ViewAsReal|Where|Zero|"
-    r"ChannelShuffle|Complex|NativeChannelShuffle|ViewAsComplex)(Backward[A-Za-z]*\d*)?"
-)
-"""Nodes that autograd makes for calls that move elements."""
-
-
-def unseen_nodes(output: Tensor, depends: Callable[[Any], bool]) -> Iterator[str]:
-    """Names of nodes that carry relevance, but come from no rule and from no call that moves elements."""
-    for node in history(output.grad_fn):
-        name = type(node).__name__
-        known = is_recorded(node) or is_hook(node) or _MOVING_NODES.fullmatch(name)
-        if not known and depends(node):
-            yield name

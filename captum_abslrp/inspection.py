@@ -130,13 +130,8 @@ def inspect_rules(
         with torch.inference_mode(False), torch.enable_grad(), unchanged(attributor.model):
             leaves = [x[rows].clone().detach().requires_grad_() for x in given]
             recording = _Survey(attributor.mapping, attributor.model, leaves)
-            _, unseen_nodes = attributor.run(leaves, extra, recording)
-        unseen = {
-            InspectedCall(node, "", type(attributor.model).__name__, None, "")
-            for node in unseen_nodes
-            if node.removesuffix("Backward") not in recording.opaque
-        }
-        return Inspection((*recording.calls, *unseen))
+            attributor.run(leaves, extra, recording)
+        return Inspection(tuple(recording.calls))
 
     try:
         return survey(slice(None))
@@ -154,7 +149,6 @@ class _Survey(Recording):
         self.fuses = False  # each part is listed
         self.mapping = mapping
         self.calls: list[InspectedCall] = []
-        self.opaque: set[str] = set()
 
     def _note(self, call: str, rule: str | None, origin: str) -> None:
         frame = self.innermost
@@ -202,11 +196,8 @@ class _Survey(Recording):
 
         return as_dependent(result)
 
-    def refuse_autograd_function(self, node: Any) -> None:
-        function = node.name().removesuffix("Backward")
-        if function not in self.opaque:
-            self.opaque.add(function)
-            self._note(function, None, "")
+    def refuse_unseen(self, node: Any) -> None:
+        self._note(node.name().removesuffix("Backward"), None, "")
 
 
 def _name_of(func: Any) -> str:

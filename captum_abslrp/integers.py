@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from captum_abslrp.engine.arguments import tensors_in
-from captum_abslrp.engine.dependence import add_input, carries_relevance
+from captum_abslrp.engine.dependence import add_input, carries_relevance, mark_seen
 from captum_abslrp.engine.names import canonical_name
 
 __all__ = ["IntegerInputs", "new_leaf"]
@@ -96,7 +96,9 @@ def new_leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
     with torch._C.DisableTorchFunction():  # calls on parameters and leaves are run without history
         leaf = tensor.detach().clone().requires_grad_()
         add_input(leaf)
-        return leaf, leaf.clone()
+        going_on = leaf.clone()
+        mark_seen(going_on)
+        return leaf, going_on
 
 
 _SHAPED_AS = frozenset("expand_as reshape_as to type_as view_as".split())

@@ -291,6 +291,37 @@ def test_a_scripted_function_is_an_error() -> None:
         explained(model)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("func", [torch.neg, torch.t, torch.clone], ids=lambda f: f.__name__)
+def test_calls_that_are_hidden_are_an_error(func: Callable[[Tensor], Tensor], last: bool) -> None:
+    class Hiding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction():
+                return func(x)
+
+    layers: list[nn.Module] = [nn.Linear(4, 4).double(), Hiding()]
+    model = nn.Sequential(*layers, *[] if last else [nn.Linear(4, 4).double()])
+    with pytest.raises(
+        UnsupportedCallError,
+        match=r"Backward0` in `1`.*\(Hiding, captum_abslrp\.rules\.TwinRule\(\)\)",
+    ):
+        AbsLRP(model).attribute(torch.rand(4, 4, dtype=torch.float64), target=0)
+
+
+def test_a_view_of_what_is_overwritten_is_no_hidden_call() -> None:
+    class Overwriting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            whole = torch.zeros(len(x), 2, x.shape[1], dtype=x.dtype)
+            views = whole[:, 0], whole[:, 1]
+            whole[:, 0] = x
+            whole[:, 1] = x.relu()
+            return views[0] + views[1]
+
+    x = torch.rand(3, 4, dtype=torch.float64) - 0.5
+    relevance = AbsLRP(Overwriting()).attribute(x, target=1, contrast=None)
+    torch.testing.assert_close(relevance, torch.eye(4, dtype=torch.float64)[1].expand(3, 4))
+
+
 def test_an_exported_or_traced_graph_is_explained() -> None:
     assert_explained_as_plain(torch.fx.symbolic_trace(network()))
     exported = torch.export.export(network(), (images(),)).module()

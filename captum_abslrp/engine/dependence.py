@@ -1,9 +1,9 @@
-"""Which tensors depend on the explained inputs, and so carry relevance."""
+"""Which tensors depend on the explained inputs, and so carry relevance, and which come from unseen calls."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ class Dependence:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._known: dict[Any, bool] = {}
+        self._seen: set[Any] = set()
         for tensor in inputs:
             self.add_input(tensor)
 
@@ -32,10 +33,40 @@ class Dependence:
         """Leave the decision to whoever decided before, and forget the graph."""
         _running().remove(self)
         self._known.clear()
+        self._seen.clear()
 
     def add_input(self, tensor: Tensor) -> None:
         """Explain one more tensor, which requires gradients."""
-        self._known[torch.autograd.graph.get_gradient_edge(tensor).node] = True
+        node = torch.autograd.graph.get_gradient_edge(tensor).node
+        self._known[node] = True
+        self._seen.add(node)
+
+    def mark_seen(self, value: Any) -> None:
+        """Note that the nodes behind some tensors come from calls that the recording has seen."""
+        for tensor in tensors_in(value):
+            self._seen.update(self._unseen_behind(tensor))
+
+    def unseen(self, tensor: Tensor, *, is_overwritten: bool) -> Iterator[Any]:
+        """The nodes behind a tensor that depend on the inputs, but come from no call that was seen.
+
+        Autograd makes a new node for a view if the memory of the view ``is_overwritten``. No mode of PyTorch
+        sees ``as_subclass`` and ``z.real = x``, which move elements.
+        """
+        moves = ("AliasBackward0", "CopySlices") if tensor.is_complex() else ("AliasBackward0",)
+        nodes = self._unseen_behind(tensor)[is_overwritten and tensor._is_view() :]
+        return (node for node in nodes if self(node) and type(node).__name__ not in moves)
+
+    def _unseen_behind(self, tensor: Tensor) -> list[Any]:
+        """The nodes in the history of a tensor up to those that are marked, that of the tensor first."""
+        found = dict.fromkeys([tensor.grad_fn] if tensor.grad_fn not in self._seen else [])
+        stack = list(found)
+        while stack:
+            node = stack.pop()
+            for before, _ in () if node is None else node.next_functions:
+                if before not in self._seen and before not in found:
+                    found[before] = None
+                    stack.append(before)
+        return [node for node in found if node is not None]
 
     def __call__(self, node: Any) -> bool:
         """Whether a node comes from one of the explained inputs."""
@@ -82,6 +113,11 @@ def untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 def add_input(tensor: Tensor) -> None:
     """Let the running forward pass explain one more tensor, see :meth:`Dependence.add_input`."""
     _running()[-1].add_input(tensor)
+
+
+def mark_seen(tensor: Tensor) -> None:
+    """Let the running forward pass trust what made a tensor, see :meth:`Dependence.mark_seen`."""
+    _running()[-1].mark_seen(tensor)
 
 
 _LOCAL = threading.local()

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from captum_abslrp.engine import refusals
@@ -178,6 +177,7 @@ class Recording(TorchFunctionMode):
         tensors = tensors_in((args, kwargs))
         path = self.detached.path_before(name, args, tensors, self.innermost, reflected=reflected)
         result = self._run_call(name, func, args, kwargs, tensors, in_place, reflected)
+        self.depends.mark_seen((result, args, kwargs) if in_place or "out" in kwargs else result)
         if path is not None:
             self.detached.follow(name, path, args[:1] if in_place else result)
         return result
@@ -244,9 +244,9 @@ class Recording(TorchFunctionMode):
             refusals.refuse_without_rule(call, output, type(self.innermost.module).__name__)
         return output
 
-    def refuse_autograd_function(self, node: Any) -> None:
-        """Refuse an autograd function of the model, whose inside cannot be seen."""
-        refusals.refuse_autograd_function(node, self.innermost)
+    def refuse_unseen(self, node: Any) -> None:
+        """Refuse a node that code whose calls cannot be seen has made."""
+        refusals.refuse_unseen(node, self.innermost)
 
     def _call(
         self,
@@ -257,17 +257,8 @@ class Recording(TorchFunctionMode):
         frame: Frame,
         result: Any,
     ) -> Call:
-        return Call(
-            name,
-            func,
-            args,
-            kwargs,
-            frame.module,
-            frame.path,
-            frame.local_path,
-            self,
-            result=result,
-        )
+        where = frame.module, frame.path, frame.local_path
+        return Call(name, func, args, kwargs, *where, self, result=result)
 
     def rule_of(self, call: Call) -> CallRule | None:
         """The rule of a call: that of the innermost module with one of its own, or of the table."""
@@ -353,6 +344,7 @@ class Recording(TorchFunctionMode):
         if record.saved_output is not None:
             self._saved.save_as(result, record.saved_output)
         self._fresh = result
+        self.depends.mark_seen(result)
         return result
 
     def _may_be_on_tail(self, call: Call | None, rule: Any) -> bool:
@@ -367,14 +359,15 @@ class Recording(TorchFunctionMode):
         return tensor is self._fresh
 
     def check_visible(self, value: Any) -> None:
-        """Refuse tensors that an autograd function of the model has made, or whose history is wrong."""
+        """Refuse tensors that come from a call that cannot be seen, or whose history is wrong."""
         for tensor in tensors_in(value):
-            node = tensor.grad_fn
-            opaque = isinstance(node, BackwardCFunction) and not (is_own(node) or is_hook(node))
-            if node is not None and opaque and self.depends(node):
-                self.refuse_autograd_function(node)
+            overwritten = self._saved.is_overwritten(tensor)
+            for node in self.depends.unseen(tensor, is_overwritten=overwritten):
+                if not (is_own(node) or is_hook(node)):
+                    self.refuse_unseen(node)
             if self._saved.is_stale(tensor):
                 refusals.refuse_stale(self.innermost)
+        self.depends.mark_seen(value)
 
     def _cast(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -403,7 +396,9 @@ class Recording(TorchFunctionMode):
         return self._move("view_as_complex", as_complex, self.attach(record))
 
     def _move(self, name: str, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return move(self._saved, self.batch_size, name, func, args, kwargs)
+        result = move(self._saved, self.batch_size, name, func, args, kwargs)
+        self.depends.mark_seen(result)
+        return result
 
 
 class _Reentered:

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from captum_abslrp.engine.arguments import instances_in, tensors_in
 from captum_abslrp.engine.calls import Call
@@ -57,14 +58,23 @@ def refuse_sparse(where: Call | str, layer: str) -> NoReturn:
     )
 
 
-def refuse_autograd_function(node: Any, frame: Frame) -> NoReturn:
-    """Refuse an autograd function of the model, whose inside cannot be seen."""
-    function = node.name().removesuffix("Backward")
+def refuse_unseen(node: Any, frame: Frame) -> NoReturn:
+    """Refuse a node of the autograd graph that comes from a call that cannot be seen."""
+    layer = "Layer" if frame.module is None else type(frame.module).__name__
+    remedy = (
+        f"`captum_abslrp.register_call_rule({layer}, "
+        f"captum_abslrp.rules.TwinRule())`. A layer that does more should be split first."
+    )
+    name = node.name().removesuffix("Backward")
+    if isinstance(node, BackwardCFunction):
+        raise UnsupportedCallError(
+            f"{_EVERY_CALL} have a rule, but got the autograd function `{name}` in {frame}, whose inside "
+            f"cannot be seen. Register the layer that calls it as one call: {remedy}"
+        )
     raise UnsupportedCallError(
-        f"{_EVERY_CALL} have a rule, but got the autograd function `{function}` in {frame}, whose inside "
-        f"cannot be seen. Register the layer that calls it as one call: `captum_abslrp.register_call_rule("
-        f"{type(frame.module).__name__}, captum_abslrp.rules.TwinRule())`. A layer that does more should be "
-        f"split first."
+        f"{_EVERY_CALL} have a rule, but got `{type(node).__name__}` in {frame}, from code whose calls "
+        f"cannot be seen: a scripted part, `torch.vmap`, checkpointing with `use_reentrant=True` or another "
+        f"thread. Write it as plain calls, or register its layer as one call: {remedy}"
     )
 
 

@@ -120,6 +120,10 @@ class SavedTensors:
         """Whether the memory of a tensor was overwritten through an alias, so that its history is wrong."""
         return hasattr(tensor, _STALE)
 
+    def is_overwritten(self, tensor: Tensor) -> bool:
+        """Whether a call has overwritten the memory of a tensor."""
+        return bool(self._overwritten) and self._count(tensor) > 0
+
     def mark_nonnegative(self, tensor: Tensor) -> None:
         """Note that no entry of a tensor is negative, until it is overwritten."""
         setattr(tensor, _NONNEGATIVE, self._count(tensor))
