@@ -8,10 +8,12 @@ from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.inspection import inspect_rules
 from captum_abslrp.layer import LayerAbsLRP
+from captum_abslrp.lrp import LRP
 from captum_abslrp.mappings import register_call_rule, register_mapping
 from captum_abslrp.tracing import trace_relevance
 
 __all__ = [
+    "LRP",
     "AbsLRP",
     "LayerAbsLRP",
     "UnsupportedCallError",

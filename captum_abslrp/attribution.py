@@ -33,7 +33,7 @@ from captum_abslrp.engine.propagation import TOTAL, logits, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.engine.state import saver, unchanged
 from captum_abslrp.map_checks import ZeroMaps, warn_of_detached, warn_of_noise, zero_maps
-from captum_abslrp.mappings import Mapping, MappingScope, get_mapping
+from captum_abslrp.mappings import Mapping, MappingScope, find_mapping, get_mapping
 from captum_abslrp.memory import fitting
 from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.seeds import (
@@ -62,8 +62,8 @@ class _Maps(NamedTuple):
 
     relevances: list[Tensor]
     """Relevance of each explained tensor, (S, ...), for each of S seeds."""
-    changes: list[Tensor]
-    """By how much the relevance of each seed and sample, (S, B), changed on the tail of the score."""
+    totals: list[Tensor]
+    """The sum of each seed and sample, (S, B), and by how much it changed on the tail of the score."""
     of_inputs: bool
     """Whether the inputs are explained, not tensors inside."""
 
@@ -229,6 +229,12 @@ class AbsLRP(GradientAttribution):
             return attributions
         return attributions, delta_of(relevances, torch.cat([started for _, started in chunks]))
 
+    @property
+    def signed(self) -> bool:
+        """Whether relevance starts as the output itself, see :class:`~captum_abslrp.mappings.Mapping`."""
+        mapping = self.mapping or find_mapping(self.model)
+        return mapping is not None and mapping.signed
+
     def has_convergence_delta(self) -> bool:
         """Yes: ``attribute(..., return_convergence_delta=True)`` returns it."""
         return True
@@ -301,7 +307,7 @@ class AbsLRP(GradientAttribution):
         batch_size = check_inputs(given, None if self._takes_integers else self.model)
         check_contrast(contrast)
         check_class_dim(class_dim)
-        check_combine(combine)
+        check_combine(combine, signed=self.signed)
         targets = expand_target(target, batch_size)
         contrasts = (
             contrast
@@ -367,11 +373,7 @@ class AbsLRP(GradientAttribution):
             again = Observer(traced=True, repeated=True)
             maps_seen_by(again)
             zeros.add(start, zero, again, maps.of_inputs)
-        started = torch.ones(
-            len(maps.relevances[0]), len(samples.inputs[0]), device=maps.relevances[0].device
-        )
-        for change in maps.changes:
-            started = started + change
+        started = torch.stack(maps.totals).sum(0)
         if len(started) == 1:
             return [r[0] for r in maps.relevances], started[0]
         pairs = [(of_target, of_contrast) for of_target, of_contrast in maps.relevances]
@@ -390,18 +392,22 @@ class AbsLRP(GradientAttribution):
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
         output, explained = forward(leaves, samples.extra, observer)
-        values = output.detach()
-        seeds = [target_seed(values, samples.target, class_dim=class_dim)]
+        values, signed = output.detach(), self.signed
+        options: dict[str, Any] = {"class_dim": class_dim, "signed": signed}
+        seeds = [target_seed(values, samples.target, **options)]
         contrasted = contrast_seed(
-            values, samples.target, samples.contrast, class_dim=class_dim, logits=logits(output)
+            values, samples.target, samples.contrast, logits=logits(output), **options
         )
-        if contrasted is not None:
+        if contrasted is not None and signed:  # which are linear
+            seeds = [seeds[0] - contrasted]
+        elif contrasted is not None:
             seeds.append(contrasted)
         changes: list[Tensor] = []
         relevances = propagate(
-            output, explained, torch.stack(seeds), positive=True, changes=changes
+            output, explained, torch.stack(seeds), positive=not signed, changes=changes
         )
-        return _Maps(relevances, changes, explained is leaves)
+        started = torch.stack([seed.flatten(1).sum(1) for seed in seeds])
+        return _Maps(relevances, [started, *changes], explained is leaves)
 
     def _forward(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None = None

@@ -245,10 +245,15 @@ def explain_missing_batch_dimension(model: nn.Module, x: Tensor, error: Exceptio
         ) from error
 
 
-def check_combine(combine: Any) -> None:
-    """Raise where a way to combine maps is unknown."""
+def check_combine(combine: Any, *, signed: bool) -> None:
+    """Raise where a way to combine maps is unknown, or does not suit the mapping."""
     if combine not in ("difference", "gated"):
         raise ValueError(f'Expected `combine` to be "difference" or "gated", but got {combine!r}.')
+    if signed and combine == "gated":
+        raise ValueError(
+            'Expected `combine` to be "difference", because the mapping makes one map of the difference of '
+            'target and contrast, but got "gated".'
+        )
 
 
 def chunk_size(internal_batch_size: Any, batch_size: int) -> int:

@@ -96,7 +96,12 @@ def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tens
 
 
 def target_seed(
-    output: Tensor, target: Tensor | None, *, class_dim: int | None = None, name: str = "target"
+    output: Tensor,
+    target: Tensor | None,
+    *,
+    class_dim: int | None = None,
+    name: str = "target",
+    signed: bool = False,
 ) -> Tensor:
     """The seed of the target: one at one element, or spread over the elements of a sum.
 
@@ -109,6 +114,7 @@ def target_seed(
             class, or the only output of each sample.
         class_dim: as for :func:`class_dimension`.
         name: name of the argument, for messages.
+        signed: whether the seed is the output itself there, instead of a share of one.
 
     Returns:
         Tensor shaped like ``output``, in float32 where that is of half precision.
@@ -140,7 +146,7 @@ def target_seed(
                 f"Expected `{name}` to be 0 or None for a model with one output per sample, but got "
                 f"{target[((target != 0) & (target != -1)).any(1)][0].tolist()}."
             )
-        return torch.ones_like(output)
+        return output if signed else torch.ones_like(output)
     if target is None:
         if values != output.shape[classes]:
             raise ValueError(
@@ -148,14 +154,16 @@ def target_seed(
                 f"{tuple(output.shape)}, which has more than one value per class (dimension {classes}), "
                 f"but got None. Fewer indices explain the sum over the other dimensions."
             )
-        return torch.zeros_like(output).scatter(classes, output.argmax(classes, keepdim=True), 1.0)
+        ones = torch.zeros_like(output).scatter(classes, output.argmax(classes, keepdim=True), 1.0)
+        return ones * output if signed else ones
     indexed = target.shape[1]
     if indexed > output.dim() - 1:
         raise ValueError(
             f"Expected `{name}` to have at most {output.dim() - 1} indices per sample for an output of "
             f"shape {tuple(output.shape)}, but got {indexed}."
         )
-    return _spread(_one_hot(_sums_behind(output, indexed), target, name), output, indexed)
+    ones = _one_hot(_sums_behind(output, indexed), target, name)
+    return _spread(ones, output, indexed, signed=signed)
 
 
 def contrast_seed(
@@ -165,6 +173,7 @@ def contrast_seed(
     *,
     class_dim: int | None = None,
     logits: Tensor | None = None,
+    signed: bool = False,
 ) -> Tensor | None:
     """The seed of the contrast.
 
@@ -175,6 +184,7 @@ def contrast_seed(
             :func:`expand_target`: one other class; None: no contrast. Where the target is a sum over
             some dimensions, so is each class.
         logits: what the output has the probabilities of; by default the output itself.
+        signed: as for :func:`target_seed`.
 
     Returns:
         Tensor as from :func:`target_seed`, or None where there is no contrast or only one class.
@@ -204,6 +214,8 @@ def contrast_seed(
                 "Expected `contrast` to be another class than `target`, but got the same one for "
                 f"sample {same.tolist().index(True)}."
             )
+        if signed:
+            return target_seed(output, contrast, class_dim=class_dim, signed=True)
         return seed
     classes = class_dimension(output, class_dim)
     indexed = output.dim() - 1 if target is None else target.shape[1]
@@ -232,7 +244,7 @@ def contrast_seed(
         others = others * scores.masked_fill(chosen > 0, -torch.inf).softmax(classes)
     else:
         others = others / (scores.shape[classes] - 1)
-    return _spread(others, output, indexed)
+    return _spread(others, output, indexed, signed=signed)
 
 
 def class_dimension(output: Tensor, class_dim: int | None) -> int:
@@ -287,8 +299,12 @@ def _one_hot(scores: Tensor, target: Tensor, name: str) -> Tensor:
     return torch.zeros_like(scores).index_put((samples, *at.unbind(1)), one)
 
 
-def _spread(seed: Tensor, output: Tensor, indexed: int) -> Tensor:
+def _spread(seed: Tensor, output: Tensor, indexed: int, *, signed: bool) -> Tensor:
     """A seed of the output, from one of its sums: see :func:`_sums_behind`."""
+    if signed:
+        return seed.reshape(*seed.shape, *[1] * (output.dim() - seed.dim())) * in_full_precision(
+            output
+        )
     if indexed == output.dim() - 1:
         return seed
     parts = in_full_precision(output).abs().flatten(indexed + 1)

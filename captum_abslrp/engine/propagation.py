@@ -88,6 +88,8 @@ def propagate(
         values = in_full_precision(as_parts(tensor.detach()))
         if first and place[0] in tail:  # was divided by this as well
             values = values.abs() + EPS
+        else:  # a rule may give relevance to a zero
+            values = values.abs().clamp(min=LEAST)
         shares = [numerics.relevance(values, in_full_precision(as_parts(s))) for s in found[place]]
         relevance = torch.stack(shares) / TOTAL
         if tensor.is_complex():

@@ -120,6 +120,7 @@ class Recording(TorchFunctionMode):
         self.release = self._saved.release
         self.is_nonnegative = self._saved.is_nonnegative
         self.mark_nonnegative = self._saved.mark_nonnegative
+        self.layer_behind = self._saved.layer_behind
 
     def __enter__(self) -> Recording:
         self._modules.start()
@@ -343,6 +344,8 @@ class Recording(TorchFunctionMode):
             self.mark_nonnegative(result)
         if record.saved_output is not None:
             self._saved.save_as(result, record.saved_output)
+        if record.layer is not None:
+            self._saved.note_layer(result, record.layer)
         self._fresh = result
         self.depends.mark_seen(result)
         return result

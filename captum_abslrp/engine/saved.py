@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -135,6 +135,15 @@ class SavedTensors:
         mark = getattr(tensor, _NONNEGATIVE, None)
         return mark is not None and mark == self._count(tensor)
 
+    def note_layer(self, tensor: Tensor, layer: Any) -> None:
+        """Note which layer with weights has made a tensor, until it is overwritten."""
+        setattr(tensor, _LAYER, (self._count(tensor), layer))
+
+    def layer_behind(self, tensor: Tensor) -> Any:
+        """The layer that has made a tensor, as it was noted, or None."""
+        count, layer = getattr(tensor, _LAYER, (None, None))
+        return layer if count == self._count(tensor) else None
+
     def _count(self, tensor: Tensor) -> int:
         return self._overwritten.get(storage_of(tensor), 0)
 
@@ -145,6 +154,8 @@ _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten through an alias."""
 _NONNEGATIVE = "_abslrp_nonnegative"
 """Mark of a tensor without negative entries: the count."""
+_LAYER = "_abslrp_layer"
+"""Mark of the output of a layer with weights: the count, and the layer."""
 
 _Layout = tuple[torch.Size, torch.dtype, tuple[int, ...], int]
 

@@ -55,6 +55,8 @@ class Record(NamedTuple):
     """What the call does on the tail of the score; None if the tail ends before it."""
     logits: SavedTensor | None = None
     """The input, where the output holds probabilities of it (softmax, sigmoid)."""
+    layer: Any = None
+    """The call by its parts and its rule, if it is a layer with weights that a later call may fold into."""
 
 
 class Tail(NamedTuple):
@@ -130,6 +132,8 @@ class Step:
     """By how much the relevance of each seed changed there, because of signs."""
     logits: SavedTensor | None = None
     """The input, where the output holds probabilities of it."""
+    is_layer: bool = False
+    """Whether it is a layer with weights."""
 
     @classmethod
     def of(
@@ -168,6 +172,7 @@ class Step:
             scale_now=record.scale_now,
             tail=record.tail if may_be_on_tail else None,
             logits=record.logits,
+            is_layer=record.layer is not None,
         )
 
     @property

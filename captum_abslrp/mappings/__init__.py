@@ -4,6 +4,7 @@ The tables register themselves when this package is imported; to add an architec
 and import it here.
 """
 
+from captum_abslrp.mappings.composites import composite
 from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import (
     At,
@@ -28,6 +29,7 @@ __all__ = [
     "At",
     "Mapping",
     "MappingScope",
+    "composite",
     "find_layer_rule",
     "find_mapping",
     "get_mapping",

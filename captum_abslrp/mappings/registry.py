@@ -53,6 +53,9 @@ Key = str | type[nn.Module] | At
 calls of a layer type (``nn.Dropout``) or place (:class:`At`)."""
 
 
+Entries = Sequence[tuple[Key | tuple[Key, ...], Rule]]
+
+
 @dataclass(frozen=True)
 class Mapping:
     """An ordered table from calls to rules; the first entry that matches a call wins.
@@ -62,6 +65,8 @@ class Mapping:
         entries: pairs of a :data:`~captum_abslrp.mappings.registry.Key`, or a tuple of keys, and the rule
             for what they match.
         base: the mapping to ask where no entry matches.
+        signed: whether relevance starts as the output itself, which its rules share by contributions of both
+            signs, as in LRP. Otherwise it starts as a share of one, as in absLRP.
 
     Raises:
         TypeError: if a rule is not an instance of :class:`~captum_abslrp.rules.Rule`.
@@ -77,8 +82,9 @@ class Mapping:
     """
 
     name: str
-    entries: Sequence[tuple[Key | tuple[Key, ...], Rule]]
+    entries: Entries
     base: Mapping | None = None
+    signed: bool = False
 
     def __post_init__(self) -> None:
         for keys, rule in self.entries:
@@ -134,7 +140,8 @@ class Mapping:
         Args:
             entries: keys and rules, in order of precedence.
         """
-        return Mapping(f"{self.name} (extended)", tuple(entries.items()), base=self)
+        name, table = f"{self.name} (extended)", tuple(entries.items())
+        return Mapping(name, table, base=self, signed=self.signed)
 
 
 _MAPPINGS: dict[str, Mapping] = {}

@@ -13,21 +13,57 @@ from captum_abslrp.rules.base import ConstantRule, PassThroughRule, Rule
 from captum_abslrp.rules.decompositions import DecomposedRule
 from captum_abslrp.rules.elementwise import DropoutRule
 from captum_abslrp.rules.factor import FactorRule
+from captum_abslrp.rules.lrp import (
+    AlphaBetaRule,
+    FirstLayerRule,
+    FlatRule,
+    GammaRule,
+    Group,
+    LayerRule,
+    Term,
+    WSquareRule,
+    ZBoxRule,
+    ZPlusRule,
+)
 from captum_abslrp.rules.pooling import MaxPoolRule
+from captum_abslrp.rules.signed import (
+    BatchNormRule,
+    EpsilonRule,
+    NormalizationRule,
+    PartsRule,
+    SumRule,
+    UniformRule,
+)
 from captum_abslrp.rules.sums import HeadSumRule
 from captum_abslrp.rules.twin import TwinRule
 
 __all__ = [
     "AbsLRPRule",
+    "AlphaBetaRule",
+    "BatchNormRule",
     "ConstantRule",
     "DecomposedRule",
     "DropoutRule",
+    "EpsilonRule",
     "FactorRule",
+    "FirstLayerRule",
+    "FlatRule",
+    "GammaRule",
+    "Group",
     "HeadSumRule",
+    "LayerRule",
     "MaxPoolRule",
+    "NormalizationRule",
+    "PartsRule",
     "PassThroughRule",
     "Record",
     "Rule",
+    "SumRule",
     "Tail",
+    "Term",
     "TwinRule",
+    "UniformRule",
+    "WSquareRule",
+    "ZBoxRule",
+    "ZPlusRule",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.numerics import rectify_in_place
 from captum_abslrp.engine.tape import Record
-from captum_abslrp.rules.base import Form, check_batched, once, without_noise
+from captum_abslrp.rules.base import Form, Function, check_batched, once, without_noise
 from captum_abslrp.rules.contributions import (
     SignedParts,
     chosen,
@@ -91,14 +91,10 @@ def convolution(
     weight: Tensor | SignedParts,
     s: Tensor,
     *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    output_padding: Sequence[int] | None = None,
     nonnegative: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """:func:`positive_contributions` of a convolution; of a transposed one, if `output_padding` is given.
+    """:func:`positive_contributions` of a convolution; options as for :func:`transposed_convolution`.
 
     Example:
         >>> x, w = torch.ones(1, 1, 2, 2), torch.tensor([[[[2.0]]], [[[-1.0]]]])
@@ -107,41 +103,80 @@ def convolution(
         tensor([2., 2., 2., 2.])
     """
     parts = signed_parts(weight)
-    spatial = parts.weight.shape[2:]
-    is_transposed, padded = output_padding is not None, any(padding)
-    if spatial == x.shape[2:] and not padded and groups == 1 and not is_transposed:
-        # A linear layer, perhaps with a very large weight.
+    if _is_linear(parts.weight, x, **options):  # perhaps with a very large weight
         flat = SignedParts(parts.weight.flatten(1), dtype=s.dtype)
         return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
-    if set(spatial) == {1} and max(stride) > 1 and not padded and not is_transposed:
-        # Most places of the input take no part.
-        seen = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
-        ones = [1] * len(spatial)
-        result = torch.zeros_like(x, dtype=s.dtype)
-        result[seen] = convolution(
-            x[seen], parts, s, stride=ones, padding=padding, dilation=dilation, groups=groups,
-            nonnegative=nonnegative,
-        )  # fmt: skip
-        return result
-    few = x.shape[1] <= FEW
-    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not padded
-    plain = groups == 1 and not is_transposed and set(dilation) == {1}
 
     def transposed(w: Tensor, like: Tensor = x) -> Tensor:
-        if plain and (side_by_side or (few and max(stride) > 1)):
-            return _by_phases(s, w, like, stride, padding)
-        # Only shape and layout of the input are used.
-        grad_input: Tensor = torch.ops.aten.convolution_backward(
-            s, like, w, None, stride, padding, dilation, is_transposed,
-            output_padding or [0] * len(stride), groups, [True, False, False],
-        )[0]  # fmt: skip
-        return grad_input
+        return transposed_convolution(s, w, like, **options)
 
-    if nonnegative or groups > 1 or is_transposed or not few:
+    plain = options["groups"] == 1 and "output_padding" not in options
+    if nonnegative or not plain or x.shape[1] > FEW:
         return positive_contributions(x, parts, transposed, nonnegative=nonnegative)
     # An image: the products with the positive and the negative part of the weight as one.
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
     return chosen([product.contiguous() for product in both.chunk(2, 1)], x)
+
+
+def _is_linear(
+    weight: Tensor,
+    x: Tensor,
+    *,
+    padding: Sequence[int],
+    groups: int,
+    output_padding: Sequence[int] | None = None,
+    **_: Any,
+) -> bool:
+    """Whether a convolution sees its input as a whole, once."""
+    whole = weight.shape[2:] == x.shape[2:] and not any(padding)
+    return whole and groups == 1 and output_padding is None
+
+
+def transposed_convolution(
+    s: Tensor,
+    weight: Tensor,
+    like: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_padding: Sequence[int] | None = None,
+) -> Tensor:
+    """The transposed product of ``s`` with the weight of a convolution, in new memory.
+
+    Args:
+        s: shaped like the output of the convolution.
+        weight: its weight.
+        like: of its input, shape and layout are used.
+        stride, padding, dilation, groups: its options, one number for each spatial dimension.
+        output_padding: that of a transposed convolution; None for a plain one.
+
+    Example:
+        >>> options = dict(stride=(2,), padding=(0,), dilation=(1,), groups=1)
+        >>> s, w = torch.ones(1, 1, 2), torch.tensor([[[3.0, 4.0]]])
+        >>> transposed_convolution(s, w, torch.zeros(1, 1, 4), **options)
+        tensor([[[3., 4., 3., 4.]]])
+    """
+    spatial, is_transposed, padded = weight.shape[2:], output_padding is not None, any(padding)
+    if set(spatial) == {1} and max(stride) > 1 and not padded and not is_transposed:
+        # Most places of the input take no part.
+        seen = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+        ones = [1] * len(spatial)
+        result = torch.zeros_like(like, dtype=s.dtype)
+        result[seen] = transposed_convolution(
+            s, weight, like[seen], stride=ones, padding=padding, dilation=dilation, groups=groups
+        )
+        return result
+    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not padded
+    plain = groups == 1 and not is_transposed and set(dilation) == {1}
+    if plain and (side_by_side or (weight.shape[1] <= FEW and max(stride) > 1)):
+        return _by_phases(s, weight, like, stride, padding)
+    grad_input: Tensor = torch.ops.aten.convolution_backward(
+        s, like, weight, None, stride, padding, dilation, is_transposed,
+        output_padding or [0] * len(stride), groups, [True, False, False],
+    )[0]  # fmt: skip
+    return grad_input
 
 
 def _by_phases(
@@ -186,56 +221,85 @@ def _by_phases(
     return torch.empty_like(like, dtype=result.dtype).copy_(result)
 
 
-def _convolution(name: str) -> Form:
-    run, dims, is_transposed = getattr(F, name), int(name[-2]), "transpose" in name
-    # In the order of the positional arguments.
-    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    if is_transposed:
-        defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+class Affine(NamedTuple):
+    """A linear layer or a convolution with a constant weight: ``z = run(x, weight, bias)``."""
 
-    def record_convolution(
-        call: Call,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Record:
-        check_batched(call, input, dims)
-        if carries_relevance(weight):
-            return record_twin(call)
-        given = defaults | dict(zip(defaults, args)) | kwargs
-        if given["padding"] == "same":
-            reach = [d * (k - 1) for d, k in zip(_each(given["dilation"], dims), weight.shape[2:])]
-            given["padding"] = [total // 2 for total in reach]
-            if any(total % 2 for total in reach):
-                pads = [p for total in reversed(reach) for p in (total // 2, total - total // 2)]
-                given["padding"] = 0
-                return call.recording.run_parts(
-                    lambda: run(F.pad(input, pads), weight, bias, **given)
-                )
-        elif given["padding"] == "valid":
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    transposed: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """The transposed product of ``s`` with a weight, for an input like the last argument."""
+    options: Mapping[str, Any]
+    """Those of a convolution, as :func:`transposed_convolution` takes them."""
+    channels: int | None = 0
+    """The dimension of the weight that output channels are in; None where they are in two."""
+
+
+def affine_of(call: Call) -> Affine | None:
+    """A linear layer or a convolution by its parts; None if its weight depends on the explained inputs."""
+    names = ["input", "weight", "bias", *_DEFAULTS.get(call.name, {})]
+    given = dict(zip(names, call.operands)) | call.kwargs
+    input, weight, bias = (given.pop(name, None) for name in names[:3])
+    if carries_relevance(weight) or is_sparse(weight) or is_sparse(input):
+        return None
+    if call.name == "linear":
+        return Affine(input, weight, bias, F.linear, lambda s, w, like: s @ w, {})
+    dims = int(call.name[-2])
+    check_batched(call, input, dims)
+    function, given = getattr(F, call.name), _DEFAULTS[call.name] | given
+    pads: list[int] = []
+    if given["padding"] == "same":
+        reach = [d * (k - 1) for d, k in zip(_each(given["dilation"], dims), weight.shape[2:])]
+        given["padding"] = [total // 2 for total in reach]
+        if any(total % 2 for total in reach):
+            pads = [p for total in reversed(reach) for p in (total // 2, total - total // 2)]
             given["padding"] = 0
-        groups = given.pop("groups")
-        options: dict[str, Any] = {k: _each(v, dims) for k, v in given.items()}
-        options["groups"] = groups
-        output = call.run(lambda: run(input, weight, bias, **options))
-        x, w = call.save(input), call.save(weight)
-        parts = once(lambda: SignedParts(w()))
-        nonnegative = call.is_nonnegative(input)
-        masked = (
-            (lambda s: s)
-            if is_transposed
-            else without_noise(call, output, input, weight, lambda x, w: run(x, w, **options))
-        )
-        return Record(
-            output,
-            [input],
-            lambda s: [convolution(x(), parts(), masked(s), nonnegative=nonnegative, **options)],
-            keeps_sign=not is_transposed,
+    elif given["padding"] == "valid":
+        given["padding"] = 0
+    groups = given.pop("groups")
+    options = {name: _each(value, dims) for name, value in given.items()} | {"groups": groups}
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        result: Tensor = function(F.pad(x, pads) if pads else x, w, b, **options)
+        return result
+
+    def back(s: Tensor, w: Tensor, like: Tensor) -> Tensor:
+        if not pads:
+            return transposed_convolution(s, w, like, **options)
+        padded = transposed_convolution(s, w, F.pad(like, pads), **options)
+        return F.pad(padded, [-p for p in pads]).contiguous()
+
+    channels = 0 if "output_padding" not in options else 1 if groups == 1 else None
+    return Affine(input, weight, bias, run, back, {} if pads else options, channels)
+
+
+def record_convolution(call: Call, *args: Any, **kwargs: Any) -> Record:
+    affine = affine_of(call)
+    if affine is None:
+        return record_twin(call)
+    input, options = affine.input, affine.options
+    output = call.run(lambda: affine.run(input, affine.weight, affine.bias))
+    x, w = call.save(input), call.save(affine.weight)
+    parts = once(lambda: SignedParts(w()))
+    nonnegative, is_transposed = call.is_nonnegative(input), "transpose" in call.name
+    masked: Function = lambda s: s  # noqa: E731  # the weight of a transposed one makes no means
+    if not is_transposed:
+        masked = without_noise(
+            call, output, input, affine.weight, lambda x, w: affine.run(x, w, None)
         )
 
-    return record_convolution
+    def propagate(s: Tensor) -> list[Tensor]:
+        if options:
+            return [convolution(x(), parts(), masked(s), nonnegative=nonnegative, **options)]
+        back, like = affine.transposed, x()
+        return [
+            positive_contributions(
+                like, parts(), lambda w: back(masked(s), w, like), nonnegative=nonnegative
+            )
+        ]
+
+    return Record(output, [input], propagate, keeps_sign=not is_transposed)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -245,8 +309,14 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
     return tuple(value) * dims if len(value) == 1 else tuple(value)
 
 
-LINEAR: dict[str, Form] = {"linear": record_linear}
-CONVOLUTIONS: dict[str, Form] = {
-    name: _convolution(name)
-    for name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+_PLAIN = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    **{f"conv{dims}d": _PLAIN for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": _TRANSPOSED for dims in (1, 2, 3)},
 }
+"""The options of convolutions, in the order of their positional arguments."""
+
+
+LINEAR: dict[str, Form] = {"linear": record_linear}
+CONVOLUTIONS: dict[str, Form] = dict.fromkeys(_DEFAULTS, record_convolution)

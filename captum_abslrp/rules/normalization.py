@@ -192,7 +192,7 @@ def record_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Reco
     )
 
 
-def _reordered(original: Any, form: Form) -> Form:
+def reordered(original: Any, form: Form) -> Form:
     """A form that takes the arguments of a function of torch, too, which has weight and bias first."""
 
     def record(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
@@ -207,8 +207,8 @@ NORMALIZATIONS: dict[str, Form] = {
     "layer_norm": _norm_form(F.layer_norm, layer_norm, len, remade=True),
     "rms_norm": _norm_form(F.rms_norm, rms_norm, len, keeps_sign=True),
     "group_norm": _norm_form(F.group_norm, group_norm, int),
-    "instance_norm": _reordered(torch.instance_norm, record_instance_norm),
+    "instance_norm": reordered(torch.instance_norm, record_instance_norm),
     "normalize": record_divided,
     "local_response_norm": record_divided,
 }
-BATCH_NORM: dict[str, Form] = {"batch_norm": _reordered(torch.batch_norm, record_batch_norm)}
+BATCH_NORM: dict[str, Form] = {"batch_norm": reordered(torch.batch_norm, record_batch_norm)}

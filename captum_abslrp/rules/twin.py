@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,20 +45,31 @@ class _Slot(int):
     """The number of a tensor in the arguments of a call, in its place."""
 
 
-class _Again:
-    """A call that can run again on other tensors."""
+class Again:
+    """A call that can run again on other tensors.
 
-    def __init__(
-        self, call: Call, tensors: Sequence[Tensor], at: Sequence[int], is_place: Sequence[bool]
-    ) -> None:
+    Attributes:
+        func, absolute_func: its function, and the one with the magnitudes of its parameters.
+        name: for messages.
+        at: which of the tensors of the call receive relevance.
+        sources: these tensors.
+        inputs: the same, saved.
+        places: the tensors that say where to look, which are constants of the call.
+        is_place: for each tensor of the call whether it is one of them.
+    """
+
+    def __init__(self, call: Call) -> None:
+        tensors = instances_in(Tensor, (call.args, call.kwargs))
         slots = map(_Slot, itertools.count())
         self._arguments = map_instances(Tensor, lambda _: next(slots), (call.args, call.kwargs))
         self._saved = [call.save(tensor) for tensor in tensors]
         self.func, self.absolute_func = call.func, call.absolute_func or call.func
         self.name = str(call)
-        self.at = at  # which of the tensors are inputs
-        self.is_place = is_place  # which of them say where to look
-        self.inputs = [self._saved[i] for i in at]
+        self.places = _places(call)
+        self.is_place = [any(tensor is place for place in self.places) for tensor in tensors]
+        self.at = [i for i, t in enumerate(tensors) if is_source(t) and not self.is_place[i]]
+        self.sources = [tensors[i] for i in self.at]
+        self.inputs = [self._saved[i] for i in self.at]
 
     def values(self) -> list[Tensor]:
         """The tensors of the call."""
@@ -70,19 +81,17 @@ class _Again:
         return func(*args, **kwargs)
 
 
-def record_twin(call: Call, *_: Any, divides: bool = True, **__: Any) -> Any:
-    """The definition, :func:`twin`, for any differentiable call.
+def record_again(call: Call, record_one: Callable[[Again, Tensor, int, bool], Record]) -> Any:
+    """Record each floating-point output of a call as a call of its own, with the same inputs.
 
-    Each floating-point output is a call of its own, with the same inputs.
+    Args:
+        record_one: the record of an output, from the call, the output, its number among those of the call,
+            and whether the call has no other.
     """
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
-    tensors = instances_in(Tensor, (call.args, call.kwargs))
-    places = _places(call)
-    is_place = [any(tensor is place for place in places) for tensor in tensors]
-    at = [i for i, tensor in enumerate(tensors) if is_source(tensor) and not is_place[i]]
-    if not at:
+    again = Again(call)
+    if not again.at:
         return output
-    again = _Again(call, tensors, at, is_place)
     alone = isinstance(output, Tensor)
     numbers = itertools.count()
 
@@ -90,15 +99,25 @@ def record_twin(call: Call, *_: Any, divides: bool = True, **__: Any) -> Any:
         number = next(numbers)
         if not (alone or tensor.is_floating_point() or tensor.is_complex()):
             return tensor
-        propagate = _twin(again, number, None if divides else call.save(tensor), alone=alone)
-        inputs = [tensors[i] for i in at]
-        tail = _tail_of_twin(call, tensor, again) if divides and alone else None
-        return Record(tensor, inputs, propagate, vanishing=divides, constants=places, tail=tail)
+        return record_one(again, tensor, number, alone)
 
     return map_instances(Tensor, record, output)
 
 
-def _twin(again: _Again, number: int, z: SavedTensor | None, *, alone: bool) -> Propagate:
+def record_twin(call: Call, *_: Any, divides: bool = True, **__: Any) -> Any:
+    """The definition, :func:`twin`, for any differentiable call."""
+
+    def record_one(again: Again, output: Tensor, number: int, alone: bool) -> Record:
+        propagate = _twin(again, number, None if divides else call.save(output), alone=alone)
+        tail = _tail_of_twin(call, output, again) if divides and alone else None
+        return Record(
+            output, again.sources, propagate, vanishing=divides, constants=again.places, tail=tail
+        )
+
+    return record_again(call, record_one)
+
+
+def _twin(again: Again, number: int, z: SavedTensor | None, *, alone: bool) -> Propagate:
     """How relevance goes back by the twin rule through one of the tensors that a call returns.
 
     With ``z``, this tensor, relevance is multiplied by its magnitude first. If the tensor is alone, it has to
@@ -127,15 +146,20 @@ def _twin(again: _Again, number: int, z: SavedTensor | None, *, alone: bool) -> 
             absolute_call = partial(run, again.absolute_func, absolute, i)
             shares.append(twin(plain[i], call, absolute_call, given))
         if alone and not depends:
-            raise UnsupportedCallError(
-                f"Expected {again.name} to be differentiable, because the twin rule records it, but got a "
-                f"result that does not depend on its inputs by a gradient. Give it another rule: "
-                f"`captum_abslrp.rules.ConstantRule()` where it is a constant of what comes after, "
-                f"`PassThroughRule()` where relevance moves with its element."
-            )
+            refuse_without_gradient(again, "twin")
         return shares
 
     return propagate
+
+
+def refuse_without_gradient(again: Again, rule: str) -> NoReturn:
+    """Refuse a call whose rule needs a gradient that it does not have."""
+    raise UnsupportedCallError(
+        f"Expected {again.name} to be differentiable, because the {rule} rule records it, but got a "
+        f"result that does not depend on its inputs by a gradient. Give it another rule: "
+        f"`captum_abslrp.rules.ConstantRule()` where it is a constant of what comes after, "
+        f"`PassThroughRule()` where relevance moves with its element."
+    )
 
 
 _BY_GRADIENT = frozenset("amax amin logsumexp maximum minimum torchvision::roi_pool".split())
@@ -151,7 +175,7 @@ _LINEAR = frozenset(
 _NORMS = frozenset("linalg_norm linalg_vector_norm norm".split())
 
 
-def _tail_of_twin(call: Call, output: Tensor, again: _Again) -> Tail | None:
+def _tail_of_twin(call: Call, output: Tensor, again: Again) -> Tail | None:
     """The tail of a call of the twin rule, if it can be on one."""
     name = call.name.removeprefix(PREFIX)
     negative = "alpha" in call.kwargs  # of `index_add`

@@ -1,0 +1,339 @@
+r"""The rules of linear layers and convolutions that the field calls LRP: z-plus, gamma, alpha-beta, flat ...
+
+Each splits the contributions :math:`x_i w_{ij}` of a layer into groups, and shares relevance within each
+group by their size. Source: Montavon et al., *Layer-Wise Relevance Propagation: An Overview*, 2019; for
+inputs of both signs, contributions count by their own sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_abslrp.engine import numerics
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.dependence import carries_relevance
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.engine.numerics import EPS
+from captum_abslrp.engine.tape import Record, history, is_recorded
+from captum_abslrp.rules.affine import Affine, affine_of
+from captum_abslrp.rules.base import Form, Rule
+from captum_abslrp.rules.signed import LAYERS
+
+
+class Term(NamedTuple):
+    """Contributions ``factor * x * w`` to a group."""
+
+    x: Tensor | None
+    """None where the term is known to be zero."""
+    weight: Tensor
+    bias: Tensor | None = None
+    factor: float = 1.0
+
+
+class Group(NamedTuple):
+    """Contributions among which relevance is shared."""
+
+    terms: list[Term]
+    factor: float = 1.0
+    """How much of the relevance goes to this group."""
+    sign: int = 0
+    """The sign of the outputs that the group is for; 0 for all."""
+
+
+class _Parts(NamedTuple):
+    """The parts of a layer, each with its positive and its negative part."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    is_nonnegative: bool
+
+    def positive(self, w: Tensor, v: Tensor, b: Tensor | None = None) -> list[Term]:
+        """``x^+ w + x^- v``: with the bias in the first one."""
+        negative = None if self.is_nonnegative else self.x.clamp(max=0)
+        return [Term(self.x.clamp(min=0), w, b), Term(negative, v)]
+
+
+class LayerRule(Rule):
+    """Base class of the rules of linear layers and convolutions.
+
+    A subclass defines :meth:`groups`.
+
+    Args:
+        stabilizer: is added to the sum of a group, with its sign.
+
+    Example:
+        >>> class PlainRule(LayerRule):  # the epsilon rule
+        ...     def groups(self, parts):
+        ...         return [Group([Term(parts.x, parts.weight, parts.bias)])]
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = PlainRule()
+        >>> AbsLRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, stabilizer: float = EPS) -> None:
+        self.stabilizer = stabilizer
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
+        raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
+
+    def form_of(self, call: Call) -> Form | None:
+        return self._record if call.name in LAYERS else None
+
+    def _record(self, call: Call, *_: Any, **__: Any) -> Record:
+        affine = affine_of(call)
+        if affine is None:
+            raise UnsupportedCallError(
+                f"Expected {call}, which has the rule {type(self).__name__}, to have a constant dense "
+                f"weight, but got one that depends on the explained inputs, or a sparse one. Use "
+                f"`EpsilonRule()` there."
+            )
+        output = call.run(lambda: affine.run(affine.input, affine.weight, affine.bias))
+        return self.record_affine(call, affine, output)
+
+    def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
+        """Record a layer by its parts."""
+        x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
+        b = None if affine.bias is None else call.save(affine.bias)
+        nonnegative = call.is_nonnegative(affine.input)
+
+        def propagate(s: Tensor) -> list[Tensor]:
+            values, output = x(), z()
+            relevance = numerics.relevance(output.abs().clamp(min=numerics.LEAST), s)
+            result = torch.zeros_like(values)
+            for group in self.groups(_Parts(values, w(), None if b is None else b(), nonnegative)):
+                terms = [term for term in group.terms if term.x is not None]
+                whole: Any = sum(t.factor * affine.run(t.x, t.weight, t.bias) for t in terms)  # type: ignore[arg-type]
+                whole = torch.where(whole < 0, whole - self.stabilizer, whole + self.stabilizer)
+                g = group.factor * relevance / whole
+                if group.sign:
+                    g = g.masked_fill(output * group.sign <= 0, 0)
+                for term in terms:
+                    result += term.factor * term.x * affine.transposed(g, term.weight, values)
+            return [numerics.per_magnitude(result, values)]
+
+        return Record(output, [affine.input], propagate, scaled=False, layer=(affine, self))
+
+
+class ZPlusRule(LayerRule):
+    r"""The z-plus rule: positive contributions alone, :math:`R_i = \sum_j (x_i w_{ij})^+ / z_j^+ \, R_j`.
+
+    :math:`z_j^+ = \sum_i (x_i w_{ij})^+ + b_j^+`.
+
+    Args:
+        stabilizer: is added to the sum.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = ZPlusRule()
+        >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        w, b = parts.weight, parts.bias
+        return [Group(parts.positive(w.clamp(min=0), w.clamp(max=0), _clamp(b, min=0)))]
+
+
+class AlphaBetaRule(LayerRule):
+    r"""The alpha-beta rule: :math:`\alpha` times the share of the positive contributions, less :math:`\beta`
+    times that of the negative ones.
+
+    Args:
+        alpha, beta: not negative, :math:`\alpha - \beta = 1`.
+        stabilizer: is added to the sums.
+
+    Raises:
+        ValueError: if ``alpha`` and ``beta`` are not as said.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = AlphaBetaRule(2, 1)
+        >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, alpha: float = 2.0, beta: float = 1.0, stabilizer: float = EPS) -> None:
+        if alpha < 0 or beta < 0 or abs(alpha - beta - 1) > 1e-9:
+            raise ValueError(
+                f"Expected `alpha` and `beta` to be at least 0 and `alpha - beta` to be 1, but got "
+                f"alpha={alpha}, beta={beta}."
+            )
+        super().__init__(stabilizer)
+        self.alpha, self.beta = alpha, beta
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        w, b = parts.weight, parts.bias
+        plus, minus = w.clamp(min=0), w.clamp(max=0)
+        return [
+            Group(parts.positive(plus, minus, _clamp(b, min=0)), self.alpha),
+            Group(parts.positive(minus, plus, _clamp(b, max=0)), -self.beta),
+        ]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(alpha={self.alpha}, beta={self.beta})"
+
+
+class GammaRule(LayerRule):
+    r"""The gamma rule: contributions of the sign of the output count :math:`1 + \gamma` times.
+
+    :math:`R_i = \sum_j (c_{ij} + \gamma c_{ij}^+) / \sum_{i'} (c_{i'j} + \gamma c_{i'j}^+) \, R_j` with
+    :math:`c_{ij} = x_i w_{ij}` where :math:`z_j > 0`, and with :math:`c^-` where it is negative (Montavon et
+    al. 2019; for inputs of both signs Andéol et al. 2021).
+
+    Args:
+        gamma: how much more they count.
+        stabilizer: is added to the sums.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = GammaRule(0.25)
+        >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, gamma: float = 0.25, stabilizer: float = EPS) -> None:
+        super().__init__(stabilizer)
+        self.gamma = gamma
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        def more(x: Tensor, **limit: float) -> Tensor:
+            return x + self.gamma * x.clamp(**limit)
+
+        w, b = parts.weight, parts.bias
+        plus, minus = more(w, min=0), more(w, max=0)
+        bias_plus, bias_minus = (None, None) if b is None else (more(b, min=0), more(b, max=0))
+        return [
+            Group(parts.positive(plus, minus, bias_plus), sign=1),
+            Group(parts.positive(minus, plus, bias_minus), sign=-1),
+        ]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(gamma={self.gamma})"
+
+
+class FlatRule(LayerRule):
+    r"""The flat rule: all inputs of an output get the same, :math:`R_i = \sum_j R_j / \sum_{i'} 1`.
+
+    For the first layer: relevance of a patch is spread evenly over its pixels (Lapuschkin et al. 2019).
+
+    Args:
+        stabilizer: is added to the number of inputs.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = FlatRule()
+        >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        return [Group([Term(torch.ones_like(parts.x), torch.ones_like(parts.weight))])]
+
+
+class WSquareRule(LayerRule):
+    r"""The w-square rule: :math:`R_i = \sum_j w_{ij}^2 / (\sum_{i'} w_{i'j}^2 + b_j^2) \, R_j`.
+
+    For the first layer, whatever the range of its input (Montavon et al. 2017).
+
+    Args:
+        stabilizer: is added to the sum.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = WSquareRule()
+        >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        b = parts.bias
+        squares = parts.weight.square(), None if b is None else b.square()
+        return [Group([Term(torch.ones_like(parts.x), *squares)])]
+
+
+class ZBoxRule(LayerRule):
+    r"""The z-box rule, for pixels within known limits ``low`` and ``high`` (Montavon et al. 2017).
+
+    :math:`R_i = \sum_j (x_i w_{ij} - l_i w_{ij}^+ - h_i w_{ij}^-) / (z_j - \sum_{i'} ...) \, R_j`.
+
+    Args:
+        low, high: least and largest value of the input: a number, or a tensor that broadcasts with one sample
+            and a leading dimension of 1, such as (1, 3, 1, 1).
+        stabilizer: is added to the sum.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = ZBoxRule(0.0, 1.0)
+        >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, low: Any, high: Any, stabilizer: float = EPS) -> None:
+        super().__init__(stabilizer)
+        self.low, self.high = low, high
+
+    def groups(self, parts: _Parts) -> list[Group]:
+        (x, w), b = (parts.x, parts.weight), parts.bias
+
+        def filled(value: Any) -> Tensor:
+            return torch.as_tensor(value, dtype=x.dtype, device=x.device).expand_as(x)
+
+        low, high = filled(self.low), filled(self.high)
+        return [
+            Group(
+                [
+                    Term(x, w, b),
+                    Term(low, w.clamp(min=0), _clamp(b, min=0), factor=-1.0),
+                    Term(high, w.clamp(max=0), _clamp(b, max=0), factor=-1.0),
+                ]
+            )
+        ]
+
+
+def _clamp(bias: Tensor | None, **limit: float) -> Tensor | None:
+    return None if bias is None else bias.clamp(**limit)
+
+
+class FirstLayerRule(Rule):
+    """One rule for the first layers with weights on the way from the inputs, and another for the others.
+
+    Args:
+        first: the rule of linear layers and convolutions that have no such layer before them.
+        otherwise: the rule of the others.
+
+    Example:
+        >>> rule = FirstLayerRule(FlatRule(), EpsilonRule())
+        >>> mapping = get_mapping("epsilon").extended({("linear", "conv2d"): rule})
+        >>> mapping.name
+        'epsilon (extended)'
+    """
+
+    def __init__(self, first: Rule, otherwise: Rule) -> None:
+        self.first, self.otherwise = first, otherwise
+
+    def record(self, call: Call) -> Any:
+        rule = self.first if _is_first(call) else self.otherwise
+        record = rule.record(call)
+        if isinstance(record, Record) and record.layer is None:
+            record = record._replace(layer=(None, rule))
+        return record
+
+    def suits_complex(self, call: Call) -> bool:
+        return self.otherwise.suits_complex(call)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.first}, {self.otherwise})"
+
+
+def _is_first(call: Call) -> bool:
+    """Whether no layer with weights is behind the input of a layer."""
+    input = call.operands[0] if call.operands else call.kwargs["input"]
+    if not carries_relevance(input):
+        return False
+    return not any(is_recorded(node) and node.step.is_layer for node in history(input.grad_fn))
