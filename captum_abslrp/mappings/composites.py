@@ -72,7 +72,8 @@ def _table(
                 PassThroughRule(),
             ),
             (DIVISORS, ConstantRule()),
-            (("div", *SUMS_OF_PRODUCTS, *MAX_POOLS, *LINEAR_MAPS, *LAYERS, *BY_DEFINITION), plain),
+            (tuple(MAX_POOLS), EpsilonRule(0.0)),
+            (("div", *SUMS_OF_PRODUCTS, *LINEAR_MAPS, *LAYERS, *BY_DEFINITION), plain),
         ],
         signed=True,
     )

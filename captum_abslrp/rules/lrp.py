@@ -20,7 +20,7 @@ from captum_abslrp.engine.numerics import EPS
 from captum_abslrp.engine.tape import Record, history, is_recorded
 from captum_abslrp.rules.affine import Affine, affine_of
 from captum_abslrp.rules.base import Form, Rule
-from captum_abslrp.rules.signed import LAYERS
+from captum_abslrp.rules.signed import LAYERS, Layer, stabilized
 
 
 class Term(NamedTuple):
@@ -107,17 +107,20 @@ class LayerRule(Rule):
             relevance = numerics.relevance(output.abs().clamp(min=numerics.LEAST), s)
             result = torch.zeros_like(values)
             for group in self.groups(_Parts(values, w(), None if b is None else b(), nonnegative)):
-                terms = [term for term in group.terms if term.x is not None]
-                whole: Any = sum(t.factor * affine.run(t.x, t.weight, t.bias) for t in terms)  # type: ignore[arg-type]
-                whole = torch.where(whole < 0, whole - self.stabilizer, whole + self.stabilizer)
-                g = group.factor * relevance / whole
+                terms = [(term.x, term) for term in group.terms if term.x is not None]
+                whole = torch.zeros_like(output)
+                for part, term in terms:
+                    whole += term.factor * affine.run(part, term.weight, term.bias)
+                g = group.factor * relevance / stabilized(whole, self.stabilizer)
                 if group.sign:
                     g = g.masked_fill(output * group.sign <= 0, 0)
-                for term in terms:
-                    result += term.factor * term.x * affine.transposed(g, term.weight, values)
+                for part, term in terms:
+                    result += term.factor * part * affine.transposed(g, term.weight, values)
             return [numerics.per_magnitude(result, values)]
 
-        return Record(output, [affine.input], propagate, scaled=False, layer=(affine, self))
+        return Record(
+            output, [affine.input], propagate, scaled=False, layer=Layer(affine, self.record_affine)
+        )
 
 
 class ZPlusRule(LayerRule):
@@ -321,7 +324,7 @@ class FirstLayerRule(Rule):
         rule = self.first if _is_first(call) else self.otherwise
         record = rule.record(call)
         if isinstance(record, Record) and record.layer is None:
-            record = record._replace(layer=(None, rule))
+            record = record._replace(layer=rule)
         return record
 
     def suits_complex(self, call: Call) -> bool:

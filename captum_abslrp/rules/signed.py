@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,16 @@ def with_sign(s: Tensor, z: Tensor, epsilon: float) -> Tensor:
         tensor([ 0.5000, -0.5000,  0.0000])
     """
     return s * (z / (z.abs() + epsilon)).nan_to_num_(0.0)
+
+
+def stabilized(z: Tensor, epsilon: float) -> Tensor:
+    """``z`` plus the stabilizer with its sign, which is that of the stabilizer where ``z`` is 0.
+
+    Example:
+        >>> stabilized(torch.tensor([2.0, -2.0, 0.0]), 0.5)
+        tensor([ 2.5000, -2.5000,  0.5000])
+    """
+    return z + torch.full_like(z, epsilon).copysign_(z + 0.0)
 
 
 def record_gradient(
@@ -115,6 +125,14 @@ def _by_gradient(
     return propagate
 
 
+class Layer(NamedTuple):
+    """A layer with weights that a batch norm behind it folds into."""
+
+    affine: Affine
+    record: Callable[[Call, Affine, Tensor], Record]
+    """Records the layer, with other weights, from a call, the layer and its output."""
+
+
 class EpsilonRule(Rule):
     r"""The epsilon rule: each input gets the share of its contribution to the output.
 
@@ -134,7 +152,7 @@ class EpsilonRule(Rule):
     def __init__(self, epsilon: float = EPS) -> None:
         self.epsilon = epsilon
 
-    def form_of(self, call: Call) -> Form:
+    def form_of(self, call: Call) -> Form | None:
         if call.name in LAYERS:
             return self._record_layer
         return partial(record_gradient, epsilon=self.epsilon)
@@ -155,7 +173,9 @@ class EpsilonRule(Rule):
             g = with_sign(s, z(), self.epsilon)
             return [affine.transposed(g, w(), values).mul_(values.sign())]
 
-        return Record(output, [affine.input], propagate, scaled=False, layer=(affine, self))
+        return Record(
+            output, [affine.input], propagate, scaled=False, layer=Layer(affine, self.record_affine)
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'' if self.epsilon == EPS else self.epsilon})"
@@ -179,7 +199,7 @@ class UniformRule(EpsilonRule):
         torch.Size([4, 3])
     """
 
-    def form_of(self, call: Call) -> Form:
+    def form_of(self, call: Call) -> Form | None:
         return partial(record_gradient, epsilon=self.epsilon, halves=True)
 
 
@@ -206,7 +226,7 @@ class SumRule(EpsilonRule):
         super().__init__(epsilon)
         self.gamma = gamma
 
-    def form_of(self, call: Call) -> Form:
+    def form_of(self, call: Call) -> Form | None:
         both = len(call.operands) == 2 and all(map(is_source, call.operands))
         if self.gamma and both and call.name in ("add", "sub"):
             return self._record_sum
@@ -221,9 +241,8 @@ class SumRule(EpsilonRule):
             summands = [a(), factor * b()]
             z = summands[0] + summands[1]
             weights = [1 + self.gamma * (x * z > 0).to(x.dtype) for x in summands]
-            whole = sum(w * x for w, x in zip(weights, summands, strict=True))
-            g = s * z.abs() / torch.where(whole < 0, whole - epsilon, whole + epsilon)
-            g = g.nan_to_num_(0.0)
+            whole = weights[0] * summands[0] + weights[1] * summands[1]
+            g = (s * z.abs() / stabilized(whole, epsilon)).nan_to_num_(0.0)
             shares = [g * w * x.sign() for w, x in zip(weights, summands, strict=True)]
             return [shares[0], shares[1] * abs(factor)]
 
@@ -353,12 +372,10 @@ class BatchNormRule(Rule):
         eps: float = 1e-5,
     ) -> Any:
         layer = call.recording.layer_behind(input)
-        affine, rule = layer or (None, None)
-        foldable = (
-            affine is not None and affine.channels is not None and hasattr(rule, "record_affine")
-        )
-        if training or running_mean is None or running_var is None or not foldable:
+        folds = isinstance(layer, Layer) and layer.affine.channels is not None
+        if training or running_mean is None or running_var is None or not folds:
             return record_passed(call)
+        affine = layer.affine
         output = call.run(
             lambda: F.batch_norm(
                 input, running_mean, running_var, weight, bias, False, momentum, eps
@@ -370,7 +387,7 @@ class BatchNormRule(Rule):
         shape[affine.channels] = -1
         own = shift if affine.bias is None else affine.bias * scale + shift
         folded = affine._replace(weight=affine.weight * scale.view(shape), bias=own)
-        record = rule.record_affine(call, folded, output)
+        record = layer.record(call, folded, output)
         return record._replace(constants=[*record.constants, input])
 
 
