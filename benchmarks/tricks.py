@@ -58,7 +58,7 @@ ALL = ("resnet50", "vit_small_patch16_224", "demo:vit")
 JOINT = ("vit_small_patch16_224 joint", "demo:vit joint")
 
 TRICKS = [
-    Trick("nothing (how exact the figures are)", "engine.numerics", "CHUNK = 2**17", "CHUNK = 131072", ALL),
+    Trick("nothing (how exact the figures are)", "engine.numerics", "LARGE = 2**17", "LARGE = 131072", ALL),
     Trick(
         "sums of nonnegative relevance as dot products", "engine.numerics",
         "if positive and x.is_contiguous() and s.is_contiguous():", "if False:", ALL,
@@ -81,33 +81,17 @@ TRICKS = [
         ("vit_small_patch16_224", "demo:vit"), True,
     ),
     Trick(
-        "memory of attention made once", "rules.attention",
-        "memory[: len(few), : few.shape[1]] for memory in made",
-        "torch.empty_like(memory[: len(few), : few.shape[1]]) for memory in made",
-        ("vit_small_patch16_224", "demo:vit"),
-    ),
-    Trick(
         "convolution of an image: both products as one", "rules.affine",
-        "if nonnegative or groups > 1 or is_transposed or not few:", "if True:", (*CNNS, *SMALL),
-    ),
-    Trick(
-        "convolution with a stride by its phases: patches", "rules.affine",
-        "if plain and (side_by_side or (few and max(stride) > 1)):", "if plain and few and max(stride) > 1:",
-        (*VITS, "demo:vit"),
+        "if nonnegative or not plain or x.shape[1] > FEW:", "if True:", (*CNNS, *SMALL),
     ),
     Trick(
         "convolution with a stride by its phases: images", "rules.affine",
-        "if plain and (side_by_side or (few and max(stride) > 1)):", "if plain and side_by_side:",
+        "if plain and weight.shape[1] <= FEW and max(stride) > 1:", "if False:",
         ("resnet50", "efficientnet_b0", "demo:resnet", "demo:vit"),
     ),
     Trick(
-        "1 x 1 convolution with a stride on what it sees", "rules.affine",
-        "if set(spatial) == {1} and max(stride) > 1 and not padded and not is_transposed:", "if False:",
-        ("resnet50", "demo:resnet"),
-    ),
-    Trick(
         "convolution of the size of its input as a linear layer", "rules.affine",
-        "if spatial == x.shape[2:] and not padded and groups == 1 and not is_transposed:", "if False:",
+        "if _is_linear(parts.weight, x, **options):", "if False:",
         ("vgg16",),
     ),
     Trick(
@@ -120,30 +104,14 @@ TRICKS = [
         (*JOINT, "swin_tiny_patch4_window7_224"),
     ),
     Trick(
-        "transposed matrices kept transposed", "rules.matmul",
-        "if x.dim() > 2 and x.stride(-2) < x.stride(-1):", "if False:",
-        (*JOINT, "swin_tiny_patch4_window7_224"),
-    ),
-    Trick(
         "inputs laid out like their relevance", "engine.tape",
         "return x if x.stride() == share.stride() else", "return x if True else",
         (*JOINT, *VITS, *CNNS),
-    ),
-    Trick(
-        "query, key and value stacked at once", "engine.propagation",
-        'if type(node).__name__ == "UnbindBackward0":', "if False:", ("vit_small_patch16_224", "demo:vit"),
     ),
     Trick("factors multiplied in place", "rules.base", "[s.mul_(made())]", "[s * made()]", ALL),
     Trick(
         "relevance that nothing else has is overwritten", "engine.tape",
         "s if own and _is_dense(s) else s.clone()", "s.clone()", ALL,
-    ),
-    Trick(
-        "the factor of batch norm in the memory of a product", "rules.contributions",
-        "torch.ops.aten.threshold_backward.grad_input(sizes, product, 0, grad_input=product)\n"
-        "    return product",
-        "return torch.ops.aten.threshold_backward(sizes, product, 0)",
-        ("resnet50", "efficientnet_b0", "demo:resnet"),
     ),
     Trick(
         "a mask by the kernel of ReLU's gradient", "engine.numerics",

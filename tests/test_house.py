@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import captum_abslrp
+from benchmarks.tricks import TRICKS, Trick, switch
 from captum_abslrp.engine.private import PRIVATE_NAMES
 
 ROOT = Path(captum_abslrp.__file__).parent
@@ -28,7 +29,7 @@ ORDER = (
         "captures",
         "map_checks",
     },
-    {"attribution", "layer", "inspection", "tracing", "__init__"},
+    {"attribution", "layer", "lrp", "inspection", "tracing", "__init__"},
     {"visualization", "hookable", "operations", "methods"},
     {"metrics", "report", "demo"},
     {"cli", "__main__"},
@@ -109,3 +110,10 @@ def test_private_names_of_pytorch_are_there(name: str) -> None:
     for part in attribute.split("."):
         assert hasattr(value, part), f"{name} has gone. What to do: {PRIVATE_NAMES[name]}"
         value = getattr(value, part)
+
+
+@pytest.mark.parametrize("trick", TRICKS, ids=lambda trick: trick.name)
+def test_an_optimization_can_be_measured(trick: Trick) -> None:
+    turn = switch(trick)
+    turn(False)
+    turn(True)

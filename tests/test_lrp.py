@@ -213,8 +213,8 @@ ZENNIT = {
 def test_composites_are_those_of_zennit(name: str, architecture: str, canonizer: str) -> None:
     zennit_torchvision = pytest.importorskip("zennit.torchvision", reason="zennit is not installed")
     import torchvision
-    from zennit.attribution import Gradient
     from zennit import composites
+    from zennit.attribution import Gradient
 
     torch.manual_seed(0)
     model = randomized(torchvision.models.get_model(architecture, num_classes=7))
@@ -251,7 +251,7 @@ def test_captum_on_a_sequential_cnn(gamma: float | None) -> None:
 
 
 class Reference(nn.Module):
-    """A timm ViT whose ``x * gradient`` is signed relevance: parts of it are constants, or count otherwise."""
+    """A timm ViT whose ``x * gradient`` is signed relevance: parts of it are constants."""
 
     def __init__(self, model: nn.Module, *, constant_attention: bool, gamma: float) -> None:
         super().__init__()

@@ -34,5 +34,5 @@ PRIVATE_NAMES: dict[str, str] = {
     "captum.attr._utils.lrp_rules:PropagationRule": "Derive rules from Captum's new base class.",
 }
 """By ``"module:name"``, what to do when a name goes away. Nodes of the autograd graph have private attributes
-as well: ``_input_metadata`` (shapes of what arrives), ``_saved_dim`` and ``_saved_dims`` (a shortcut for
-permuted tensors, which can be left out), and ``Function._backward_cls`` (the class of our own nodes)."""
+as well: ``_input_metadata`` (shapes of what arrives) and ``Function._backward_cls`` (the class of our own
+nodes)."""

@@ -194,35 +194,8 @@ def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | N
     """What a node of autograd's hands to each that follows it."""
     if is_hook(node):  # the user's hooks are for gradients; relevance would mislead them
         return gradients
-    if type(node).__name__ == "UnbindBackward0":
-        stacked = _stacked_for_permutation(node, gradients)
-        if stacked is not None:
-            return (stacked,)
     result = node(*gradients)
     return result if isinstance(result, tuple) else (result,)
-
-
-def _stacked_for_permutation(node: Any, gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """What unbinding a permuted tensor passes (query, key and value of a ViT), put where it belongs at
-    once; None where it is not that."""
-    permutation = node.next_functions[0][0]
-    parts = [g for g in gradients if g is not None]
-    if type(permutation).__name__ != "PermuteBackward0" or len(parts) < len(gradients):
-        return None
-    rank = parts[0].dim() + 1
-    dim, *dims = (_signed(d) % rank for d in (node._saved_dim, *permutation._saved_dims))
-    shape = [*parts[0].shape]
-    shape.insert(dim, len(parts))
-    before = parts[0].new_empty([shape[dims.index(d)] for d in range(rank)])
-    stacked = before.permute(dims)
-    for into, part in zip(stacked.unbind(dim), parts, strict=True):
-        into.copy_(part)
-    return stacked
-
-
-def _signed(number: int) -> int:
-    """A number that autograd shows without its sign."""
-    return number - 2**64 if number >= 2**63 else number
 
 
 def _add(pending: dict[int, list[Tensor]], number: int, of_seeds: list[Tensor]) -> None:

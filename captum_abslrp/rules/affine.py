@@ -158,19 +158,9 @@ def transposed_convolution(
         >>> transposed_convolution(s, w, torch.zeros(1, 1, 4), **options)
         tensor([[[3., 4., 3., 4.]]])
     """
-    spatial, is_transposed, padded = weight.shape[2:], output_padding is not None, any(padding)
-    if set(spatial) == {1} and max(stride) > 1 and not padded and not is_transposed:
-        # Most places of the input take no part.
-        seen = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
-        ones = [1] * len(spatial)
-        result = torch.zeros_like(like, dtype=s.dtype)
-        result[seen] = transposed_convolution(
-            s, weight, like[seen], stride=ones, padding=padding, dilation=dilation, groups=groups
-        )
-        return result
-    side_by_side = tuple(stride) == tuple(spatial) != (1,) * len(spatial) and not padded
+    is_transposed = output_padding is not None
     plain = groups == 1 and not is_transposed and set(dilation) == {1}
-    if plain and (side_by_side or (weight.shape[1] <= FEW and max(stride) > 1)):
+    if plain and weight.shape[1] <= FEW and max(stride) > 1:
         return _by_phases(s, weight, like, stride, padding)
     grad_input: Tensor = torch.ops.aten.convolution_backward(
         s, like, weight, None, stride, padding, dilation, is_transposed,

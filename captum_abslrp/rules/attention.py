@@ -20,7 +20,7 @@ from captum_abslrp.rules.contributions import chosen
 from captum_abslrp.rules.elementwise import record_dropout
 from captum_abslrp.rules.matmul import record_matmul
 from captum_abslrp.rules.products import record_product
-from captum_abslrp.rules.softmax import record_softmax, softmax_factor
+from captum_abslrp.rules.softmax import record_softmax, softmax
 
 
 def attention(
@@ -55,35 +55,28 @@ def attention(
     found = [
         (torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)) for _ in seeds
     ]
-    # Memory is made once for all blocks: fresh memory costs more than what is computed in it.
-    made = [query.new_empty(groups[0].stop, rows[0].stop, key.shape[1]) for _ in range(5)]
     for group in groups:
         q, k, v = query[group], key[group], value[group].clamp(min=0)
         of_keys = [k.clamp(min=0), k.clamp(max=0)]
         negatives = [torch.zeros_like(k) for _ in seeds]
         for row in rows:
             few = q[:, row]
-            logits, probabilities, factor, *scratch = (
-                memory[: len(few), : few.shape[1]] for memory in made
-            )
-            torch.bmm(few, k.mT, out=logits)
+            logits = few @ k.mT
             if mask is not None:
                 seen = mask[group if len(mask) > 1 else slice(None), row]
                 logits.masked_fill_(~seen, -torch.inf)
-            torch.softmax(logits, -1, out=probabilities)
+            probabilities = logits.softmax(-1)
             if mask is not None:  # a query that sees nothing
                 probabilities.nan_to_num_(0)
-            softmax_factor(logits, probabilities, -1, factor, scratch)
-            ratio = torch.add(probabilities, EPS, out=scratch[0])
-            torch.div(probabilities, ratio, out=ratio)
+            factor = softmax(logits, probabilities, -1)
             for _ in range(stabilized):
-                factor *= ratio
-            of_logits, of_queries = scratch[0], [few.clamp(min=0), few.clamp(max=0)]
+                factor *= probabilities / (probabilities + EPS)
+            of_queries = [few.clamp(min=0), few.clamp(max=0)]
             for seed, found_of_seed, negative in zip(seeds, found, negatives, strict=True):
                 s = seed[group, row]
                 to_query, to_key, to_value = (t[group] for t in found_of_seed)
                 to_value.baddbmm_(probabilities.mT, s)
-                torch.bmm(s, v.mT, out=of_logits).mul_(factor)
+                of_logits = (s @ v.mT).mul_(factor)
                 positive = torch.bmm(of_logits, of_keys[0], out=to_query[:, row])
                 chosen([positive, of_logits @ of_keys[1]], few)
                 for result, part in zip((to_key, negative), of_queries, strict=True):

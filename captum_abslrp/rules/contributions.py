@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from captum_abslrp.engine.numerics import rectify_in_place
+from captum_abslrp.engine.numerics import rectify, rectify_in_place
 
 
 class SignedParts:
@@ -116,7 +116,4 @@ def diagonal(x: Tensor, weight: Tensor) -> Tensor:
         tensor([2., 0.])
     """
     product = x * weight
-    sizes = weight.abs().expand_as(product)
-    # In the memory of the product, of which each element is read once.
-    torch.ops.aten.threshold_backward.grad_input(sizes, product, 0, grad_input=product)
-    return product
+    return rectify(weight.abs().expand_as(product), product)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
-from captum_abslrp.engine.numerics import in_pieces, rectified, rectify
+from captum_abslrp.engine.numerics import rectified, rectify
 from captum_abslrp.engine.saved import SavedTensor
 from captum_abslrp.engine.tape import Record, Step
 from captum_abslrp.rules.base import Form, Function, Rule, multiplied, record_constant
@@ -51,12 +51,8 @@ def gate(x: Tensor, slope: Function) -> Tensor:
         >>> gate(torch.tensor([1.0, -1.0]), lambda x: torch.ops.aten.silu_backward(torch.ones(2), x))
         tensor([0.9277, 0.4277])
     """
-    factor = torch.empty_like(x)
-    for few, into in zip(*in_pieces(x, factor), strict=True):
-        sign = few.sign()
-        signed = slope(few).mul_(sign)
-        torch.sub(signed, sign.clamp_(max=0), alpha=0.5, out=into)
-    return factor
+    sign = x.sign()
+    return slope(x).mul_(sign).sub_(sign.clamp_(max=0), alpha=0.5)
 
 
 def record_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:

@@ -60,7 +60,7 @@ def record_matmul(call: Call, input: Tensor, other: Tensor) -> Any:
     @once
     def parts() -> list[SignedParts]:
         pairs = zip((a, b), nonnegative, strict=True)
-        return [SignedParts(_by_batch(kept()), nonnegative=known) for kept, known in pairs]
+        return [SignedParts(kept().contiguous(), nonnegative=known) for kept, known in pairs]
 
     masked = _without_noise(call, output, operands, torch.matmul)
 
@@ -77,13 +77,6 @@ def record_matmul(call: Call, input: Tensor, other: Tensor) -> Any:
         nonnegative=all(nonnegative),
         saved_output=call.save_output(output, lambda: a() @ b()) if is_larger else None,
     )
-
-
-def _by_batch(x: Tensor) -> Tensor:
-    """The tensor with one matrix after the other in memory, each as it lies or transposed."""
-    if x.dim() > 2 and x.stride(-2) < x.stride(-1):
-        return x.mT.contiguous().mT
-    return x.contiguous()
 
 
 def record_bilinear(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Record:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from captum_abslrp.engine.calls import Call
-from captum_abslrp.engine.numerics import EPS, LEAST, in_pieces
+from captum_abslrp.engine.numerics import EPS, LEAST
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form, multiplied
 from captum_abslrp.rules.tails import passed_on
@@ -28,31 +27,17 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         >>> softmax(x, x.softmax(0), 0)
         tensor([0.0000, -0.0000, 1.4621])
     """
-    factor = torch.empty_like(x)
-    tensors = (x, probabilities, factor)
-    for few, shares, into in (
-        [tensors] if dim % x.dim() == 0 else zip(*in_pieces(*tensors), strict=True)
-    ):
-        softmax_factor(few, shares, dim, into, [torch.empty_like(few) for _ in range(2)])
-    return factor
+    shares = probabilities.nan_to_num()
 
-
-def softmax_factor(
-    x: Tensor, probabilities: Tensor, dim: int, factor: Tensor, scratch: Sequence[Tensor]
-) -> None:
-    """:func:`softmax`, into the memory of ``factor``; two more tensors of its shape are overwritten."""
-    sizes, twin_part = scratch
-    torch.nan_to_num(probabilities, out=factor)
-
-    def unmask(values: Tensor) -> Tensor:
-        torch.ops.aten.threshold_backward.grad_input(values, factor, EPS, grad_input=values)
-        return values
+    def unmasked(values: Tensor) -> Tensor:
+        result: Tensor = torch.ops.aten.threshold_backward(values, shares, EPS)
+        return result
 
     # What is masked counts as zero here, and is left out of the denominator by the division below.
-    torch.softmax(unmask(torch.abs(x, out=sizes)), dim, out=twin_part)
-    unmask(twin_part).div_(twin_part.sum(dim, keepdim=True).clamp_(min=LEAST))
-    sign = torch.sign(x, out=sizes)
-    unmask(factor).addcmul_(twin_part, sign).mul_(sign)
+    twin_part = unmasked(unmasked(x.abs()).softmax(dim))
+    twin_part /= twin_part.sum(dim, keepdim=True).clamp_(min=LEAST)
+    sign = x.sign()
+    return unmasked(shares).addcmul_(twin_part, sign).mul_(sign)
 
 
 def record_softmax(
