@@ -406,7 +406,7 @@ class AbsLRP(GradientAttribution):
         relevances = propagate(
             output, explained, torch.stack(seeds), positive=not signed, changes=changes
         )
-        started = torch.stack([seed.flatten(1).sum(1) for seed in seeds])
+        started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
         return _Maps(relevances, [started, *changes], explained is leaves)
 
     def _forward(

@@ -221,7 +221,7 @@ class Affine(NamedTuple):
     transposed: Callable[[Tensor, Tensor, Tensor], Tensor]
     """The transposed product of ``s`` with a weight, for an input like the last argument."""
     options: Mapping[str, Any]
-    """Those of a convolution, as :func:`transposed_convolution` takes them."""
+    """Stride, padding, dilation, groups and output padding of a convolution."""
     channels: int | None = 0
     """The dimension of the weight that output channels are in; None where they are in two."""
 

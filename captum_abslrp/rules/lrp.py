@@ -43,13 +43,14 @@ class Group(NamedTuple):
     """The sign of the outputs that the group is for; 0 for all."""
 
 
-class _Parts(NamedTuple):
-    """The parts of a layer, each with its positive and its negative part."""
+class LayerParts(NamedTuple):
+    """Input, weight and bias of a layer."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     is_nonnegative: bool
+    """Whether the input is known to have no negative entry."""
 
     def positive(self, w: Tensor, v: Tensor, b: Tensor | None = None) -> list[Term]:
         """``x^+ w + x^- v``: with the bias in the first one."""
@@ -78,7 +79,7 @@ class LayerRule(Rule):
     def __init__(self, stabilizer: float = EPS) -> None:
         self.stabilizer = stabilizer
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
         raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
 
@@ -106,7 +107,9 @@ class LayerRule(Rule):
             values, output = x(), z()
             relevance = numerics.relevance(output.abs().clamp(min=numerics.LEAST), s)
             result = torch.zeros_like(values)
-            for group in self.groups(_Parts(values, w(), None if b is None else b(), nonnegative)):
+            for group in self.groups(
+                LayerParts(values, w(), None if b is None else b(), nonnegative)
+            ):
                 terms = [(term.x, term) for term in group.terms if term.x is not None]
                 whole = torch.zeros_like(output)
                 for part, term in terms:
@@ -138,7 +141,7 @@ class ZPlusRule(LayerRule):
         torch.Size([4, 3])
     """
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         w, b = parts.weight, parts.bias
         return [Group(parts.positive(w.clamp(min=0), w.clamp(max=0), _clamp(b, min=0)))]
 
@@ -170,7 +173,7 @@ class AlphaBetaRule(LayerRule):
         super().__init__(stabilizer)
         self.alpha, self.beta = alpha, beta
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         w, b = parts.weight, parts.bias
         plus, minus = w.clamp(min=0), w.clamp(max=0)
         return [
@@ -204,7 +207,7 @@ class GammaRule(LayerRule):
         super().__init__(stabilizer)
         self.gamma = gamma
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         def more(x: Tensor, **limit: float) -> Tensor:
             return x + self.gamma * x.clamp(**limit)
 
@@ -235,7 +238,7 @@ class FlatRule(LayerRule):
         torch.Size([4, 3])
     """
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         return [Group([Term(torch.ones_like(parts.x), torch.ones_like(parts.weight))])]
 
 
@@ -254,7 +257,7 @@ class WSquareRule(LayerRule):
         torch.Size([4, 3])
     """
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         b = parts.bias
         squares = parts.weight.square(), None if b is None else b.square()
         return [Group([Term(torch.ones_like(parts.x), *squares)])]
@@ -281,7 +284,7 @@ class ZBoxRule(LayerRule):
         super().__init__(stabilizer)
         self.low, self.high = low, high
 
-    def groups(self, parts: _Parts) -> list[Group]:
+    def groups(self, parts: LayerParts) -> list[Group]:
         (x, w), b = (parts.x, parts.weight), parts.bias
 
         def filled(value: Any) -> Tensor:
@@ -311,6 +314,7 @@ class FirstLayerRule(Rule):
         otherwise: the rule of the others.
 
     Example:
+        >>> from captum_abslrp.rules import EpsilonRule
         >>> rule = FirstLayerRule(FlatRule(), EpsilonRule())
         >>> mapping = get_mapping("epsilon").extended({("linear", "conv2d"): rule})
         >>> mapping.name
