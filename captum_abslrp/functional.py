@@ -24,7 +24,7 @@ from captum_abslrp.engine.numerics import (
     scale,
     sums,
 )
-from captum_abslrp.rules.affine import convolution, linear
+from captum_abslrp.rules.affine import convolution, linear, transposed_convolution
 from captum_abslrp.rules.attention import attention
 from captum_abslrp.rules.complex import complex_bilinear, complex_diagonal
 from captum_abslrp.rules.contributions import (
@@ -69,5 +69,6 @@ __all__ = [
     "shares",
     "softmax",
     "sums",
+    "transposed_convolution",
     "twin",
 ]
