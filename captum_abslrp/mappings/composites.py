@@ -187,7 +187,7 @@ def composite(name: str, **parameters: Any) -> Mapping:
     """The table of a composite.
 
     Args:
-        name: one of :data:`COMPOSITES`.
+        name: one of ``COMPOSITES``, such as ``"epsilon_plus"``.
         parameters: its parameters, ``epsilon=1e-6`` for example.
 
     Raises:
