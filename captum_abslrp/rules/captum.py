@@ -76,7 +76,8 @@ class CaptumRule:
         self.rule = rule
 
     def __repr__(self) -> str:
-        return f"{type(self.rule).__name__}()"
+        package = type(self.rule).__module__.partition(".")[0]
+        return f"{'captum.' if package == 'captum' else ''}{type(self.rule).__name__}()"
 
     def suits_complex(self, call: Call) -> bool:
         """Whether the rule can record a complex call: :meth:`record` raises where it cannot."""
