@@ -217,7 +217,15 @@ def test_composites_are_those_of_zennit(name: str, architecture: str, canonizer:
     from zennit.attribution import Gradient
 
     torch.manual_seed(0)
-    model = randomized(torchvision.models.get_model(architecture, num_classes=7))
+    if architecture == "resnet18":
+        model: nn.Module = torchvision.models.resnet18(num_classes=7)
+    else:  # its classifier has 100 million weights
+        features = torchvision.models.vgg.make_layers(
+            torchvision.models.vgg.cfgs["A"], batch_norm=architecture == "vgg11_bn"
+        )
+        head = [nn.Flatten(), nn.Linear(2048, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 7)]
+        model = nn.Sequential(features, nn.AdaptiveAvgPool2d(2), *head)
+    model = randomized(model)
     x, target = draw_tensor(1, 2, 3, 64, 64), [3, 5]
     box = {k: torch.full((1, 3, 1, 1), v).double() for k, v in BOX.items()}
     options: dict[str, Any] = box if name == "epsilon_gamma_box" else {}

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from captum_abslrp import AbsLRP, inspect_rules
+from captum_abslrp import LRP, AbsLRP, inspect_rules
+from captum_abslrp.mappings.composites import COMPOSITES
 from tests.conftest import realistic, relative_error
 from tests.test_no_trace import no_trace
 
@@ -82,6 +83,34 @@ def test_every_family_is_explained(representative: Representative) -> None:
     single = AbsLRP(model.float()).attribute(x.float(), target)
     assert bool(torch.isfinite(single).all())
     assert bool(single.flatten(1).any(1).all())
+
+
+def with_composites(representative: Representative) -> object:
+    always = representative.family in ("vision_transformer", "resnet", "mobilenetv3")
+    marks = [] if always else [pytest.mark.slow]
+    return pytest.param(representative, id=representative.family, marks=marks)
+
+
+@pytest.mark.parametrize("representative", [with_composites(family) for family in FAMILIES])
+def test_every_composite_explains_every_family(representative: Representative) -> None:
+    if not timm.is_model(representative.model):
+        pytest.skip(f"timm {timm.__version__} has no {representative.model}")
+    torch.manual_seed(0)
+    model = timm.create_model(representative.model)
+    if not model.num_classes:
+        model = timm.create_model(representative.model, num_classes=10)
+    x = torch.randn(2, 3, representative.size, representative.size)
+    realistic(model, x)
+    model, x, target = model.double(), x.double(), torch.tensor([1, 2])
+    for name in COMPOSITES:
+        box = {"low": -4.0, "high": 4.0} if name == "epsilon_gamma_box" else {}
+        attribute = LRP(model, name, **box).attribute  # type: ignore[arg-type]
+        with no_trace(model):
+            relevance = attribute(x, target, contrast="others")
+        assert bool(torch.isfinite(relevance).all()), name
+        assert bool(relevance.flatten(1).any(1).all()), name
+        alone = attribute(x[:1], target[:1], contrast="others")
+        assert relative_error(alone, relevance[:1]) < 1e-3, name
 
 
 @pytest.mark.slow
