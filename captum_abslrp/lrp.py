@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.mappings import Mapping, composite
+from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.seeds import Contrast, Target
 
 __all__ = ["LRP"]
@@ -64,6 +65,7 @@ class LRP(AbsLRP):
     ) -> None:
         super().__init__(model, _table(composite, parameters), output=output)
 
+    @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only
         self,
         inputs: Any,

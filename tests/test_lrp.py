@@ -482,6 +482,17 @@ def test_layers_are_explained_by_a_composite() -> None:
     assert bool(first.any()) and bool(last.any())
 
 
+def test_noise_is_averaged_as_by_hand() -> None:
+    model, x = small_cnn(), draw_tensor(0, 2, 3, 14, 14)
+    tunnel = captum.attr.NoiseTunnel(LRP(model, "epsilon_plus"))
+    same = tunnel.attribute(x, nt_samples=3, stdevs=0.0, target=[1, 2], contrast=[3, 0])
+    torch.testing.assert_close(
+        same, LRP(model, "epsilon_plus").attribute(x, [1, 2], contrast=[3, 0])
+    )
+    assert isinstance(LRP(model), captum.attr.GradientAttribution)
+    assert LRP(model).has_convergence_delta()
+
+
 def test_the_rules_of_a_composite_are_listed() -> None:
     model = timm.create_model("test_vit").eval()
     calls = inspect_rules(model, torch.rand(1, 3, 160, 160), mapping="cp_lrp").calls
