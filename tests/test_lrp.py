@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
 from captum_abslrp.mappings import Mapping, composite
-from captum_abslrp.mappings.composites import COMPOSITES, LAYERS
+from captum_abslrp.mappings.composites import ALL_LAYERS, COMPOSITES
 from captum_abslrp.rules import (
     AbsLRPRule,
     AlphaBetaRule,
@@ -102,7 +102,7 @@ RULES: dict[str, Rule] = {
 
 
 def table(rule: Rule) -> Mapping:
-    return Mapping("mine", [(LAYERS, rule)], base=composite("epsilon"), signed=True)
+    return Mapping("mine", [(ALL_LAYERS, rule)], base=composite("epsilon"), signed=True)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -524,6 +524,41 @@ def test_the_first_layer_has_its_own_rule() -> None:
     assert sorted(seen) == [2, 3]
     positive = AbsLRP(model, table(FirstLayerRule(AbsLRPRule(), EpsilonRule())))
     assert bool(positive.attribute((x, y), 1)[0].any())
+
+
+NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "layer_norm": lambda x, w, b: F.layer_norm(x, (4,), w[:4], b[:4], 0.1),
+    "rms_norm": lambda x, w, b: F.rms_norm(x, (4,), w[:4], 0.1),
+    "group_norm": lambda x, w, b: F.group_norm(x, 3, w, b, 0.1),
+    "instance_norm": lambda x, w, b: F.instance_norm(x, None, None, w, b, True, 0.1, 0.1),
+    "torch.instance_norm": lambda x, w, b: torch.instance_norm(
+        x, w, b, None, None, True, 0.1, 0.1, False
+    ),
+    "instance_norm, known": lambda x, w, b: F.instance_norm(x, b, w + 1, w, b, False, 0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_have_a_constant_deviation(name: str) -> None:
+    x, w, b = draw_tensor(0, 2, 6, 4), draw_tensor(1, 6).abs(), draw_tensor(2, 6)
+
+    class Norm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return NORMS[name](x, w, b).flatten(1)
+
+    groups = {"layer_norm": (-1,), "rms_norm": (-1,), "group_norm": (2, 3)}.get(name, (-1,))
+    leaf = x.clone().requires_grad_()
+    parts = leaf.view(2, 3, 2, 4) if name == "group_norm" else leaf
+    mean = parts.mean(groups, keepdim=True) * (name not in ("rms_norm", "instance_norm, known"))
+    size = (parts - mean).square().mean(groups, keepdim=True).detach()
+    if name == "instance_norm, known":
+        size = (w + 1)[:, None]
+    scaled = ((parts - mean) / (size + 0.1).sqrt()).reshape(2, 6, 4)
+    scaled = scaled * (w[:4] if name in ("layer_norm", "rms_norm") else w[:, None])
+    scaled.flatten(1)[:, 7].sum().backward()
+    assert leaf.grad is not None
+    actual = LRP(Norm()).attribute(x, 7)
+    torch.testing.assert_close(actual, x * leaf.grad, rtol=1e-6, atol=1e-8)
 
 
 def test_a_sum_with_gamma_favors_the_sign_of_the_sum() -> None:

@@ -55,6 +55,12 @@ ARITHMETIC = frozenset(
 """Calls that cast all of their operands to one dtype: a mask, an integer, a float of less precision."""
 
 
+LAYERS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+"""Calls that are layers with weights."""
+
+
 JOINING = frozenset(
     "block_diag cat column_stack concat concatenate dstack hstack masked_fill stack vstack where".split()
 )

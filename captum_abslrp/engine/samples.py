@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from captum_abslrp.engine.names import ARITHMETIC, JOINING, TRANSFORMS, transformed_dims
+from captum_abslrp.engine.names import ARITHMETIC, JOINING, LAYERS, TRANSFORMS, transformed_dims
 
 _SHADOW = "_abslrp_samples"
 
@@ -84,11 +84,6 @@ _DIMS = (
 and which they are where they are not given (None: all)."""
 
 
-_LAYERS = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)
-
-
 _PRODUCTS = frozenset("_sparse_mm linalg_matmul matmul mm spmm".split())
 
 
@@ -143,7 +138,7 @@ def check_apart(
     elif name in ("layer_norm", "rms_norm"):
         shape = kwargs.get("normalized_shape", operands[1:2] and operands[1])
         mixes = len(shape) >= tensors[0].dim()
-    elif name in _LAYERS:
+    elif name in LAYERS:
         mixes = any(map(is_source, tensors[1:]))
     elif name == "einsum":
         mixes = _adds_up_samples(operands, is_source)

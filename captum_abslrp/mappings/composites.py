@@ -43,7 +43,7 @@ from captum_abslrp.rules.signed import (
 __all__ = ["COMPOSITES", "TRANSFORMER", "composite"]
 
 CONV = tuple(CONVOLUTIONS)
-LAYERS = ("linear", *CONV)
+ALL_LAYERS = ("linear", *CONV)
 SUMS_OF_PRODUCTS = ("_sparse_addmm", "addbmm", "addmm", "addmv", "baddbmm")
 
 
@@ -73,7 +73,7 @@ def _table(
             ),
             (DIVISORS, ConstantRule()),
             (tuple(MAX_POOLS), EpsilonRule(0.0)),
-            (("div", *SUMS_OF_PRODUCTS, *LINEAR_MAPS, *LAYERS, *BY_DEFINITION), plain),
+            (("div", *SUMS_OF_PRODUCTS, *LINEAR_MAPS, *ALL_LAYERS, *BY_DEFINITION), plain),
         ],
         signed=True,
     )
@@ -229,7 +229,7 @@ def transformer(
         residual_gamma: how much more the summands of the sign of a sum count.
         name: of the mapping.
     """
-    layers: Entries = [(LAYERS, FirstLayerRule(embedding, EpsilonRule()))]
+    layers: Entries = [(ALL_LAYERS, FirstLayerRule(embedding, EpsilonRule()))]
     return _table(name, layers, softmax=softmax, residual_gamma=residual_gamma)
 
 

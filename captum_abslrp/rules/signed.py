@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from captum_abslrp.engine.arguments import instances_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
+from captum_abslrp.engine.names import LAYERS
 from captum_abslrp.engine.numerics import EPS
 from captum_abslrp.engine.tape import Propagate, Record
 from captum_abslrp.rules.affine import Affine, affine_of
@@ -32,11 +32,6 @@ from captum_abslrp.rules.multi_head import MULTI_HEAD
 from captum_abslrp.rules.normalization import reordered
 from captum_abslrp.rules.recurrent import RECURRENT
 from captum_abslrp.rules.twin import Again, record_again, refuse_without_gradient
-
-LAYERS = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)
-"""Calls with weights that are layers."""
 
 
 def with_sign(s: Tensor, z: Tensor, epsilon: float) -> Tensor:
@@ -406,5 +401,5 @@ class PartsRule(Rule):
     closed_forms: ClassVar[Mapping[str, Form]] = _PARTS
 
 
-PARTS = tuple(chain(_PARTS))
+PARTS = tuple(_PARTS)
 """The calls that :class:`PartsRule` records."""
