@@ -6,7 +6,7 @@
 
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.engine.errors import UnsupportedCallError
-from captum_abslrp.inspection import inspect_rules
+from captum_abslrp.inspection import inspect_rules, stem_stride
 from captum_abslrp.layer import LayerAbsLRP
 from captum_abslrp.lrp import LRP
 from captum_abslrp.mappings import register_call_rule, register_mapping
@@ -20,6 +20,7 @@ __all__ = [
     "inspect_rules",
     "register_call_rule",
     "register_mapping",
+    "stem_stride",
     "trace_relevance",
     "__version__",
 ]

@@ -1,13 +1,14 @@
-"""The rule of each call of a model, listed by one forward pass.
+"""What one forward pass tells of a model: the rule of each call, and the stride of the first convolution.
 
 Nothing is explained, and no call is refused: calls without a rule are listed as well, all at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from captum._utils.common import _format_additional_forward_args
@@ -28,9 +29,11 @@ from captum_abslrp.engine.tape import Record
 from captum_abslrp.mappings import Mapping, MappingScope, find_layer_rule, get_mapping
 from captum_abslrp.text import markdown_table
 
-__all__ = ["InspectedCall", "Inspection", "inspect_rules"]
+__all__ = ["InspectedCall", "Inspection", "inspect_rules", "stem_stride"]
 
 MOVES = "moves elements"
+
+Run = TypeVar("Run", bound="_Survey")
 
 
 @dataclass(frozen=True)
@@ -122,16 +125,69 @@ def inspect_rules(
         | torch.tanh                 | AbsLRPRule() | mapping 'generic' | 1     | 1 (Tanh)      |
     """
     attributor = AbsLRP(model, mapping, output=output)
+    survey = _surveyed(attributor, inputs, additional_forward_args, _Survey)
+    return Inspection(tuple(survey.calls))
+
+
+def stem_stride(model: nn.Module, inputs: Tensor, additional_forward_args: Any = None) -> int:
+    """The step in which a model reads its image: the stride of its first convolution, or its patch size.
+
+    Maps have a grid of this step, which :func:`~captum_abslrp.visualization.smooth_map` takes out. The
+    function runs the model up to the first convolution that depends on the image, be it a module or a call
+    of ``torch.nn.functional``. It does not change the model.
+
+    Args:
+        model: as for :class:`~captum_abslrp.AbsLRP`.
+        inputs: an example image, (B, C, H, W); one sample is enough.
+        additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
+
+    Returns:
+        The step in pixels of the image: the stride of the convolution (the larger one of height and width),
+        times the factor by which the model has made the image smaller before. It is 1 where no
+        two-dimensional convolution depends on the image, also if a linear layer reads patches.
+
+    Raises:
+        ValueError: if `inputs` are not (B, C, H, W), or a layer of the model has no weights yet.
+        TypeError: if `inputs` are not floating-point numbers, or the model cannot be explained.
+        UnsupportedCallError: if a call before the convolution hides what depends on the image.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 7, stride=2, padding=3), nn.ReLU(), nn.Flatten())
+        >>> stem_stride(model, torch.rand(1, 3, 32, 32))
+        2
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        found = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise TypeError(f"Expected `inputs` to be a floating-point tensor, but got {found}.")
+    if inputs.ndim != 4 or inputs.numel() == 0:
+        raise ValueError(
+            "Expected `inputs` to have shape (B, C, H, W) without empty axes, but got "
+            f"{tuple(inputs.shape)}."
+        )
+    try:
+        _surveyed(AbsLRP(model), inputs, additional_forward_args, _StemSearch)
+    except _StemFound as found:
+        return found.stride
+    return 1
+
+
+def _surveyed(
+    attributor: AbsLRP,
+    inputs: Tensor | tuple[Tensor, ...],
+    additional_forward_args: Any,
+    start: Callable[[Mapping | None, nn.Module, list[Tensor]], Run],
+) -> Run:
+    """The recording of one forward pass of a model, which is left as it was."""
     check_initialized(attributor.model)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     extra = _format_additional_forward_args(additional_forward_args) or ()
 
-    def survey(rows: slice) -> Inspection:
+    def survey(rows: slice) -> Run:
         with torch.inference_mode(False), torch.enable_grad(), unchanged(attributor.model):
             leaves = [x[rows].clone().detach().requires_grad_() for x in given]
-            recording = _Survey(attributor.mapping, attributor.model, leaves)
+            recording = start(attributor.mapping, attributor.model, leaves)
             attributor.run(leaves, extra, recording)
-        return Inspection(tuple(recording.calls))
+        return recording
 
     try:
         return survey(slice(None))
@@ -142,10 +198,10 @@ def inspect_rules(
 class _Survey(Recording):
     """Notes the rule of each call, and goes on where there is none."""
 
+    scope: type[MappingScope] = MappingScope
+
     def __init__(self, mapping: Mapping | None, model: nn.Module, inputs: list[Tensor]) -> None:
-        super().__init__(
-            MappingScope(mapping), inputs=inputs, batch_size=len(inputs[0]), model=model
-        )
+        super().__init__(self.scope(mapping), inputs=inputs, batch_size=len(inputs[0]), model=model)
         self.fuses = False  # each part is listed
         self.mapping = mapping
         self.calls: list[InspectedCall] = []
@@ -198,6 +254,46 @@ class _Survey(Recording):
 
     def refuse_unseen(self, node: Any) -> None:
         self._note(node.name().removesuffix("Backward"), None, "")
+
+
+class _StemFound(BaseException):
+    """Ends the forward pass at the first convolution; no handler of the model's takes it for an error."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__(stride)
+        self.stride = stride
+
+
+class _NoRules(MappingScope):
+    """A scope without rules, in which no layer hides the calls that it makes."""
+
+    rule_of_module = rule_of_layer = staticmethod(lambda module: None)
+
+    def rule_of_call(self, call: Call, table: Mapping | None) -> None:
+        return None
+
+
+class _StemSearch(_Survey):
+    """Looks for the first convolution of the image."""
+
+    scope = _NoRules
+
+    def __init__(self, mapping: Mapping | None, model: nn.Module, inputs: list[Tensor]) -> None:
+        super().__init__(mapping, model, inputs)
+        self.pixels = _pixels(inputs[0])
+
+    def run_without_rule(self, call: Call) -> Any:
+        if call.name != "conv2d":
+            return super().run_without_rule(call)
+        given = dict(zip(("input", "weight", "bias", "stride"), call.operands)) | call.kwargs
+        stride = given.get("stride", 1)
+        # An image cut into tiles keeps its pixels; one that is resized or folded into channels does not.
+        before = max(1, round(math.sqrt(self.pixels / _pixels(given["input"]))))
+        raise _StemFound(before * (stride if isinstance(stride, int) else max(stride)))
+
+
+def _pixels(images: Tensor) -> int:
+    return images.numel() // images.shape[-3]
 
 
 def _name_of(func: Any) -> str:

@@ -4,6 +4,10 @@ Colors are symmetric around 0: red speaks for the class, blue against it, white 
 color-blind readers can tell apart). The ends of the scale are a percentile of the magnitudes, so
 that a few extreme pixels do not turn all others white.
 
+A model that reads its image in steps, by a convolution with a stride or by patches, leaves the grid of
+these steps in its maps. `smoothing` takes the grid out of a figure, see :func:`smooth_map`. The relevance
+itself does not change.
+
 Axes: C channels (1 or 3), H height, W width. matplotlib is imported when a figure is made.
 """
 
@@ -15,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +38,14 @@ __all__ = [
     "plot_grid",
     "plot_rows",
     "relevance_image",
+    "smooth_map",
 ]
 
 Array = Tensor | npt.NDArray[Any]
 """A torch tensor or a numpy array."""
 
 COLOR_MAP = "RdBu_r"
+SMOOTHED = "Maps are smoothed over {} pixels."
 
 _CELL_INCHES = 3.0
 _GRID_CELL_INCHES = 1.7
@@ -68,6 +76,45 @@ def relevance_image(attribution: Array) -> npt.NDArray[np.float64]:
         )
     _require_finite(values, "attribution")
     return values.sum(axis=0) if values.ndim == 3 else values
+
+
+def smooth_map(attribution: Array, smoothing: int) -> npt.NDArray[np.float64]:
+    """Relevance per pixel, without the grid of a model that reads its image in steps.
+
+    The function takes the mean of `smoothing` by `smoothing` pixels around every pixel, twice. Both means
+    together are a triangular window of ``2 * smoothing - 1`` pixels, which is centered for an even
+    `smoothing`, too. A pattern that repeats every `smoothing` pixels becomes flat; only the ``smoothing - 1``
+    pixels next to a border keep a part of it. The map is mirrored at its borders. This keeps the sum of the
+    relevance, and it keeps a constant map.
+
+    Args:
+        attribution: relevance, (C, H, W) with any C, or (H, W).
+        smoothing: length of a step in pixels; :func:`~captum_abslrp.stem_stride` finds the one of a model.
+            1 leaves the map as it is.
+
+    Returns:
+        The map, (H, W).
+
+    Raises:
+        ValueError: if `smoothing` is no positive integer, or as in :func:`relevance_image`.
+
+    Example:
+        >>> import torch
+        >>> grid = torch.tensor([[0.0, 4.0, 0.0, 4.0, 0.0, 4.0]])
+        >>> smooth_map(grid, 2)
+        array([[1., 2., 2., 2., 2., 3.]])
+    """
+    if not isinstance(smoothing, int) or smoothing < 1:
+        raise ValueError(
+            f"Expected `smoothing` to be a positive number of pixels, but got {smoothing!r}."
+        )
+    relevance = relevance_image(attribution)
+    if smoothing == 1:
+        return relevance
+    smooth = torch.from_numpy(np.pad(relevance, smoothing - 1, mode="symmetric"))[None]
+    for _ in range(2):
+        smooth = F.avg_pool2d(smooth, smoothing, stride=1)
+    return smooth[0].numpy()
 
 
 def color_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
@@ -149,6 +196,7 @@ def plot_attribution(
     *,
     title: str | None = None,
     clip_percentile: float = 99.0,
+    smoothing: int = 1,
 ) -> Figure:
     """One image and what is relevant in it: input, overlay, map with color bar.
 
@@ -157,6 +205,8 @@ def plot_attribution(
         attribution: relevance, (C, H, W) or (H, W); H and W as in `image`.
         title: heading of the figure.
         clip_percentile: percentile of the magnitudes at which the colors end.
+        smoothing: number of pixels that the maps are smoothed over, see :func:`smooth_map`; 1 draws the
+            maps as they are. A figure with smoothed maps says so.
 
     Raises:
         ValueError: if a shape does not fit or a value is not finite or out of range.
@@ -167,7 +217,13 @@ def plot_attribution(
         >>> [axes.get_title() for axes in figure.axes[:3]]
         ['input', 'overlay', 'relevance']
     """
-    return plot_rows([image], [attribution], title=title, clip_percentile=clip_percentile)
+    return plot_rows(
+        [image],
+        [attribution],
+        title=title,
+        clip_percentile=clip_percentile,
+        smoothing=smoothing,
+    )
 
 
 def plot_rows(
@@ -177,6 +233,7 @@ def plot_rows(
     row_labels: Sequence[str] | None = None,
     title: str | None = None,
     clip_percentile: float = 99.0,
+    smoothing: int = 1,
 ) -> Figure:
     """Several attributions below each other, each as input, overlay and map with color bar.
 
@@ -186,6 +243,8 @@ def plot_rows(
         row_labels: R texts for the left margin.
         title: heading of the figure.
         clip_percentile: percentile of the magnitudes at which the colors end.
+        smoothing: number of pixels that the maps are smoothed over, see :func:`smooth_map`; 1 draws the
+            maps as they are. A figure with smoothed maps says so.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -201,7 +260,7 @@ def plot_rows(
     _require_count("attributions", len(attributions), rows)
     _require_labels("row_labels", row_labels, rows)
     pictures = [picture_array(image) for image in images]
-    maps = [relevance_image(attribution) for attribution in attributions]
+    maps = [smooth_map(attribution, smoothing) for attribution in attributions]
 
     height = rows * _CELL_INCHES * _tallness(pictures)
     figure = _figure(3.25 * _CELL_INCHES + 0.5, height, title)
@@ -216,6 +275,7 @@ def plot_rows(
             _label_row(left, row_labels[row], width=22, size=11)
     for column, name in enumerate(("input", "overlay", "relevance")):
         axes[0, column].set_title(name, fontsize=11)
+    _note_smoothing(figure, smoothing)
     return figure
 
 
@@ -227,6 +287,7 @@ def plot_grid(
     column_labels: Sequence[str] | None = None,
     title: str | None = None,
     clip_percentile: float = 99.0,
+    smoothing: int = 1,
 ) -> Figure:
     """Rows of images, columns of methods: the input, then an overlay per method.
 
@@ -241,6 +302,8 @@ def plot_grid(
         column_labels: K texts above the columns of attributions.
         title: heading of the figure.
         clip_percentile: percentile of the magnitudes at which the colors end.
+        smoothing: number of pixels that the maps are smoothed over, see :func:`smooth_map`; 1 draws the
+            maps as they are. A figure with smoothed maps says so.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -276,10 +339,12 @@ def plot_grid(
             if isinstance(cell, str):
                 _write_note(axes[row, column], cell)
             else:
-                _draw_overlay(axes[row, column], picture, relevance_image(cell), clip_percentile)
+                relevance = smooth_map(cell, smoothing)
+                _draw_overlay(axes[row, column], picture, relevance, clip_percentile)
     for column, name in enumerate(["input", *(column_labels or [])]):
         axes[0, column].set_title(_wrap(name, 20), fontsize=10, parse_math=False)
     _add_shared_color_bar(figure, axes)
+    _note_smoothing(figure, smoothing)
     return figure
 
 
@@ -436,6 +501,11 @@ def _write_note(axes: Axes, text: str) -> None:
         transform=axes.transAxes,
     )
     _without_ticks(axes)
+
+
+def _note_smoothing(figure: Figure, smoothing: int) -> None:
+    if smoothing > 1:
+        figure.supxlabel(SMOOTHED.format(smoothing), fontsize=8, color="0.4")
 
 
 def _label_row(axes: Axes, text: str, *, width: int, size: int) -> None:

@@ -29,11 +29,13 @@ import torch
 
 from captum_abslrp.visualization import (
     COLOR_MAP,
+    SMOOTHED,
     Array,
     color_limit,
     overlay_opacity,
     picture_array,
     relevance_image,
+    smooth_map,
 )
 
 __all__ = ["Panel", "Section", "Table", "render"]
@@ -58,6 +60,9 @@ class Panel:
         probabilities: of the classes, K numbers in [0, 1].
         contrast: what ``"contrast"`` stands for, in words.
         notes: lines below the picture.
+        smoothing: number of pixels that drawn maps are smoothed over, see
+            :func:`~captum_abslrp.visualization.smooth_map`; 1 draws the maps as they are. Alternative texts
+            always describe the maps as they are.
 
     Example:
         >>> import torch
@@ -73,6 +78,7 @@ class Panel:
     probabilities: Sequence[float] | None = None
     contrast: str = "the others"
     notes: Sequence[str] = ()
+    smoothing: int = 1
 
 
 @dataclass(frozen=True)
@@ -201,9 +207,10 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
                 f"Expected maps of {panel.name} to have the height and width of its picture "
                 f"{picture.shape[:2]}, but got {relevance.shape}."
             )
-        limit = color_limit(relevance, clip_percentile)
+        drawn = smooth_map(relevance, panel.smoothing)
+        limit = color_limit(drawn, clip_percentile)
         return {
-            "src": _overlay(relevance, limit),
+            "src": _overlay(drawn, limit),
             "limit": f"{limit:.2g}",
             "alt": f"{what}: {_in_words(relevance)}",
         }
@@ -240,7 +247,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
             for view, of_view in maps.items()
         },
         "pairs": pairs,
-        "notes": notes,
+        "notes": notes + [SMOOTHED.format(panel.smoothing)] * (panel.smoothing > 1),
     }
 
 

@@ -1,0 +1,276 @@
+"""Pictures without the grid of a model: the smoothing itself, the step of a model, and who draws with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from captum.attr._utils.lrp_rules import EpsilonRule
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_abslrp import demo, stem_stride
+from captum_abslrp.report import Panel, Section, render
+from captum_abslrp.visualization import (
+    plot_attribution,
+    plot_grid,
+    plot_rows,
+    relevance_image,
+    smooth_map,
+)
+from tests.test_no_trace import Crash, CrashForward, no_trace
+
+SIZES = [1, 2, 3, 4, 7, 20]  # the last one is larger than the map
+CAPTION = "Maps are smoothed over {} pixels."
+
+
+def random_map(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+# --- the map ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", SIZES)
+def test_the_sum_and_constant_maps_are_kept(smoothing: int) -> None:
+    relevance = random_map(3, 11, 17)
+    smooth = smooth_map(relevance, smoothing)
+    assert smooth.shape == (11, 17) and smooth.dtype == np.float64
+    assert smooth.sum() == pytest.approx(relevance.sum().item(), abs=1e-12)
+    np.testing.assert_allclose(smooth_map(torch.full((11, 17), -3.0), smoothing), -3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", SIZES)
+def test_the_window_is_a_centered_triangle(smoothing: int) -> None:
+    point = torch.zeros(61, 61)
+    point[30, 30] = 1
+    distance = np.abs(np.arange(61) - 30)
+    weights = (smoothing - distance).clip(0) / smoothing**2
+    np.testing.assert_allclose(smooth_map(point, smoothing), np.outer(weights, weights), atol=1e-15)
+
+
+@pytest.mark.parametrize("smoothing", [2, 3, 4])
+def test_a_pattern_that_repeats_becomes_flat(smoothing: int) -> None:
+    grid = random_map(smoothing, smoothing).repeat(6, 7)
+    edge = smoothing - 1
+    inside = smooth_map(grid, smoothing)[edge:-edge, edge:-edge]
+    np.testing.assert_allclose(inside, grid.mean(), atol=1e-12)
+    assert np.ptp(smooth_map(grid, smoothing + 1)[edge:-edge, edge:-edge]) > 0.01
+
+
+def test_one_pixel_leaves_the_map_as_it_is() -> None:
+    relevance = random_map(3, 5, 7)
+    before = relevance.clone()
+    np.testing.assert_array_equal(smooth_map(relevance, 1), relevance_image(relevance))
+    np.testing.assert_array_equal(smooth_map(relevance.numpy(), 2), smooth_map(relevance.sum(0), 2))
+    assert torch.equal(relevance, before)
+
+
+@pytest.mark.parametrize("bad", [0, -2, 2.0, "2", None])
+def test_bad_smoothing_is_refused(bad: Any) -> None:
+    message = f"Expected `smoothing` to be a positive number of pixels, but got {bad!r}."
+    image, relevance = torch.zeros(4, 4), torch.zeros(4, 4)
+    panel = Panel("a", image, ["b"], {"target": [relevance]}, smoothing=bad)
+    for draw in (
+        lambda: smooth_map(relevance, bad),
+        lambda: plot_attribution(image, relevance, smoothing=bad),
+        lambda: plot_grid([image], [[relevance]], smoothing=bad),
+        lambda: render([Section("c", [panel])], title="d", settings={}),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            draw()
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def drawn(figure: Figure) -> list[np.ndarray[Any, Any]]:
+    """The maps of a figure, those of overlays included."""
+    pictures = [picture for axes in figure.axes for picture in axes.get_images()]
+    return [np.asarray(p.get_array()) for p in pictures if p.get_cmap().name == "RdBu_r"]
+
+
+def test_figures_draw_smooth_maps_and_say_so() -> None:
+    image, relevance = torch.rand(3, 6, 8), random_map(3, 6, 8)
+    for options, smoothing in (({}, 1), ({"smoothing": 1}, 1), ({"smoothing": 2}, 2)):
+        for figure in (
+            plot_attribution(image, relevance, **options),
+            plot_rows([image] * 2, [relevance] * 2, **options),
+            plot_grid([image], [[relevance, "none"]], **options),
+        ):
+            assert drawn(figure)
+            for shown in drawn(figure):
+                np.testing.assert_array_equal(shown, smooth_map(relevance, smoothing))
+            caption = CAPTION.format(2) if smoothing == 2 else ""
+            assert figure.get_supxlabel() == caption
+
+
+def test_a_report_draws_smooth_maps_and_describes_them_as_they_are() -> None:
+    maps = random_map(2, 6, 8)
+
+    def panel_of(given: Tensor, **options: Any) -> Any:
+        panel = Panel("cat", torch.rand(3, 6, 8), ["a", "b"], {"target": given}, **options)
+        page = render([Section("model", [panel])], title="Why?", settings={})
+        found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+        assert found is not None
+        return json.loads(found[1])["sections"][0]["panels"][0]
+
+    raw, smooth = panel_of(maps), panel_of(maps, smoothing=2)
+    already = panel_of(torch.stack([torch.from_numpy(smooth_map(m, 2)) for m in maps]))
+    assert raw["notes"] == [] and smooth["notes"] == [CAPTION.format(2)]
+    for of_raw, of_smooth, of_already in (
+        (raw["maps"]["target"][1], smooth["maps"]["target"][1], already["maps"]["target"][1]),
+        (raw["pairs"]["0 1"], smooth["pairs"]["0 1"], already["pairs"]["0 1"]),
+    ):
+        assert of_smooth["src"] == of_already["src"] != of_raw["src"]
+        assert of_smooth["limit"] == of_already["limit"] != of_raw["limit"]
+        assert of_smooth["alt"] == of_raw["alt"]
+
+
+# --- the step of a model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "step"), [("vgg", 1), ("resnet", 2), ("vit", 8)])
+def test_the_step_of_demo_models(name: str, step: int) -> None:
+    model = demo.load_model(name)
+    with no_trace(model):
+        assert stem_stride(model, torch.zeros(1, 3, 64, 64)) == step
+        assert stem_stride(model, torch.rand(3, 3, 64, 64)) == step
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("resnet18", 2),
+        ("tf_efficientnet_b0", 2),  # which pads its input first
+        ("vit_tiny_patch16_224", 16),
+        ("swin_tiny_patch4_window7_224", 4),
+        ("tresnet_m", 4),  # which folds 4x4 pixels into channels, and has a stride of 1
+        ("tnt_s_patch16_224", 4),  # which cuts the image into patches, and these by a stride of 4
+    ],
+)
+def test_the_step_of_timm_models(name: str, step: int) -> None:
+    model = timm.create_model(name).eval()
+    assert stem_stride(model, torch.rand(1, *model.default_cfg["input_size"])) == step
+
+
+class Net(nn.Module):
+    """A network of a function that gets the image and a convolution with stride 2."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+        self.function = forward
+
+    def forward(self, x: Tensor, *extra: Any) -> Tensor:
+        result: Tensor = self.function(self, x, *extra)
+        return result.flatten(1)
+
+
+WEIGHT = torch.ones(4, 3, 2, 2)
+NETWORKS = {
+    "module": (lambda net, x: net.conv(x), 2),
+    "function": (lambda net, x: F.conv2d(x, WEIGHT, stride=3), 3),
+    "positional stride": (lambda net, x: torch.conv2d(x, WEIGHT, None, (1, 3)), 3),
+    "default stride": (lambda net, x: F.conv2d(x, WEIGHT), 1),
+    "first of two": (lambda net, x: net.conv(F.conv2d(x, WEIGHT, stride=4)[:, :3]), 4),
+    "of a constant": (
+        lambda net, x: x * F.conv2d(torch.ones(1, 3, 48, 48), WEIGHT, stride=4).mean(),
+        1,
+    ),
+    "of a constant, then the image": (
+        lambda net, x: net.conv(x * F.conv2d(torch.ones(1, 3, 48, 48), WEIGHT, stride=4).mean()),
+        2,
+    ),
+    "made smaller before": (lambda net, x: net.conv(F.avg_pool2d(x, 2)), 4),
+    "changed in place before": (lambda net, x: net.conv(x.sub_(0.5).div_(2)), 2),
+    "patches by a linear map": (
+        lambda net, x: F.unfold(x, 4, stride=4).mT @ torch.ones(48, 4) + 1,
+        1,
+    ),
+    "a call without a rule": (lambda net, x: net.conv(torch.erfinv(x / 2)), 2),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_step_of_written_networks(name: str) -> None:
+    forward, step = NETWORKS[name]
+    inputs = torch.rand(1, 3, 48, 48)
+    before = inputs.clone()
+    model = Net(forward).eval()
+    with no_trace(model):
+        assert stem_stride(model, inputs) == step
+    assert torch.equal(inputs, before)
+
+
+def test_a_rule_of_the_layer_does_not_hide_the_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3, stride=3)).eval()
+    model[0].rule = EpsilonRule()
+    with no_trace(model):
+        assert stem_stride(model, torch.rand(1, 3, 32, 32)) == 2
+
+
+def test_wrapped_models_and_arguments_after_the_image() -> None:
+    x = torch.rand(1, 3, 32, 32)
+    assert stem_stride(nn.DataParallel(Net(lambda net, x: net.conv(x))), x) == 2
+    assert stem_stride(torch.compile(Net(lambda net, x: net.conv(x)), backend="eager"), x) == 2
+    assert stem_stride(Net(lambda net, x, scale: net.conv(scale * x)), x, 3.0) == 2
+
+
+class Counting(nn.Module):
+    """Counts its calls, and its batch norm is in training mode."""
+
+    def __init__(self, *rest: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.rest = nn.Sequential(*rest)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        result: Tensor = self.rest(self.norm(x))
+        return result
+
+
+def test_the_model_is_put_back_and_not_run_to_its_end() -> None:
+    model = Counting(nn.Conv2d(3, 4, 3, stride=2), CrashForward())
+    with no_trace(model):
+        assert stem_stride(model, torch.rand(2, 3, 8, 8)) == 2
+    assert model.calls == 0
+
+
+def test_the_model_is_put_back_after_an_error() -> None:
+    model = Counting(CrashForward(), nn.Conv2d(3, 4, 3, stride=2))
+    with no_trace(model), pytest.raises(Crash):
+        stem_stride(model, torch.rand(2, 3, 8, 8))
+    assert model.calls == 0
+
+
+def test_no_handler_of_the_model_takes_the_end_of_the_search_for_an_error() -> None:
+    def guarded(net: Net, x: Tensor) -> Tensor:
+        try:
+            return net.conv(x)
+        except Exception:
+            return F.conv2d(x, WEIGHT, stride=4)
+
+    assert stem_stride(Net(guarded), torch.rand(1, 3, 32, 32)) == 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (torch.rand(3, 8, 8), ValueError, "shape (B, C, H, W) without empty axes, but got (3, 8, 8)."),
+        (torch.rand(1, 3, 0, 8), ValueError, "without empty axes, but got (1, 3, 0, 8)."),
+        (torch.ones(1, 3, 8, 8).int(), TypeError, "a floating-point tensor, but got torch.int32."),
+        ([1.0], TypeError, "Expected `inputs` to be a floating-point tensor, but got list."),
+    ],
+)  # fmt: skip
+def test_bad_images_are_refused(inputs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        stem_stride(Net(lambda net, x: net.conv(x)), inputs)
