@@ -22,6 +22,7 @@ from captum_abslrp.cli import evaluate as evaluate_command
 from captum_abslrp.cli import explain as explain_command
 from captum_abslrp.cli import main
 from captum_abslrp.report import LEVELS, Panel, Section, Table, render
+from captum_abslrp.visualization import smooth_map
 
 
 def data_of(page: str) -> Any:
@@ -145,7 +146,8 @@ def test_explain_writes_a_report(report: Path, pictures: list[Path]) -> None:
     )
     a, b = (int(name) for name in first["classes"][:2])
     attributor = AbsLRP(demo.load_model("resnet"), normalization="joint")
-    difference = attributor.attribute(x, target=a, contrast=b)[0].sum(0)
+    raw = attributor.attribute(x, target=a, contrast=b)[0]
+    difference = torch.from_numpy(smooth_map(raw, 2))
     limit = difference.abs().flatten().quantile(0.99)
     expected = ((difference / limit).clamp(-1, 1) * LEVELS).round() + LEVELS
     steps = torch.tensor(pixels(first["pairs"]["0 1"]["src"]).astype(int))

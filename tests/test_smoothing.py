@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,16 @@ import timm
 import torch
 from captum.attr._utils.lrp_rules import EpsilonRule
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_abslrp import demo, stem_stride
+from captum_abslrp import demo, methods, stem_stride
+from captum_abslrp.cli import demo as demo_command
+from captum_abslrp.cli import evaluate as evaluate_command
+from captum_abslrp.cli import explain as explain_command
+from captum_abslrp.cli import main
+from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.report import Panel, Section, render
 from captum_abslrp.visualization import (
     plot_attribution,
@@ -274,3 +281,115 @@ def test_no_handler_of_the_model_takes_the_end_of_the_search_for_an_error() -> N
 def test_bad_images_are_refused(inputs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         stem_stride(Net(lambda net, x: net.conv(x)), inputs)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    image = demo.load_scenes("pair", 1).images[0].mul(255).round().byte()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures of relevance that commands draw."""
+    made: list[Figure] = []
+    for command in (demo_command, evaluate_command, explain_command):
+        for plot in (plot_grid, plot_rows):
+            if hasattr(command, plot.__name__):
+
+                def spy(*args: Any, plot: Any = plot, **options: Any) -> Figure:
+                    made.append(plot(*args, **options))
+                    return made[-1]
+
+                monkeypatch.setattr(command, plot.__name__, spy)
+    return made
+
+
+@pytest.mark.parametrize("more", [[], ["--compare", "saliency"]])
+@pytest.mark.parametrize(("name", "step"), [("vgg", 1), ("resnet", 2), ("vit", 8)])
+def test_explain_smooths_figures_and_never_the_raw_relevance(
+    name: str, step: int, more: list[str], picture: Path, tmp_path: Path, figures: list[Figure]
+) -> None:
+    command = ["explain", str(picture), "--model", f"demo:{name}", "--top", "2", *more]
+    raw = {}
+    for out, switch in (("smooth", []), ("raw", ["--no-smoothing"])):
+        assert main([*command, *switch, "--out", str(tmp_path / out)]) == 0
+        raw[out] = (tmp_path / out / "scene-abslrp.npy").read_bytes()
+    assert raw["smooth"] == raw["raw"]
+    smooth, plain = figures
+    assert smooth.get_supxlabel() == (CAPTION.format(step) if step > 1 else "")
+    assert plain.get_supxlabel() == ""
+    relevance = np.load(tmp_path / "raw" / "scene-abslrp.npy")
+    np.testing.assert_array_equal(drawn(plain)[0], relevance_image(relevance[0]))
+    for shown, as_it_is in zip(drawn(smooth), drawn(plain), strict=True):
+        np.testing.assert_array_equal(shown, smooth_map(as_it_is, step))
+
+
+def test_the_report_of_explain_is_smooth(picture: Path, tmp_path: Path) -> None:
+    command = ["explain", str(picture), "--model", "demo:resnet", "--out", str(tmp_path)]
+    command += ["--html", str(tmp_path / "r.html")]
+    assert main(command) == 0
+    assert CAPTION.format(2) in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert main([*command, "--no-smoothing"]) == 0
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Maps are smoothed" not in page and '"no-smoothing": "True"' in page
+
+
+def test_resume_draws_again_what_was_drawn_otherwise(
+    picture: Path, tmp_path: Path, figures: list[Figure]
+) -> None:
+    command = [
+        "explain",
+        str(picture),
+        "--model",
+        "demo:resnet",
+        "--resume",
+        "--out",
+        str(tmp_path),
+    ]
+    for switch, count in (([], 1), ([], 1), (["--no-smoothing"], 2), (["--no-smoothing"], 2)):
+        assert main([*command, *switch]) == 0
+        assert len(figures) == count
+
+
+def test_demo_smooths(
+    tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"Saliency": methods.get_method("saliency")}
+    monkeypatch.setattr(demo_command, "_demo_methods", lambda: few)
+    command = ["demo", "--pairs", "3", "--out", str(tmp_path)]
+    assert main(command) == main([*command, "--no-smoothing"]) == 0
+    captions = [figure.get_supxlabel() for figure in figures]
+    assert captions == ["", CAPTION.format(2), CAPTION.format(8), "", "", ""]
+
+
+def test_evaluate_smooths(tmp_path: Path, figures: list[Figure]) -> None:
+    command = ["evaluate", "--demo", "--model", "demo:resnet", "--n-mosaics", "1"]
+    command += ["--methods", "saliency,random", "--html", str(tmp_path / "r.html")]
+    for switch, caption in (([], CAPTION.format(2)), (["--no-smoothing"], "")):
+        assert main([*command, *switch, "--out", str(tmp_path / f"out{len(switch)}")]) == 0
+        assert figures[-1].get_supxlabel() == caption
+        page = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert (CAPTION.format(2) in page) == bool(caption)
+    scores = [tmp_path / f"out{i}" / "scores.jsonl" for i in range(2)]
+    tables = [
+        [json.loads(line)["scores"]["values"] for line in path.read_text().splitlines()]
+        for path in scores
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_a_model_that_cannot_be_searched_is_drawn_as_it_is(
+    picture: Path, tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> int:
+        raise UnsupportedCallError("Expected another call.")
+
+    monkeypatch.setattr("captum_abslrp.cli.models.stem_stride", refuse)
+    command = ["explain", str(picture), "--model", "demo:resnet", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert figures[0].get_supxlabel() == ""

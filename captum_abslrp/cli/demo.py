@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_abslrp import demo
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.cli.files import UserError, folder, positive_int, progress, save_figure
+from captum_abslrp.cli.models import add_smoothing, smoothing_of
 from captum_abslrp.methods import AttributionFunction, get_method, positive_share
 from captum_abslrp.text import markdown_table
 from captum_abslrp.visualization import plot_grid
@@ -46,6 +47,7 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="how many of the shipped scenes to ask about (default: %(default)s)",
     )
+    add_smoothing(parser)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def _demo(args: argparse.Namespace) -> int:
             ],
             column_labels=list(columns),
             title=f"Demo model {name}: two digits, asked for one after the other",
+            smoothing=smoothing_of(args, model, images[:1]),
         )
         save_figure(figure, out / f"{name}.png")
 

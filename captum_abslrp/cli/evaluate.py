@@ -31,8 +31,10 @@ from captum_abslrp.cli.models import (
     Subject,
     add_checkpoint,
     add_device,
+    add_smoothing,
     find_device,
     load_subject,
+    smoothing_of,
 )
 from captum_abslrp.methods import get_method, list_methods
 from captum_abslrp.metrics.comparison import Comparison
@@ -125,6 +127,7 @@ def add_command(commands: Any) -> None:
         metavar="DIR",
         help="where to write (default: %(default)s)",
     )
+    add_smoothing(parser)
     parser.add_argument(
         "--html",
         type=Path,
@@ -241,7 +244,8 @@ def _evaluate_model(
     save_text(table.to_csv(), out / "comparison.csv")
     save_text(table.to_json(), out / "comparison.json")
     save_figure(table.plot(title=heading), out / "comparison.png")
-    save_figure(_figure(maps, subject), out / "maps.png")
+    smoothing = smoothing_of(args, subject.model, maps[0][0].mosaics[:1])
+    save_figure(_figure(maps, subject, smoothing), out / "maps.png")
     say(text)
     say(f"Tables and figures are in {out}.")
     columns, *rows = table.rows()
@@ -255,6 +259,7 @@ def _evaluate_model(
                 subject.show(setting.mosaics[0].cpu()),
                 [subject.label(int(setting.targets))],
                 {method: [None if isinstance(m, str) else m] for method, m in of_mosaic.items()},
+                smoothing=smoothing,
             )
             for number, (setting, of_mosaic) in enumerate(maps, start=1)
         ],
@@ -296,12 +301,15 @@ def _maps(
     ]
 
 
-def _figure(maps: Sequence[tuple[Setting, dict[str, Tensor | str]]], subject: Subject) -> Figure:
+def _figure(
+    maps: Sequence[tuple[Setting, dict[str, Tensor | str]]], subject: Subject, smoothing: int
+) -> Figure:
     return plot_grid(
         [subject.show(setting.mosaics[0].cpu()) for setting, _ in maps],
         [list(of_mosaic.values()) for _, of_mosaic in maps],
         row_labels=[f"why {subject.label(int(setting.targets))}?" for setting, _ in maps],
         column_labels=list(maps[0][1]),
+        smoothing=smoothing,
     )
 
 

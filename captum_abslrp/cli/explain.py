@@ -41,8 +41,10 @@ from captum_abslrp.cli.models import (
     Subject,
     add_checkpoint,
     add_device,
+    add_smoothing,
     find_device,
     load_subject,
+    smoothing_of,
 )
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.methods import get_method, list_methods
@@ -66,9 +68,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
         help="explain what a model sees in images",
-        description="Writes for each image a figure (input, overlay, map) and the raw relevance: "
-        "STEM-abslrp.png and STEM-abslrp.npy. Started by `torchrun -m captum_abslrp explain ...`, "
-        "several processes share the images.",
+        description="Writes for each image a figure (input, overlay, map) and the raw relevance, which is "
+        "never smoothed: STEM-abslrp.png and STEM-abslrp.npy. Started by `torchrun -m captum_abslrp "
+        "explain ...`, several processes share the images.",
     )
     parser.set_defaults(command=_explain)
     parser.add_argument(
@@ -120,6 +122,7 @@ def add_command(commands: Any) -> None:
         metavar="METHOD",
         help="show other methods too: %(choices)s",
     )
+    add_smoothing(parser)
     add_device(parser)
     parser.add_argument(
         "--threads",
@@ -168,6 +171,8 @@ def _explain(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     subject = load_subject(args.model, args.checkpoint, device)
     question = _question(args, subject)
+    example = torch.zeros(1, *subject.input_size, device=device)
+    smoothing = smoothing_of(args, subject.model, example)
     out = folder(args.out)
     images = all_image_files(args.images, out)
     outputs = [out / name for name in output_names(images, out)]
@@ -186,7 +191,7 @@ def _explain(args: argparse.Namespace) -> int:
         for i in progress(processes.share(undone), "images", show=len(paths) > 1):
             try:
                 panel, trouble = _explain_image(
-                    paths[i], outputs[i], subject, question, args, device
+                    paths[i], outputs[i], subject, question, smoothing, args, device
                 )
                 if panel is not None:
                     panels[i] = panel
@@ -230,6 +235,7 @@ def _explain_image(
     output: Path,
     subject: Subject,
     question: Question,
+    smoothing: int,
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[Panel | None, str]:
@@ -277,7 +283,7 @@ def _explain_image(
     if isinstance(question.contrast, int):
         rather = f" rather than {subject.label(question.contrast)}"
     classes = [subject.label(target) for target in targets]
-    figure = _explanation(path.name, subject.show(image), maps, classes, chances, rather)
+    figure = _explanation(path.name, subject.show(image), maps, classes, chances, rather, smoothing)
     raw = torch.stack(maps["abslrp"]) if question.top is not None else maps["abslrp"][0]
     save_array(raw, with_suffix(output, ".npy"))
     # The figure comes last: where it is, the image is done.
@@ -294,6 +300,7 @@ def _explain_image(
             [float(probabilities[t]) for t in targets],
             contrast=_in_words(question.contrast, subject),
             notes=doubts,
+            smoothing=smoothing,
         )
     return panel, f"{path}: {'; '.join(trouble)}" if trouble else ""
 
@@ -302,7 +309,10 @@ def _note(path: Path, args: argparse.Namespace) -> str:
     """The text in a figure about how it was made, so that it can be made again."""
     asked = {
         name: getattr(args, name)
-        for name in ("model", "target", "top", "contrast", "normalization", "compare")
+        for name in (
+            *("model", "target", "top", "contrast", "normalization", "compare"),
+            "no_smoothing",
+        )
     }
     checkpoint = args.checkpoint and str(args.checkpoint.resolve())
     settings = {"image": str(path.resolve()), **asked, "checkpoint": checkpoint}
@@ -351,6 +361,7 @@ def _explanation(
     classes: Sequence[str],
     chances: Sequence[str],
     rather: str,
+    smoothing: int,
 ) -> Figure:
     """Rows of classes or of methods; rows of classes and columns of methods where both are many.
 
@@ -367,12 +378,21 @@ def _explanation(
     if compared and len(classes) > 1:
         cells: list[list[Tensor | str]] = [list(row) for row in zip(*maps.values(), strict=True)]
         return plot_grid(
-            [picture] * len(rows), cells, row_labels=rows, column_labels=methods, title=title
+            [picture] * len(rows),
+            cells,
+            row_labels=rows,
+            column_labels=methods,
+            title=title,
+            smoothing=smoothing,
         )
     shown = [relevance for of_method in maps.values() for relevance in of_method]
     labels = methods if compared else rows
     return plot_rows(
-        [picture] * len(shown), shown, row_labels=labels if len(shown) > 1 else None, title=title
+        [picture] * len(shown),
+        shown,
+        row_labels=labels if len(shown) > 1 else None,
+        title=title,
+        smoothing=smoothing,
     )
 
 

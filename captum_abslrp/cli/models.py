@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from captum_abslrp import demo, processes
 from captum_abslrp.cli.files import UserError, first_line, quiet
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.inspection import stem_stride
 from captum_abslrp.text import did_you_mean
 from captum_abslrp.visualization import denormalize
 
@@ -28,14 +30,19 @@ DEMO_PREFIX = "demo:"
 class Subject:
     """A model, the names of its classes and its preprocessing.
 
-    `prepare` turns a picture into model input (C, H, W), `show` turns that into values in [0, 1].
+    `prepare` turns a picture into model input (C, H, W), `show` turns that into values in [0, 1];
+    `input_size` is its shape.
     """
 
     model: nn.Module
     names: Sequence[str]
     prepare: Callable[[Image], Tensor]
     show: Callable[[Tensor], Tensor]
-    channels: int
+    input_size: tuple[int, int, int]
+
+    @property
+    def channels(self) -> int:
+        return self.input_size[0]
 
     def label(self, index: int) -> str:
         name = self.names[index].split(",")[0]
@@ -57,6 +64,26 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="torch device to compute on (default: %(default)s)"
     )
+
+
+def add_smoothing(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--no-smoothing`` to the parser of a command."""
+    parser.add_argument(
+        "--no-smoothing",
+        action="store_true",
+        help="draw maps with the grid that a stride or patches leave in them; without this option pictures "
+        "are smoothed over the stride of the model's first convolution, or over its patches",
+    )
+
+
+def smoothing_of(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> int:
+    """The number of pixels that pictures of a model's maps are smoothed over."""
+    if args.no_smoothing:
+        return 1
+    try:
+        return stem_stride(model, inputs)
+    except UnsupportedCallError:  # methods of Captum's may run all the same
+        return 1
 
 
 @contextmanager
@@ -108,7 +135,7 @@ def load_subject(name: str, checkpoint: Path | None, device: torch.device) -> Su
         names=names,
         prepare=prepare,
         show=lambda image: denormalize(image, config["mean"], config["std"]),
-        channels=config["input_size"][0],
+        input_size=config["input_size"],
     )
 
 
