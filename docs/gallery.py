@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, demo
-from captum_abslrp.visualization import denormalize, plot_grid
+from captum_abslrp import AbsLRP, demo, stem_stride
+from captum_abslrp.visualization import denormalize, plot_grid, smooth_map
 
 SCENES = (2, 1)
 
 
 def explained(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    return AbsLRP(model, normalization="joint").attribute(x, target=targets)
+    """Maps (B, 1, H, W), without the grid of the model."""
+    maps = AbsLRP(model, normalization="joint").attribute(x, target=targets)
+    smoothing = stem_stride(model, x)
+    return torch.stack([torch.from_numpy(smooth_map(one, smoothing))[None] for one in maps])
 
 
 def of_demo_models() -> tuple[list[Tensor], list[list[Tensor]], list[str], list[str]]:
