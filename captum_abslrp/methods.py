@@ -282,6 +282,12 @@ def _gradcam(model: nn.Module) -> AttributionFunction:
     return attribute
 
 
+@register_method("guided_gradcam")
+def _guided_gradcam(model: nn.Module) -> AttributionFunction:
+    fine, coarse = _guided_backprop(model), _gradcam(model)
+    return lambda inputs, target: fine(inputs, target) * coarse(inputs, target)
+
+
 @register_method("occlusion")
 def _occlusion(model: nn.Module) -> AttributionFunction:
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:

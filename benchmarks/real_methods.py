@@ -1,0 +1,231 @@
+"""The methods that are compared on real models: from (model, images, targets) to maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from captum_abslrp import LRP, AbsLRP, LayerAbsLRP
+from captum_abslrp.mappings import find_mapping, get_mapping
+from captum_abslrp.mappings.composites import transformer
+from captum_abslrp.methods import find_feature_layer, get_method
+from captum_abslrp.rules.abslrp import AbsLRPRule
+from captum_abslrp.rules.affine import CONVOLUTIONS
+from captum_abslrp.rules.base import ConstantRule
+from captum_abslrp.rules.lrp import FirstLayerRule, FlatRule, ZPlusRule
+
+__all__ = ["methods_of"]
+
+Maps = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Maps (B, C, H, W) of images (B, C, H, W) for targets (B,)."""
+
+CONTRASTS: list[tuple[str, dict[str, Any]]] = [
+    ("no contrast", {"contrast": None}),
+    ("others", {"contrast": "others"}),
+    ("softmax", {"contrast": "softmax"}),
+]
+
+
+def methods_of(model: nn.Module) -> dict[str, Maps]:
+    """All methods that there are for a kind of model, by name."""
+    attends = has_attention(model)
+    found: dict[str, Maps] = {}
+    for normalization in ("separate", "joint"):
+        for label, options in CONTRASTS:
+            found[f"AbsLRP {normalization}, {label}"] = _abslrp(
+                options, normalization=normalization
+            )
+            if options["contrast"]:
+                found[f"AbsLRP {normalization}, {label}, gated"] = _abslrp(
+                    {**options, "combine": "gated"}, normalization=normalization
+                )
+    for label, options in CONTRASTS[1:]:
+        found[f"AbsLRP joint, {label}, guided"] = _guided(options, normalization="joint")
+        if attends:
+            found[f"AbsLRP transformer, {label}, guided"] = _guided(options, mapping="transformer")
+    if attends:
+        found |= _transformers()
+    found |= _first_layers(model)
+    composites = ["attnlrp", "cp_lrp", "res_lrp"] if attends else []
+    for name in [
+        "epsilon",
+        *composites,
+        "epsilon_plus",
+        "epsilon_plus_flat",
+        "epsilon_alpha2_beta1",
+    ]:
+        for label, options in CONTRASTS:
+            found[f"LRP {name}, {label}"] = _lrp(name, options)
+    if not attends:
+        for label, options in CONTRASTS:
+            found[f"LRP epsilon_gamma_box, {label}"] = _gamma_box(options)
+    for name, title in CAPTUM.items():
+        found[title] = _captum(name)
+    found["GuidedBackprop, all ReLUs"] = guided_backprop
+    found["GuidedGradCam, all ReLUs"] = lambda model, x, t: (
+        guided_backprop(model, x, t) * _captum("gradcam")(model, x, t)
+    )
+    found["LayerCAM"] = layer_cam
+    found["random"] = _captum("random")
+    return found
+
+
+CAPTUM = {
+    "saliency": "Saliency",
+    "inputxgradient": "InputXGradient",
+    "ig": "IntegratedGradients",
+    "deeplift": "DeepLift",
+    "gradient_shap": "GradientShap",
+    "guided_backprop": "GuidedBackprop",
+    "gradcam": "LayerGradCam",
+    "guided_gradcam": "GuidedGradCam",
+    "occlusion": "Occlusion",
+    "lrp": "Captum LRP",
+}
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether a model has attention over tokens, by the names that libraries give to its layers."""
+    return any("attn" in name or "attention" in name for name, _ in model.named_modules())
+
+
+def _abslrp(options: dict[str, Any], **arguments: Any) -> Maps:
+    return lambda model, x, t: AbsLRP(model, **arguments).attribute(x, t, **options)
+
+
+def _lrp(name: str, options: dict[str, Any]) -> Maps:
+    return lambda model, x, t: LRP(model, name).attribute(x, t, **options)
+
+
+def _captum(name: str) -> Maps:
+    return lambda model, x, t: get_method(name)(model)(x, t)
+
+
+def _gamma_box(options: dict[str, Any]) -> Maps:
+    def maps(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+        return LRP(model, "epsilon_gamma_box", low=low, high=high).attribute(x, t, **options)
+
+    return maps
+
+
+def _transformers() -> dict[str, Maps]:
+    """Signed rules in the blocks, by the rules of the embedding, of attention and of residual sums."""
+    embeddings = {"abs": AbsLRPRule(), "z-plus": ZPlusRule(), "flat": FlatRule()}
+    found = {}
+    for label, options in CONTRASTS:
+        for of_embedding, rule in embeddings.items():
+            for of_attention, softmax in {"CP": ConstantRule(), "Attn": None}.items():
+                for gamma in (0.0, 1.0):
+                    mapping = transformer(rule, softmax=softmax, residual_gamma=gamma)
+                    name = f"{of_attention}, gamma {gamma:g}, {of_embedding}, {label}"
+                    found[f"AbsLRP transformer {name}"] = _abslrp(options, mapping=mapping)
+    return found
+
+
+def _first_layers(model: nn.Module) -> dict[str, Maps]:
+    """AbsLRP with another rule in the first layer."""
+    found = {}
+    for normalization in ("separate", "joint"):
+        for name, rule in {"flat": FlatRule(), "z-plus": ZPlusRule()}.items():
+            first = FirstLayerRule(rule, AbsLRPRule())
+            mapping = (find_mapping(model) or get_mapping()).extended({tuple(CONVOLUTIONS): first})
+            for label, options in CONTRASTS[1:]:
+                found[f"AbsLRP {normalization}, {label}, first layer {name}"] = _abslrp(
+                    options, mapping=mapping, normalization=normalization
+                )
+    return found
+
+
+def _guided(options: dict[str, Any], **arguments: Any) -> Maps:
+    """The map of the target, times relevance with contrast of the last feature map or a block's tokens."""
+
+    def maps(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        blocks = getattr(model, "blocks", None)
+        tokens = has_attention(model) and blocks
+        layer = blocks[len(blocks) // 2] if tokens else find_feature_layer(model, x)
+        coarse = LayerAbsLRP(model, layer, **arguments).attribute(x, t, **options)
+        fine = AbsLRP(model, **arguments).attribute(x, t, contrast=None)
+        return fine * _coarse_map(coarse, x)
+
+    return maps
+
+
+def _coarse_map(values: Tensor, x: Tensor) -> Tensor:
+    """Positive sums over channels, (B, 1, H, W), of a feature map (B, D, h, w) or of tokens (B, L, D)."""
+    if values.dim() == 3:  # those of patches are last
+        side = int(values.shape[1] ** 0.5)
+        values = values[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+    summed = values.sum(1, keepdim=True).clamp(min=0)
+    return F.interpolate(summed, size=x.shape[2:], mode="bilinear")
+
+
+class _Guided(torch.autograd.Function):
+    """ReLU (or ReLU6) whose gradient passes only where it is positive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward((x > 0) & (output == x))
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (open_,) = ctx.saved_tensors
+        return gradient.clamp(min=0) * open_, None
+
+
+class _GuidedMode(TorchFunctionMode):
+    """Every ReLU, whether it is a module or a function, by guided backpropagation."""
+
+    NAMES = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in self.NAMES:
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        x = args[0]
+        limit = 6.0 if "6" in func.__name__ or "tanh" in func.__name__ else float("inf")
+        return _Guided.apply(x, x.detach().clamp(0, limit))
+
+
+def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Guided backpropagation that sees functional ReLUs and ReLU6 too, which Captum's does not.
+
+    Source: Springenberg et al., *Striving for Simplicity*, ICLR 2015 workshop.
+    """
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad(), _GuidedMode() as mode:
+        output = model(leaf)
+    if not mode.count:
+        raise ValueError("Expected `model` to have ReLUs, but got none.")
+    score = output.gather(1, target.view(-1, 1)).sum()
+    (gradient,) = torch.autograd.grad(score, leaf)
+    return gradient
+
+
+def layer_cam(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Positive gradients times activations of the last feature map, or of the tokens of the last block.
+
+    Source: Jiang et al., *LayerCAM*, IEEE TIP 2021; on tokens as pytorch-grad-cam does it.
+    """
+    blocks = getattr(model, "blocks", None)
+    layer = blocks[-1].norm1 if has_attention(model) and blocks else find_feature_layer(model, x)
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        with torch.enable_grad():
+            output = model(x.detach().clone().requires_grad_())
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(output.gather(1, target.view(-1, 1)).sum(), kept)
+    coarse = _coarse_map(gradient.clamp(min=0) * kept[0].detach(), x)
+    return coarse.expand_as(x) / x.shape[1]

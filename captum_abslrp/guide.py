@@ -1,0 +1,157 @@
+"""The layer whose relevance guides the map of an image, and what a guided map is.
+
+Axes: B images, C channels, H height, W width; h, w of the layer's grid, D features, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_abslrp.engine.messages import warn
+
+__all__ = ["find_guide", "grid_of", "guided"]
+
+
+def find_guide(
+    model: nn.Module, inputs: Sequence[Tensor], run: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """The layer in the middle of a model that everything goes through.
+
+    Of the modules whose output lies on a grid (:func:`grid_of`), and which the output of the model depends
+    on the image through alone, it is the one that finishes nearest to the middle. The model runs once, on the
+    first image, under hooks that are removed whatever happens.
+
+    Args:
+        model: a model of images.
+        inputs: the images, a sequence of one tensor (B, C, H, W).
+        run: the forward pass, from an image (1, C, H, W) to the explained output.
+
+    Returns:
+        A module of the model, such as the middle block of a Vision Transformer.
+
+    Raises:
+        ValueError: if ``inputs`` is not one tensor of images, or there is no such layer.
+    """
+    if len(inputs) != 1 or inputs[0].dim() != 4:
+        raise ValueError(
+            f'Expected `inputs` to be one tensor of images, (B, C, H, W), for `combine="guided"`, but got '
+            f'{[tuple(x.shape) for x in inputs]}. Use `combine="difference"`.'
+        )
+    image = inputs[0][:1].detach().clone().requires_grad_()
+    size = tuple(image.shape[2:])
+    finished: list[tuple[nn.Module, Tensor, Any]] = []
+    calls: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(output, Tensor) and output.grad_fn is not None and _has_grid(output, size):
+            finished.append((module, output, output.grad_fn))
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if m is not model]
+    try:
+        output = run(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    candidates = [(m, node) for m, _, node in finished if calls[m] == 1]
+    middle = len(candidates) / 2
+    order = sorted(range(len(candidates)), key=lambda i: abs(i - middle))
+    for index in order:
+        module, node = candidates[index]
+        if output.grad_fn is not None and not _goes_around(output.grad_fn, node, image):
+            return module
+    raise ValueError(
+        f"Expected a layer of {type(model).__name__} whose output lies on a grid, (B, D, h, w), (B, h, w, D) "
+        f'or tokens (B, L, D), and that everything goes through, for `combine="guided"`, but found none. '
+        f"Choose one, `guide=model.layer`, or another way to combine maps."
+    )
+
+
+def _goes_around(start: Any, node: Any, leaf: Tensor) -> bool:
+    """Whether the history of an output reaches a leaf without a node."""
+    seen, rest = {node}, [start]
+    while rest:
+        found = rest.pop()
+        if found is None or found in seen:
+            continue
+        if getattr(found, "variable", None) is leaf:
+            return True
+        seen.add(found)
+        rest += [following for following, _ in found.next_functions]
+    return False
+
+
+def _has_grid(output: Tensor, size: tuple[int, ...]) -> bool:
+    try:
+        return grid_of(output, size)[0].numel() > 0
+    except ValueError:
+        return False
+
+
+def grid_of(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Values of a layer summed over features, where they lie in the image.
+
+    Args:
+        values: a feature map (B, D, h, w), one with channels last (B, h, w, D), or tokens (B, L, D), of
+            which those of patches come last, row by row, behind class tokens and registers.
+        size: height and width of the image. The grid has these proportions, within a factor of 2.
+
+    Returns:
+        (B, h, w).
+
+    Raises:
+        ValueError: if the values have another shape, or the grid would be a single place.
+
+    Example:
+        >>> grid_of(torch.ones(2, 197, 64), (224, 224)).shape
+        torch.Size([2, 14, 14])
+        >>> grid_of(torch.ones(2, 7, 7, 512), (224, 224)).shape
+        torch.Size([2, 7, 7])
+    """
+    height, width = size
+    if values.dim() == 4 and _in_proportion(values.shape[2:], size):
+        return values.sum(1)
+    if values.dim() == 4 and _in_proportion(values.shape[1:3], size):
+        return values.sum(3)
+    if values.dim() == 3:
+        tokens = values.shape[1]
+        rows = int((tokens * height / width) ** 0.5)
+        columns = rows * width // height
+        if rows * columns > 1 and tokens - rows * columns <= _MOST_PREFIX_TOKENS:
+            return values[:, tokens - rows * columns :].sum(2).unflatten(1, (rows, columns))
+    raise ValueError(
+        f"Expected values on a grid of the proportions of the image {tuple(size)}, but got shape "
+        f"{tuple(values.shape)}."
+    )
+
+
+_MOST_PREFIX_TOKENS = 16
+"""Class tokens and registers before the patches, at most."""
+
+
+def _in_proportion(grid: Iterable[int], size: Sequence[int]) -> bool:
+    (h, w), (height, width) = grid, size
+    return h * w > 1 and h * width < 2 * w * height and w * height < 2 * h * width
+
+
+def guided(fine: Tensor, coarse: Tensor) -> Tensor:
+    """A map weighted by what the layer has for the target.
+
+    Args:
+        fine: the map of the target, (B, C, H, W).
+        coarse: relevance of the layer, target less contrast, as for :func:`grid_of`.
+
+    Returns:
+        ``fine`` times the positive part of ``coarse``, bilinearly enlarged, (B, C, H, W). Its magnitudes add
+        up to those of ``fine``.
+    """
+    size = fine.shape[2:]
+    weight = grid_of(coarse, size).clamp(min=0).unsqueeze(1)
+    found = fine * F.interpolate(weight.to(fine.dtype), size=size, mode="bilinear")
+    before, after = (r.abs().flatten(1).sum(1).view(-1, 1, 1, 1) for r in (fine, found))
+    return found * torch.where(after > 0, before / after, 0)
