@@ -42,16 +42,18 @@ from captum_abslrp.metrics.gae import Setting, bootstrap_interval, prepare
 from captum_abslrp.text import markdown_table
 
 RANDOMIZED = {"head": 0.0, "half": 0.5, "all": 1.0}
-SCORES = [
-    "gridpg_half",
-    "gridpg_full",
-    "lerf_morf",
-    "gae",
-    "energy",
-    *(f"mprt_{part}{kind}" for part in RANDOMIZED for kind in ("", "_abs")),
-    "time",
-    "memory",
+GROUPS = [
+    ["gridpg_half"],
+    ["lerf_morf"],
+    ["gae"],
+    ["gridpg_full"],
+    ["energy"],
+    [f"mprt_{part}{kind}" for part in RANDOMIZED for kind in ("", "_abs")],
+    ["time"],
+    ["memory"],
 ]
+"""The scores in the order in which they are computed; those of a group share maps."""
+SCORES = [score for group in GROUPS for score in group]
 
 
 class Benchmark:
@@ -75,25 +77,28 @@ class Benchmark:
 
     def run(self, methods: dict[str, Maps], scores: list[str]) -> None:
         """Score the methods that have no scores yet."""
-        failed: dict[str, str] = {}
         impossible = {
             "energy": self.case.boxes is None,
             "memory": not self.case.images.is_cuda,
         }
-        scores = [score for score in scores if not impossible.get(score)]
-        asked = [(name, score) for name in methods for score in scores]
+        failed: set[str] = set()
+        groups = [[s for s in group if s in scores and not impossible.get(s)] for group in GROUPS]
+        asked = [(name, score) for group in groups for name in methods for score in group]
         for name, score in tqdm([pair for pair in asked if pair not in self.done], mininterval=5):
+            if name in failed:
+                continue
             entry: dict[str, Any] = {"method": name, "score": score}
             try:
-                if name in failed:
-                    raise RuntimeError(failed[name])
                 entry["values"] = self._score(score.partition("_")[0], score, methods[name])
+            except torch.OutOfMemoryError as error:
+                entry["failure"] = f"out of memory: {error}".splitlines()[0]
             except Exception as error:  # methods fail in many ways on models that they do not know
                 entry["failure"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                if score == scores[0]:
-                    failed[name] = str(error)
+                failed.add(name)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+            if self.case.images.is_cuda:
+                torch.cuda.empty_cache()
 
     def _score(self, kind: str, score: str, maps: Maps) -> list[float]:
         with warnings.catch_warnings():
@@ -106,8 +111,10 @@ class Benchmark:
             self._made[name] = make()
         return self._made[name]
 
-    def _explain(self, model: nn.Module, x: Tensor, targets: Tensor, maps: Maps) -> Tensor:
-        size = self.batch_size
+    def _explain(
+        self, model: nn.Module, x: Tensor, targets: Tensor, maps: Maps, batch_size: int = 0
+    ) -> Tensor:
+        size = batch_size or self.batch_size
         parts = zip(x.split(size), targets.split(size), strict=True)
         return torch.cat([maps(model, images, of).detach() for images, of in parts])
 
@@ -116,7 +123,8 @@ class Benchmark:
         mosaics: Mosaics = self._once(
             score, lambda: make_mosaics(self.case, self.sizes["gridpg"], full_size=full)
         )
-        found = self._explain(mosaics.model, mosaics.images, mosaics.targets, maps)
+        size = max(1, self.batch_size // 4) if full else self.batch_size
+        found = self._explain(mosaics.model, mosaics.images, mosaics.targets, maps, size)
         return localization(found, mosaics.positions).tolist()
 
     def _images(self, count: int) -> tuple[Tensor, Tensor]:

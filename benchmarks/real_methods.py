@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_abslrp import LRP, AbsLRP, LayerAbsLRP
-from captum_abslrp.mappings import find_mapping, get_mapping
-from captum_abslrp.mappings.composites import transformer
+from captum_abslrp import LRP, AbsLRP
+from captum_abslrp.mappings.composites import signed_rules
 from captum_abslrp.methods import find_feature_layer, get_method
 from captum_abslrp.rules.abslrp import AbsLRPRule
-from captum_abslrp.rules.affine import CONVOLUTIONS
 from captum_abslrp.rules.base import ConstantRule
-from captum_abslrp.rules.lrp import FirstLayerRule, FlatRule, ZPlusRule
+from captum_abslrp.rules.lrp import FlatRule, GammaRule, ZPlusRule
 
 __all__ = ["methods_of"]
 
@@ -34,23 +32,21 @@ CONTRASTS: list[tuple[str, dict[str, Any]]] = [
 def methods_of(model: nn.Module) -> dict[str, Maps]:
     """All methods that there are for a kind of model, by name."""
     attends = has_attention(model)
-    found: dict[str, Maps] = {}
+    found: dict[str, Maps] = {
+        "AbsLRP.recommended": lambda model, x, t: AbsLRP.recommended(model).attribute(x, t)
+    }
     for normalization in ("separate", "joint"):
         for label, options in CONTRASTS:
-            found[f"AbsLRP {normalization}, {label}"] = _abslrp(
-                options, normalization=normalization
-            )
-            if options["contrast"]:
-                found[f"AbsLRP {normalization}, {label}, gated"] = _abslrp(
-                    {**options, "combine": "gated"}, normalization=normalization
-                )
+            ways = ["difference", "gated", "guided"] if options["contrast"] else ["difference"]
+            for way in ways:
+                name = f"AbsLRP {normalization}, {label}{'' if way == 'difference' else ', ' + way}"
+                found[name] = _abslrp({**options, "combine": way}, normalization=normalization)
     for label, options in CONTRASTS[1:]:
-        found[f"AbsLRP joint, {label}, guided"] = _guided(options, normalization="joint")
-        if attends:
-            found[f"AbsLRP transformer, {label}, guided"] = _guided(options, mapping="transformer")
-    if attends:
-        found |= _transformers()
-    found |= _first_layers(model)
+        guided = {**options, "combine": "guided"}
+        found[f"AbsLRP recommended rules, {label}, guided"] = _abslrp(guided, mapping="recommended")
+        found[f"AbsLRP recommended rules, {label}"] = _abslrp(options, mapping="recommended")
+        found[f"AbsLRP epsilon_plus, {label}, guided"] = _abslrp(guided, mapping="epsilon_plus")
+    found |= _transformers() if attends else _convolutional()
     composites = ["attnlrp", "cp_lrp", "res_lrp"] if attends else []
     for name in [
         "epsilon",
@@ -66,10 +62,11 @@ def methods_of(model: nn.Module) -> dict[str, Maps]:
             found[f"LRP epsilon_gamma_box, {label}"] = _gamma_box(options)
     for name, title in CAPTUM.items():
         found[title] = _captum(name)
-    found["GuidedBackprop, all ReLUs"] = guided_backprop
-    found["GuidedGradCam, all ReLUs"] = lambda model, x, t: (
-        guided_backprop(model, x, t) * _captum("gradcam")(model, x, t)
-    )
+    if not attends:
+        found["GuidedBackprop, all ReLUs"] = guided_backprop
+        found["GuidedGradCam, all ReLUs"] = lambda model, x, t: (
+            guided_backprop(model, x, t) * _captum("gradcam")(model, x, t)
+        )
     found["LayerCAM"] = layer_cam
     found["random"] = _captum("random")
     return found
@@ -115,45 +112,35 @@ def _gamma_box(options: dict[str, Any]) -> Maps:
 
 
 def _transformers() -> dict[str, Maps]:
-    """Signed rules in the blocks, by the rules of the embedding, of attention and of residual sums."""
-    embeddings = {"abs": AbsLRPRule(), "z-plus": ZPlusRule(), "flat": FlatRule()}
-    found = {}
-    for label, options in CONTRASTS:
-        for of_embedding, rule in embeddings.items():
-            for of_attention, softmax in {"CP": ConstantRule(), "Attn": None}.items():
-                for gamma in (0.0, 1.0):
-                    mapping = transformer(rule, softmax=softmax, residual_gamma=gamma)
-                    name = f"{of_attention}, gamma {gamma:g}, {of_embedding}, {label}"
-                    found[f"AbsLRP transformer {name}"] = _abslrp(options, mapping=mapping)
-    return found
+    """Signed rules in the blocks, by the rules of attention, of residual sums and of the embedding."""
+    constant = ConstantRule()
+    variants = {
+        "CP, gamma 1, z-plus": signed_rules(ZPlusRule(), softmax=constant),
+        "CP, gamma 1, absLRP": signed_rules(AbsLRPRule(), softmax=constant),
+        "CP, gamma 1, flat": signed_rules(FlatRule(), softmax=constant),
+        "CP, gamma 0, z-plus": signed_rules(ZPlusRule(), softmax=constant, residual_gamma=0.0),
+        "AttnLRP, gamma 1, z-plus": signed_rules(ZPlusRule()),
+        "AttnLRP, gamma 0, z-plus": signed_rules(ZPlusRule(), residual_gamma=0.0),
+    }
+    return {
+        f"AbsLRP transformer {name}, {label}": _abslrp(options, mapping=mapping)
+        for name, mapping in variants.items()
+        for label, options in CONTRASTS
+    }
 
 
-def _first_layers(model: nn.Module) -> dict[str, Maps]:
-    """AbsLRP with another rule in the first layer."""
-    found = {}
-    for normalization in ("separate", "joint"):
-        for name, rule in {"flat": FlatRule(), "z-plus": ZPlusRule()}.items():
-            first = FirstLayerRule(rule, AbsLRPRule())
-            mapping = (find_mapping(model) or get_mapping()).extended({tuple(CONVOLUTIONS): first})
-            for label, options in CONTRASTS[1:]:
-                found[f"AbsLRP {normalization}, {label}, first layer {name}"] = _abslrp(
-                    options, mapping=mapping, normalization=normalization
-                )
-    return found
-
-
-def _guided(options: dict[str, Any], **arguments: Any) -> Maps:
-    """The map of the target, times relevance with contrast of the last feature map or a block's tokens."""
-
-    def maps(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        blocks = getattr(model, "blocks", None)
-        tokens = has_attention(model) and blocks
-        layer = blocks[len(blocks) // 2] if tokens else find_feature_layer(model, x)
-        coarse = LayerAbsLRP(model, layer, **arguments).attribute(x, t, **options)
-        fine = AbsLRP(model, **arguments).attribute(x, t, contrast=None)
-        return fine * _coarse_map(coarse, x)
-
-    return maps
+def _convolutional() -> dict[str, Maps]:
+    """Signed rules, by the rules of convolutions and of residual sums; z-plus in the first layer."""
+    variants = {
+        "gamma 1, residual gamma 1": signed_rules(ZPlusRule(), convolution=GammaRule(1.0)),
+        "gamma 1": signed_rules(ZPlusRule(), convolution=GammaRule(1.0), residual_gamma=0.0),
+        "gamma 0.25": signed_rules(ZPlusRule(), convolution=GammaRule(0.25), residual_gamma=0.0),
+    }
+    return {
+        f"AbsLRP signed {name}, {label}": _abslrp(options, mapping=mapping)
+        for name, mapping in variants.items()
+        for label, options in CONTRASTS
+    }
 
 
 def _coarse_map(values: Tensor, x: Tensor) -> Tensor:

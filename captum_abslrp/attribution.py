@@ -11,6 +11,7 @@ from captum._utils.common import _format_additional_forward_args
 from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor, nn
 
+from captum_abslrp.captures import captured
 from captum_abslrp.checks import (
     check_arguments,
     check_combine,
@@ -22,6 +23,7 @@ from captum_abslrp.checks import (
     chunk_size,
     explain_missing_batch_dimension,
     logits_of,
+    part_of_model,
     plain,
     unwrapped,
 )
@@ -32,12 +34,16 @@ from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.propagation import TOTAL, logits, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.engine.state import saver, unchanged
+from captum_abslrp.guide import find_guide, guided
 from captum_abslrp.map_checks import ZeroMaps, warn_of_detached, warn_of_noise, zero_maps
 from captum_abslrp.mappings import Mapping, MappingScope, find_mapping, get_mapping
 from captum_abslrp.memory import fitting
 from captum_abslrp.noise_tunnel import for_captum
+from captum_abslrp.recommendation import Recommendation, recommend
 from captum_abslrp.seeds import (
+    DEFAULT,
     Contrast,
+    Default,
     Target,
     check_class_dim,
     check_contrast,
@@ -129,6 +135,46 @@ class AbsLRP(GradientAttribution):
         self.mapping = get_mapping(mapping) if isinstance(mapping, str) else mapping
         self.normalization = normalization
         self.output = output
+        self.recommendation: Recommendation | None = None
+        self.contrast: Contrast = "others"
+        self.combine = "difference"
+
+    @classmethod
+    def recommended(
+        cls, model: nn.Module, *, output: Callable[[Any], Tensor] | None = None
+    ) -> AbsLRP:
+        """The attributor that measured best on real models of this kind.
+
+        It has the mapping and the normalization, and its :meth:`attribute` the defaults of ``contrast`` and
+        ``combine``, that are best for Vision Transformers, or for convolutional networks; for other
+        models those of the published method. The attribute ``recommendation`` and the representation say
+        what was chosen, and on which figures.
+
+        Args:
+            model, output: as for :class:`AbsLRP`.
+
+        Example:
+            >>> model = timm.create_model("test_vit").eval()
+            >>> attributor = AbsLRP.recommended(model)
+            >>> attributor.recommendation.mapping, attributor.contrast, attributor.combine
+            ('recommended', 'softmax', 'guided')
+            >>> attributor.attribute(torch.rand(2, 3, 160, 160), target=3).shape
+            torch.Size([2, 3, 160, 160])
+        """
+        chosen = recommend(unwrapped(model))
+        attributor = cls(model, chosen.mapping, normalization=chosen.normalization, output=output)
+        attributor.recommendation = chosen
+        attributor.contrast, attributor.combine = chosen.contrast, chosen.combine
+        return attributor
+
+    def __repr__(self) -> str:
+        if self.recommendation is not None:
+            return f"AbsLRP.recommended({type(self.model).__name__}): {self.recommendation}"
+        mapping = self.mapping or find_mapping(self.model) or get_mapping()
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, mapping={mapping.name!r}, "
+            f"normalization={self.normalization!r})"
+        )
 
     @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only
@@ -137,8 +183,9 @@ class AbsLRP(GradientAttribution):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        contrast: Contrast = "others",
-        combine: str = "difference",
+        contrast: Contrast | Default = DEFAULT,
+        combine: str | Default = DEFAULT,
+        guide: nn.Module | None = None,
         class_dim: int | None = None,
         internal_batch_size: int | str | None = None,
         return_convergence_delta: bool = False,
@@ -158,14 +205,19 @@ class AbsLRP(GradientAttribution):
                 output.
             additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
             contrast: what the target is compared with: ``"others"``, all other classes alike (as
-                published); ``"softmax"``, the other classes by their probability; classes in any
-                form of ``target``: why this rather than that? None returns the map of the target
-                alone. With one output per sample there is nothing to hold it against. Classes are
+                published, and the default); ``"softmax"``, the other classes by their probability;
+                classes in any form of ``target``: why this rather than that? None returns the map of the
+                target alone. With one output per sample there is nothing to hold it against. Classes are
                 compared at the position of the target, or as sums where the target is one. In Captum's
                 ``NoiseTunnel`` one class per sample is taken for all of the sample's copies.
             combine: how the maps of the target and of the contrast are combined: ``"difference"`` (as
-                published), or ``"gated"``: the target's map where it exceeds the contrast's, and 0
-                elsewhere.
+                published, and the default); ``"gated"``: the target's map where it exceeds the contrast's,
+                and 0 elsewhere; or ``"guided"``, for images: the target's map times the positive part of
+                the difference at a layer, bilinearly enlarged, of the target's total magnitude. It has the
+                resolution of the one, and the contrast of the other.
+            guide: the layer for ``"guided"``, a module whose output is a feature map (B, D, h, w) or
+                (B, h, w, D), or tokens (B, L, D). None finds the one in the middle of the model, with a
+                forward pass of the first image.
             class_dim: the dimension of the output that classes are in, for ``"others"``, ``"softmax"``
                 and the predicted class. None is dimension 1, as in (B, K), (B, K, L), (B, K, H, W); pass
                 2 or -1 for (B, L, K).
@@ -212,15 +264,16 @@ class AbsLRP(GradientAttribution):
             >>> class_2_in_the_corner = AbsLRP(model).attribute(x, target=(2, 0, 0))
             >>> class_2_anywhere = AbsLRP(model).attribute(x, target=2)
         """
+        combine = self.combine if isinstance(combine, Default) else combine
         chunks = self._explain(
             inputs,
             target,
             additional_forward_args,
-            contrast,
+            self.contrast if isinstance(contrast, Default) else contrast,
             combine,
             internal_batch_size,
             class_dim=class_dim,
-            forward=self._to_inputs,
+            forward=self._to_guide(guide) if combine == "guided" else self._to_inputs,
             observer=Observer(finite=True) if check_finite else None,
         )
         relevances = tuple(torch.cat(parts) for parts in zip(*(r for r, _ in chunks), strict=True))
@@ -288,6 +341,39 @@ class AbsLRP(GradientAttribution):
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
         return self._forward(leaves, extra, observer), leaves
+
+    def _to_guide(self, guide: nn.Module | None) -> Forward:
+        """The forward pass that explains the output of a layer, too."""
+        guide = None if guide is None else part_of_model(self.model, guide, "guide")
+
+        def forward(
+            leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
+        ) -> tuple[Tensor, Sequence[Tensor]]:
+            nonlocal guide
+            if guide is None:
+                guide = self._find_guide(leaves, extra)
+            with captured([guide], of_input=False, integers=None) as (calls,):
+                output = self._forward(leaves, extra, observer)
+            if len(calls) != 1 or len(calls[0]) != 1:
+                raise ValueError(
+                    f"Expected `guide` to be a module that the model calls once and that returns one tensor "
+                    f"that depends on the inputs, but got {type(guide).__name__} with {len(calls)} calls "
+                    f"that return {[len(tensors) for tensors in calls]} such tensors."
+                )
+            return output, [*leaves, calls[0][0]]
+
+        return forward
+
+    def _find_guide(self, leaves: Sequence[Tensor], extra: tuple[Any, ...]) -> nn.Module:
+        first = Samples(tuple(leaves), None, None, extra).rows(0, 1)
+
+        def run(image: Tensor) -> Tensor:
+            output = self.model(image, *first.extra)
+            found: Tensor = logits_of(output) if self.output is None else self.output(output)
+            return found
+
+        with eager(self.model):
+            return find_guide(self.model, first.inputs, run)
 
     def _explain(
         self,
@@ -357,7 +443,7 @@ class AbsLRP(GradientAttribution):
 
         def maps_seen_by(observer: Observer | None) -> _Maps:
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-                return self._maps(samples, class_dim, forward, observer)
+                return self._maps(samples, combine, class_dim, forward, observer)
 
         maps = maps_seen_by(observer)
         finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
@@ -374,6 +460,12 @@ class AbsLRP(GradientAttribution):
             maps_seen_by(again)
             zeros.add(start, zero, again, maps.of_inputs)
         started = torch.stack(maps.totals).sum(0)
+        if combine == "guided":
+            fine, coarse = maps.relevances
+            if len(coarse) == 2:
+                warn_of_noise([(coarse[0], coarse[1])])
+                coarse = coarse[:1] - coarse[1:]
+            return [guided(fine[0], coarse[0])], started[0]
         if len(started) == 1:
             return [r[0] for r in maps.relevances], started[0]
         pairs = [(of_target, of_contrast) for of_target, of_contrast in maps.relevances]
@@ -385,6 +477,7 @@ class AbsLRP(GradientAttribution):
     def _maps(
         self,
         samples: Samples,
+        combine: str,
         class_dim: int | None,
         forward: Forward,
         observer: Observer | None,
@@ -398,7 +491,7 @@ class AbsLRP(GradientAttribution):
         contrasted = contrast_seed(
             values, samples.target, samples.contrast, logits=logits(output), **options
         )
-        if contrasted is not None and signed:  # which are linear
+        if contrasted is not None and signed and combine == "difference":  # which is linear
             seeds = [seeds[0] - contrasted]
         elif contrasted is not None:
             seeds.append(contrasted)

@@ -34,6 +34,7 @@ __all__ = [
     "chunk_size",
     "explain_missing_batch_dimension",
     "logits_of",
+    "part_of_model",
     "plain",
     "unwrapped",
 ]
@@ -245,14 +246,32 @@ def explain_missing_batch_dimension(model: nn.Module, x: Tensor, error: Exceptio
         ) from error
 
 
+def part_of_model(model: nn.Module, layer: Any, name: str = "layer") -> nn.Module:
+    """A layer as it was given, without wrappers; raises where it is not part of the model."""
+    if not isinstance(layer, nn.Module):
+        several = " Several are given as a list of modules." if name == "layer" else ""
+        raise TypeError(
+            f"Expected `{name}` to be a torch.nn.Module, but got {type(layer).__name__}.{several}"
+        )
+    layer = unwrapped(layer)
+    if not any(module is layer for module in model.modules()):
+        raise ValueError(
+            f"Expected `{name}` to be a module of `model`, but got a {type(layer).__name__} that "
+            f"is none of them."
+        )
+    return layer
+
+
 def check_combine(combine: Any, *, signed: bool) -> None:
     """Raise where a way to combine maps is unknown, or does not suit the mapping."""
-    if combine not in ("difference", "gated"):
-        raise ValueError(f'Expected `combine` to be "difference" or "gated", but got {combine!r}.')
+    if combine not in ("difference", "gated", "guided"):
+        raise ValueError(
+            f'Expected `combine` to be "difference", "gated" or "guided", but got {combine!r}.'
+        )
     if signed and combine == "gated":
         raise ValueError(
-            'Expected `combine` to be "difference", because the mapping makes one map of the difference of '
-            'target and contrast, but got "gated".'
+            'Expected `combine` to be "difference" or "guided", because the mapping makes one map of the '
+            'difference of target and contrast, but got "gated".'
         )
 
 

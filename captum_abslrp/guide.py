@@ -5,14 +5,15 @@ Axes: B images, C channels, H height, W width; h, w of the layer's grid, D featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_abslrp.engine.messages import warn
+from captum_abslrp.engine.state import own_hooks
 
 __all__ = ["find_guide", "grid_of", "guided"]
 
@@ -44,26 +45,31 @@ def find_guide(
         )
     image = inputs[0][:1].detach().clone().requires_grad_()
     size = tuple(image.shape[2:])
-    finished: list[tuple[nn.Module, Tensor, Any]] = []
+    finished: list[tuple[nn.Module, Any]] = []
     calls: dict[nn.Module, int] = {}
+    thread = threading.get_ident()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         calls[module] = calls.get(module, 0) + 1
-        if isinstance(output, Tensor) and output.grad_fn is not None and _has_grid(output, size):
-            finished.append((module, output, output.grad_fn))
+        if not isinstance(output, Tensor) or output.grad_fn is None or not _has_grid(output, size):
+            return
+        # What an identity returns, others may read, too.
+        if all(x.grad_fn is not output.grad_fn for x in args if isinstance(x, Tensor)):
+            finished.append((module, output.grad_fn))
 
-    handles = [m.register_forward_hook(note) for m in model.modules() if m is not model]
-    try:
+    def register() -> Iterator[Any]:
+        for module in model.modules():
+            if module is not model:
+                yield module.register_forward_hook(note)
+
+    with own_hooks(register):
         output = run(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    candidates = [(m, node) for m, _, node in finished if calls[m] == 1]
-    middle = len(candidates) / 2
-    order = sorted(range(len(candidates)), key=lambda i: abs(i - middle))
-    for index in order:
-        module, node = candidates[index]
-        if output.grad_fn is not None and not _goes_around(output.grad_fn, node, image):
+    middle = (len(finished) - 1) / 2
+    for index in sorted(range(len(finished)), key=lambda i: abs(i - middle)):
+        module, node = finished[index]
+        if calls[module] == 1 and not _goes_around(output.grad_fn, node, image):
             return module
     raise ValueError(
         f"Expected a layer of {type(model).__name__} whose output lies on a grid, (B, D, h, w), (B, h, w, D) "

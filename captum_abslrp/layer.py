@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_abslrp.attribution import AbsLRP, delta_of
 from captum_abslrp.captures import captured
-from captum_abslrp.checks import IndependentOutput, unwrapped
+from captum_abslrp.checks import IndependentOutput, part_of_model
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.samples import Misaligned, check_aligned
 from captum_abslrp.integers import IntegerInputs
@@ -86,25 +86,10 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         super().__init__(model, mapping, normalization=normalization, output=output)
         several = isinstance(layer, (list, tuple))
         given: Sequence[Any] = layer if isinstance(layer, (list, tuple)) else [layer]
-        layers = [self._part_of_model(part) for part in given]
+        layers = [part_of_model(self.model, part) for part in given]
         if not layers:
             raise ValueError("Expected `layer` to hold at least one module, but got an empty list.")
         LayerAttribution.__init__(self, self.model, layers if several else layers[0])
-
-    def _part_of_model(self, layer: Any) -> nn.Module:
-        """A layer as it was given, without wrappers; raises where it cannot be explained."""
-        if not isinstance(layer, nn.Module):
-            raise TypeError(
-                f"Expected `layer` to be a torch.nn.Module, but got {type(layer).__name__}. Several are "
-                f"given as a list of modules."
-            )
-        layer = unwrapped(layer)
-        if not any(module is layer for module in self.model.modules()):
-            raise ValueError(
-                f"Expected `layer` to be a module of `model`, but got a {type(layer).__name__} that "
-                f"is none of them."
-            )
-        return layer
 
     @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only

@@ -173,6 +173,11 @@ def _abslrp(model: nn.Module) -> AttributionFunction:
     return AbsLRP(model).attribute
 
 
+@register_method("abslrp_recommended")
+def _abslrp_recommended(model: nn.Module) -> AttributionFunction:
+    return AbsLRP.recommended(model).attribute
+
+
 class _LRPOfOperations(LRP):  # type: ignore[misc,unused-ignore]  # untyped base
     """Captum's LRP, which asks for no rule of layers that compute nothing."""
 

@@ -17,7 +17,9 @@ from captum_abslrp.engine.messages import warn
 from captum_abslrp.engine.saved import in_full_precision
 
 __all__ = [
+    "DEFAULT",
     "Contrast",
+    "Default",
     "Target",
     "class_dimension",
     "contrast_seed",
@@ -30,6 +32,16 @@ Target = None | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...
 
 Contrast = None | str | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]]
 """``"others"``, ``"softmax"``, None, or classes in every form of :data:`Target`."""
+
+
+class Default:
+    """Stands for an argument that is not given, where None means something."""
+
+    def __repr__(self) -> str:
+        return "default"
+
+
+DEFAULT = Default()
 
 
 def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tensor | None:

@@ -124,6 +124,7 @@ def _demo_methods() -> dict[str, Callable[[nn.Module], AttributionFunction]]:
         return lambda model: AbsLRP(model, normalization=normalization).attribute
 
     return {
+        "AbsLRP (recommended)": lambda model: AbsLRP.recommended(model).attribute,
         "AbsLRP (separate)": abslrp("separate"),
         "AbsLRP (joint)": abslrp("joint"),
         "Saliency": get_method("saliency"),

@@ -61,6 +61,8 @@ NOTE = "captum-abslrp"
 """Name of the text in a figure that says how it was made."""
 NORMALIZATIONS = ("separate", "joint")
 CONTRASTS = ("others", "softmax", "none")
+COMBINATIONS = ("difference", "gated", "guided")
+RECOMMENDED, PUBLISHED = "recommended", "published"
 
 
 def add_command(commands: Any) -> None:
@@ -101,18 +103,30 @@ def add_command(commands: Any) -> None:
         help="explain the K most probable classes, one row each",
     )
     parser.add_argument(
+        "--mapping",
+        default=RECOMMENDED,
+        metavar="NAME",
+        help="the rules: what measured best for this kind of model (default: %(default)s); 'published', the "
+        "published method; or a mapping or LRP composite, such as generic, epsilon_plus or attnlrp",
+    )
+    parser.add_argument(
         "--contrast",
-        default=CONTRASTS[0],
         metavar="|".join([*CONTRASTS, "CLASS", "INDEX"]),
         help="rather than what: all other classes alike, weighted by their probability, nothing, "
-        "or one class (default: %(default)s)",
+        "or one class (default: as recommended, otherwise others)",
+    )
+    parser.add_argument(
+        "--combine",
+        choices=COMBINATIONS,
+        help="how the maps of the class and of the contrast become one: their difference, the class's map "
+        "where it is larger, or the class's map weighted by the difference inside of the model (default: as "
+        "recommended, otherwise difference)",
     )
     parser.add_argument(
         "--normalization",
         choices=NORMALIZATIONS,
-        default=NORMALIZATIONS[0],
-        help="where branches meet, scale relevance of each or of all together "
-        "(default: %(default)s)",
+        help="where branches meet, scale relevance of each or of all together (default: as recommended, "
+        "otherwise separate)",
     )
     parser.add_argument(
         "--compare",
@@ -170,7 +184,9 @@ def _explain(args: argparse.Namespace) -> int:
         )
     device = find_device(args.device)
     subject = load_subject(args.model, args.checkpoint, device)
-    question = _question(args, subject)
+    method = _method(args, subject)
+    question = _question(args, method, subject)
+    say(f"Explained by {method!r}")
     example = torch.zeros(1, *subject.input_size, device=device)
     smoothing = smoothing_of(args, subject.model, example)
     out = folder(args.out)
@@ -191,7 +207,7 @@ def _explain(args: argparse.Namespace) -> int:
         for i in progress(processes.share(undone), "images", show=len(paths) > 1):
             try:
                 panel, trouble = _explain_image(
-                    paths[i], outputs[i], subject, question, smoothing, args, device
+                    paths[i], outputs[i], subject, method, question, smoothing, args, device
                 )
                 if panel is not None:
                     panels[i] = panel
@@ -234,6 +250,7 @@ def _explain_image(
     path: Path,
     output: Path,
     subject: Subject,
+    method: AbsLRP,
     question: Question,
     smoothing: int,
     args: argparse.Namespace,
@@ -251,18 +268,18 @@ def _explain_image(
     targets = _targets(question, probabilities)
     chances = [f"{100 * float(probabilities[t]):.1f} %" for t in targets]
 
-    method = AbsLRP(subject.model, normalization=args.normalization)
-
-    def explained(contrast: int | str | None) -> list[Tensor]:
-        found = (method.attribute(inputs, target=t, contrast=contrast) for t in targets)
+    def explained(contrast: int | str | None, combine: str) -> list[Tensor]:
+        found = (
+            method.attribute(inputs, target=t, contrast=contrast, combine=combine) for t in targets
+        )
         return [relevance[0].detach().cpu() for relevance in found]
 
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            maps = {"abslrp": explained(question.contrast)}
+            maps = {"abslrp": explained(question.contrast, method.combine)}
         wanted = args.html is not None and question.contrast is not None
-        alone = explained(None) if wanted else None
+        alone = explained(None, "difference") if wanted else None
     except UnsupportedCallError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -296,7 +313,7 @@ def _explain_image(
             path.name,
             subject.show(image).mul(255).round().byte(),
             classes,
-            _views(maps, alone),
+            _views(maps, alone, method.combine),
             [float(probabilities[t]) for t in targets],
             contrast=_in_words(question.contrast, subject),
             notes=doubts,
@@ -310,8 +327,8 @@ def _note(path: Path, args: argparse.Namespace) -> str:
     asked = {
         name: getattr(args, name)
         for name in (
-            *("model", "target", "top", "contrast", "normalization", "compare"),
-            "no_smoothing",
+            *("model", "mapping", "target", "top", "contrast", "combine", "normalization"),
+            *("compare", "no_smoothing"),
         )
     }
     checkpoint = args.checkpoint and str(args.checkpoint.resolve())
@@ -334,16 +351,18 @@ def _is_done(path: Path, output: Path, args: argparse.Namespace) -> bool:
 
 
 def _views(
-    maps: dict[str, list[Tensor]], alone: list[Tensor] | None
+    maps: dict[str, list[Tensor]], alone: list[Tensor] | None, combine: str
 ) -> dict[str, Sequence[Tensor | None]]:
     """What a report shows of each class, (H, W) per map; `alone` are its maps without a contrast, if there
-    is one."""
+    is one, and `combine` says how the two were combined."""
     maps = {name: [relevance.sum(0) for relevance in of_method] for name, of_method in maps.items()}
     alone = None if alone is None else [relevance.sum(0) for relevance in alone]
     ours, *_ = maps.values()
     others = {name: of_method for name, of_method in maps.items() if name != "abslrp"}
     if alone is None:
         return {TARGET: ours, **others}
+    if combine != "difference":
+        return {DIFFERENCE: ours, TARGET: alone, **others}
     contrasts = [target - difference for target, difference in zip(alone, ours, strict=True)]
     return {DIFFERENCE: ours, TARGET: alone, CONTRAST: contrasts, **others}
 
@@ -396,10 +415,28 @@ def _explanation(
     )
 
 
-def _question(args: argparse.Namespace, subject: Subject) -> Question:
+def _method(args: argparse.Namespace, subject: Subject) -> AbsLRP:
+    """The attributor that is asked for; options that are given win over what is recommended."""
+    if args.mapping == RECOMMENDED:
+        method = AbsLRP.recommended(subject.model)
+    elif args.mapping == PUBLISHED:
+        method = AbsLRP(subject.model)
+    else:
+        try:
+            method = AbsLRP(subject.model, args.mapping)
+        except ValueError as error:
+            raise UserError(f"--mapping: {error}") from error
+    method.normalization = args.normalization or method.normalization
+    method.combine = args.combine or method.combine
+    return method
+
+
+def _question(args: argparse.Namespace, method: AbsLRP, subject: Subject) -> Question:
     target = None if args.target is None else _class_index(args.target, subject.names, "--target")
     contrast: int | str | None
-    if args.contrast in CONTRASTS:
+    if args.contrast is None:
+        contrast = method.contrast  # type: ignore[assignment]
+    elif args.contrast in CONTRASTS:
         contrast = None if args.contrast == "none" else args.contrast
     else:
         contrast = _class_index(args.contrast, subject.names, "--contrast", CONTRASTS)

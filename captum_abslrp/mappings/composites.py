@@ -40,7 +40,7 @@ from captum_abslrp.rules.signed import (
     UniformRule,
 )
 
-__all__ = ["COMPOSITES", "TRANSFORMER", "composite"]
+__all__ = ["COMPOSITES", "RECOMMENDED", "composite", "signed_rules"]
 
 CONV = tuple(CONVOLUTIONS)
 ALL_LAYERS = ("linear", *CONV)
@@ -214,22 +214,28 @@ def composite(name: str, **parameters: Any) -> Mapping:
     return COMPOSITES[name](**parameters)
 
 
-def transformer(
-    embedding: Rule,
+def signed_rules(
+    first: Rule,
     *,
+    convolution: Rule | None = None,
     softmax: Rule | None = None,
     residual_gamma: float = 1.0,
-    name: str = "transformer",
+    name: str = "signed_rules",
 ) -> Mapping:
-    """Signed rules in the blocks of a transformer, and a positive rule at its embedding.
+    """Signed rules with another rule in the first layer: the embedding of a transformer, the stem of a CNN.
 
     Args:
-        embedding: the rule of the first layer with weights.
+        first: the rule of the first layer with weights.
+        convolution: the rule of other convolutions; None for epsilon, which all linear layers have.
         softmax: the rule of softmax; None for its gradient (AttnLRP).
         residual_gamma: how much more the summands of the sign of a sum count.
         name: of the mapping.
     """
-    layers: Entries = [(ALL_LAYERS, FirstLayerRule(embedding, EpsilonRule()))]
+    plain = EpsilonRule()
+    layers: Entries = [
+        (CONV, FirstLayerRule(first, plain if convolution is None else convolution)),
+        (("linear",), FirstLayerRule(first, plain)),
+    ]
     return _table(name, layers, softmax=softmax, residual_gamma=residual_gamma)
 
 
@@ -244,5 +250,14 @@ for _name in (
 ):
     register_mapping(composite(_name))
 
-TRANSFORMER = register_mapping(transformer(ZPlusRule(), softmax=ConstantRule()))
-"""Vision Transformers: signed rules in the blocks, a positive one at the embedding."""
+RECOMMENDED = register_mapping(
+    signed_rules(
+        ZPlusRule(),
+        convolution=GammaRule(1.0),
+        softmax=ConstantRule(),
+        residual_gamma=1.0,
+        name="recommended",
+    )
+)
+"""What measured best on real Vision Transformers and convolutional networks: z-plus in the first layer, gamma
+in other convolutions, epsilon in linear layers, attention as a constant, and sums with a gamma."""
