@@ -35,7 +35,13 @@ from captum_abslrp.engine.propagation import TOTAL, logits, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.engine.state import saver, unchanged
 from captum_abslrp.guide import find_guide, guided
-from captum_abslrp.map_checks import ZeroMaps, warn_of_detached, warn_of_noise, zero_maps
+from captum_abslrp.map_checks import (
+    ZeroMaps,
+    warn_of_detached,
+    warn_of_no_guide,
+    warn_of_noise,
+    zero_maps,
+)
 from captum_abslrp.mappings import Mapping, MappingScope, find_mapping, get_mapping
 from captum_abslrp.memory import fitting
 from captum_abslrp.noise_tunnel import for_captum
@@ -264,16 +270,22 @@ class AbsLRP(GradientAttribution):
             >>> class_2_in_the_corner = AbsLRP(model).attribute(x, target=(2, 0, 0))
             >>> class_2_anywhere = AbsLRP(model).attribute(x, target=2)
         """
+        contrast = self.contrast if isinstance(contrast, Default) else contrast
         combine = self.combine if isinstance(combine, Default) else combine
+        if guide is not None and combine != "guided":
+            raise ValueError(
+                f'Expected `guide` with `combine="guided"` alone, but got it with {combine!r}.'
+            )
+        is_guided = combine == "guided" and contrast is not None
         chunks = self._explain(
             inputs,
             target,
             additional_forward_args,
-            self.contrast if isinstance(contrast, Default) else contrast,
+            contrast,
             combine,
             internal_batch_size,
             class_dim=class_dim,
-            forward=self._to_guide(guide) if combine == "guided" else self._to_inputs,
+            forward=self._to_guide(guide) if is_guided else self._to_inputs,
             observer=Observer(finite=True) if check_finite else None,
         )
         relevances = tuple(torch.cat(parts) for parts in zip(*(r for r, _ in chunks), strict=True))
@@ -460,14 +472,15 @@ class AbsLRP(GradientAttribution):
             maps_seen_by(again)
             zeros.add(start, zero, again, maps.of_inputs)
         started = torch.stack(maps.totals).sum(0)
+        if len(started) == 1:  # of a guided map the layer is left out
+            explained = maps.relevances[:1] if combine == "guided" else maps.relevances
+            return [r[0] for r in explained], started[0]
         if combine == "guided":
             fine, coarse = maps.relevances
-            if len(coarse) == 2:
-                warn_of_noise([(coarse[0], coarse[1])])
-                coarse = coarse[:1] - coarse[1:]
-            return [guided(fine[0], coarse[0])], started[0]
-        if len(started) == 1:
-            return [r[0] for r in maps.relevances], started[0]
+            warn_of_noise([(coarse[0], coarse[1])])
+            found = guided(fine[0], coarse[0] - coarse[1])
+            warn_of_no_guide(found, fine[0])
+            return [found], started[0]
         pairs = [(of_target, of_contrast) for of_target, of_contrast in maps.relevances]
         warn_of_noise(pairs)
         if combine == "difference":

@@ -6,7 +6,7 @@ Axes: B images, C channels, H height, W width; h, w of the layer's grid, D featu
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,10 +120,10 @@ def grid_of(values: Tensor, size: Sequence[int]) -> Tensor:
         torch.Size([2, 7, 7])
     """
     height, width = size
-    if values.dim() == 4 and _in_proportion(values.shape[2:], size):
-        return values.sum(1)
-    if values.dim() == 4 and _in_proportion(values.shape[1:3], size):
-        return values.sum(3)
+    if values.dim() == 4:  # of two readings, the one of more alike proportions
+        features = min((1, 3), key=lambda dim: _distortion(_without(values, dim), size))
+        if _distortion(_without(values, features), size) < 2:
+            return values.sum(features)
     if values.dim() == 3:
         tokens = values.shape[1]
         rows = int((tokens * height / width) ** 0.5)
@@ -136,13 +136,22 @@ def grid_of(values: Tensor, size: Sequence[int]) -> Tensor:
     )
 
 
-_MOST_PREFIX_TOKENS = 16
+_MOST_PREFIX_TOKENS = 8
 """Class tokens and registers before the patches, at most."""
 
 
-def _in_proportion(grid: Iterable[int], size: Sequence[int]) -> bool:
+def _without(values: Tensor, dim: int) -> list[int]:
+    """Height and width of the grid, if features are in a dimension."""
+    return [n for i, n in enumerate(values.shape) if i not in (0, dim)]
+
+
+def _distortion(grid: Sequence[int], size: Sequence[int]) -> float:
+    """How often the proportions of a grid are those of the image, at least 1; infinite for one place."""
     (h, w), (height, width) = grid, size
-    return h * w > 1 and h * width < 2 * w * height and w * height < 2 * h * width
+    if h * w <= 1 or height * width == 0:
+        return float("inf")
+    ratio = h * width / (w * height)
+    return max(ratio, 1 / ratio)
 
 
 def guided(fine: Tensor, coarse: Tensor) -> Tensor:

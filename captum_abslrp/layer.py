@@ -155,6 +155,11 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> relevance.sum(-1).shape  # of each token
             torch.Size([2, 3])
         """
+        if combine == "guided":
+            raise ValueError(
+                'Expected `combine` to be "difference" or "gated" for the relevance of a layer, but got '
+                '"guided".'
+            )
         several = isinstance(self.layer, list)
         layers: list[nn.Module] = self.layer if several else [self.layer]
         wanted = _call_indices(call_index, len(layers) if several else None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from captum_abslrp.engine.messages import warn
 from captum_abslrp.engine.observers import Observer
 
-__all__ = ["ZeroMaps", "warn_of_detached", "warn_of_noise", "zero_maps"]
+__all__ = ["ZeroMaps", "warn_of_detached", "warn_of_no_guide", "warn_of_noise", "zero_maps"]
 
 
 def zero_maps(relevances: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
@@ -92,6 +92,19 @@ def warn_of_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
             f"The maps of target and contrast differ by {share:.0e} of their total only, which {exact} "
             f"can hardly tell from rounding.{better} Or look at the map of the target alone, "
             f"`contrast=None`."
+        )
+
+
+def warn_of_no_guide(found: Tensor, fine: Tensor) -> None:
+    """Warn where a guided map is zero and the map of the target, (B, ...), is not."""
+    if found.device.type != "cpu":  # the check would wait for the device
+        return
+    zero = ~found.flatten(1).any(1) & fine.flatten(1).any(1)
+    if bool(zero.any().numpy()):
+        warn(
+            f"The guided map is zero for {int(zero.sum())} of {len(zero)} samples, because no place of the "
+            f"guiding layer has more relevance for the target than for the contrast. Look at "
+            f'`combine="difference"`, or choose another layer, `guide=model.layer`.'
         )
 
 

@@ -50,10 +50,15 @@ def _of(kind: str, figures: str) -> Recommendation:
     return Recommendation(kind, "recommended", "joint", "softmax", "guided", figures)
 
 
-TRANSFORMER = _of("Vision Transformer", "FIGURES")
-CONVOLUTIONAL = _of("convolutional network with batch norm", "FIGURES")
-PLAIN = Recommendation(
-    "convolutional network without batch norm", None, "joint", "others", "guided", "FIGURES"
+TRANSFORMER = _of(
+    "Vision Transformer",
+    "GridPG (chance 0.25) of this and of the published method: ViT-Tiny/16 (ImageNet) 0.72 and 0.21, DINOv2 "
+    "ViT-S/14 (four classes) 0.71 and 0.32.",
+)
+CONVOLUTIONAL = _of(
+    "convolutional network with batch norm",
+    "GridPG (chance 0.25) of this and of the published method: EfficientNet-Lite0 (ImageNet) 0.00 and 0.77, "
+    "ResNet-56 (CIFAR-10) 0.00 and 0.74.",
 )
 OTHER = Recommendation(
     "model of another kind",
@@ -69,8 +74,8 @@ def recommend(model: nn.Module) -> Recommendation:
     """The recommendation for a model, by its structure.
 
     A Vision Transformer has layers of attention and no batch norm: ViT, DeiT, DINOv2, Swin, EVA, of timm,
-    torchvision or Hugging Face. A convolutional network has convolutions, and neither attention nor layer
-    norm: ResNet and EfficientNet with batch norm, VGG without.
+    torchvision or Hugging Face. A convolutional network has convolutions and batch norm, and neither
+    attention nor layer norm: ResNet, EfficientNet, MobileNet.
 
     Example:
         >>> recommend(timm.create_model("test_vit")).kind
@@ -85,18 +90,14 @@ def recommend(model: nn.Module) -> Recommendation:
     if any(map(_attends, modules)):
         return OTHER if has_batch_norm else TRANSFORMER
     convolves = any(isinstance(module, nn.Conv2d) for module in modules)
-    if not convolves or any(map(_is_layer_norm, modules)):
-        return OTHER
-    return CONVOLUTIONAL if has_batch_norm else PLAIN
+    has_layer_norm = any(map(_is_layer_norm, modules))
+    return CONVOLUTIONAL if convolves and has_batch_norm and not has_layer_norm else OTHER
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is a layer of attention: it has heads, and linear layers of its own."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
+    """Whether a module is a layer of attention: it has a number of heads."""
     heads = (getattr(module, name, None) for name in _HEADS)
-    projects = any(isinstance(child, nn.Linear) for child in module.children())
-    return projects and any(isinstance(number, int) for number in heads)
+    return any(isinstance(number, int) for number in heads)
 
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")

@@ -149,12 +149,15 @@ def test_explain_writes_a_figure_and_the_raw_relevance(
     assert int(shown[1]) == int(best.indices)
     assert float(shown[2]) == pytest.approx(100 * best.values.item(), abs=0.06)
     raw = np.load(tmp_path / "out" / "digit-abslrp.npy")
-    expected = AbsLRP(network).attribute(inputs, target=int(best.indices))[0].numpy()
+    method = AbsLRP.recommended(network)
+    expected = method.attribute(inputs, target=int(best.indices))[0].numpy()
     assert raw.shape == (3, 64, 64)
     np.testing.assert_allclose(raw, expected, atol=1e-3 * np.abs(expected).max())
 
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"{picture}: {shown[1]} {shown[2]} % -> ")
+    chosen, found = captured.out.splitlines()
+    assert chosen == f"Explained by {method!r}"
+    assert found.startswith(f"{picture}: {shown[1]} {shown[2]} % -> ")
     assert captured.err == ""
 
 
@@ -201,7 +204,8 @@ def test_contrast(
     option: str, contrast: Any, shown: str, picture: Path, tmp_path: Path, explain: Explain,
     figures: dict[str, Figure],
 ) -> None:  # fmt: skip
-    assert explain(picture, "--target", 3, "--contrast", option) == 0
+    words = ["--mapping", "published", "--target", 3, "--contrast", option]
+    assert explain(picture, *words) == 0
     assert f"why 3{shown}? (" in figures["digit-abslrp.png"].get_suptitle()
     inputs = demo.load_scenes("single", 1).inputs
     network = demo.load_model("vgg")
@@ -210,17 +214,43 @@ def test_contrast(
     np.testing.assert_allclose(raw, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_normalization(picture: Path, explain: Explain, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+@pytest.mark.parametrize(
+    ("words", "arguments", "options"),
+    [
+        (["--mapping", "published"], {}, {}),
+        (["--mapping", "published", "--normalization", "joint"], {"normalization": "joint"}, {}),
+        (["--mapping", "published", "--combine", "guided"], {}, {"combine": "guided"}),
+        (["--mapping", "attnlrp"], {"mapping": "attnlrp"}, {}),
+        (
+            ["--combine", "difference"],
+            {"mapping": "recommended"},
+            {"contrast": "softmax", "combine": "difference"},
+        ),
+        (["--contrast", "none"], {"mapping": "recommended"}, {"contrast": None}),
+        (
+            ["--contrast", "8"],
+            {"mapping": "recommended"},
+            {"contrast": 8, "combine": "guided"},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_rules_can_be_chosen(
+    words: list[str], arguments: Any, options: Any, picture: Path, tmp_path: Path, explain: Explain
+) -> None:
+    assert explain(picture, "--target", 3, *words, model="demo:vit") == 0
+    inputs = demo.load_scenes("single", 1).inputs
+    attributor = AbsLRP(demo.load_model("vit"), **arguments)
+    expected = attributor.attribute(inputs, target=3, **options)[0].numpy()
+    raw = np.load(tmp_path / "out" / "digit-abslrp.npy")
+    np.testing.assert_allclose(raw, expected, atol=1e-3 * np.abs(expected).max())
 
-    class Spy(AbsLRP):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            seen.append(options["normalization"])
-            super().__init__(*args, **options)
 
-    monkeypatch.setattr(explain_command, "AbsLRP", Spy)
-    assert explain(picture) == explain(picture, "--normalization", "joint") == 0
-    assert seen == ["separate", "joint"]
+def test_unknown_rules_are_one_line(picture: Path, explain: Explain, capsys: Capture) -> None:
+    assert explain(picture, "--mapping", "attnlpr") == 2
+    assert one_error(capsys).startswith("--mapping: Expected `mapping` to be")
+    assert explain(picture, "--mapping", "attnlrp", "--combine", "gated") == 2
+    assert '"difference" or "guided"' in one_error(capsys)
 
 
 def test_top_has_a_row_per_class(
@@ -682,7 +712,8 @@ def test_demo(tmp_path: Path, figures: dict[str, Figure], capsys: Capture) -> No
         assert row_labels(figure) == [
             f"why {'an' if label == 8 else 'a'} {label}?" for label in labels
         ]
-        assert titles(figure)[:3] == ["input", "AbsLRP (separate)", "AbsLRP (joint)"]
+        assert titles(figure)[:2] == ["input", "AbsLRP (recommended)"]
+        assert titles(figure)[2:4] == ["AbsLRP (separate)", "AbsLRP (joint)"]
 
     text = (out / "shares.md").read_text()
     assert text in capsys.readouterr().out
@@ -690,6 +721,7 @@ def test_demo(tmp_path: Path, figures: dict[str, Figure], capsys: Capture) -> No
     assert lines[0] == ["method", *names]
     assert [line[0] for line in lines[2:]] == [
         "(relevance everywhere alike)",
+        "AbsLRP (recommended)",
         "AbsLRP (separate)",
         "AbsLRP (joint)",
         "Saliency",
@@ -703,7 +735,7 @@ def test_demo(tmp_path: Path, figures: dict[str, Figure], capsys: Capture) -> No
 
     with (out / "shares.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 7 * len(names)
+    assert len(rows) == 8 * len(names)
     assert all(row["questions"] == "4" for row in rows)
     by_name = {(row["model"], row["method"]): row for row in rows}
     assert by_name["vit", "LRP"]["positive_share"] == ""
@@ -926,7 +958,7 @@ def test_unknown_methods_have_near_names() -> None:
         ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). There are: "
     ):
         get_method("deeplif")
-    with pytest.raises(ValueError, match="but got 'qqq'. There are: abslrp, lrp"):
+    with pytest.raises(ValueError, match="but got 'qqq'. There are: abslrp, abslrp_recommended"):
         get_method("qqq")
 
 

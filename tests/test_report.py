@@ -125,7 +125,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def report(pictures: list[Path]) -> Path:
     path = pictures[0].parent / "report.html"
     words = ["--model", "demo:resnet", "--top", "3", "--compare", "saliency", "--html", path]
-    words += ["--normalization", "joint", "--out", path.parent / "maps"]
+    words += ["--mapping", "published", "--normalization", "joint", "--out", path.parent / "maps"]
     assert main(["explain", *map(str, [*pictures, *words])]) == 0
     return path
 

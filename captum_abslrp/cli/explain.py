@@ -20,6 +20,7 @@ from torch import Tensor
 
 from captum_abslrp import __version__, demo, processes
 from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.checks import check_combine
 from captum_abslrp.cli.files import (
     UserError,
     all_image_files,
@@ -225,7 +226,8 @@ def _explain(args: argparse.Namespace) -> int:
             for i, panel in panels.items():
                 name = paths[i].name if times[paths[i].name] == 1 else str(paths[i])
                 panels[i] = replace(panel, name=name)
-            _write_report(args, list(panels.values()), list(failures.values()))
+            notes = [*failures.values(), f"Explained by {method!r}"]
+            _write_report(args, list(panels.values()), notes)
     # The first process speaks for all: `torchrun` stops the others when one fails.
     return 2 if failures and processes.rank() == 0 else 0
 
@@ -235,14 +237,12 @@ def _of_all(found: dict[int, T]) -> dict[int, T]:
     return dict(sorted(chain.from_iterable(part.items() for part in processes.gather(found))))
 
 
-def _write_report(
-    args: argparse.Namespace, panels: Sequence[Panel], failures: Sequence[str]
-) -> None:
+def _write_report(args: argparse.Namespace, panels: Sequence[Panel], notes: Sequence[str]) -> None:
     if not panels:
         say(f"No image was explained: {args.html} is not written.")
         return
     seen = panels[0].name if len(panels) == 1 else f"{len(panels)} images"
-    section = Section(args.model, panels, notes=failures)
+    section = Section(args.model, panels, notes=notes)
     save_report(args, [section], f"What {args.model} sees in {seen}")
 
 
@@ -280,7 +280,7 @@ def _explain_image(
             maps = {"abslrp": explained(question.contrast, method.combine)}
         wanted = args.html is not None and question.contrast is not None
         alone = explained(None, "difference") if wanted else None
-    except UnsupportedCallError as error:
+    except (UnsupportedCallError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
     doubts = list(dict.fromkeys(str(warning.message) for warning in caught))
@@ -417,17 +417,20 @@ def _explanation(
 
 def _method(args: argparse.Namespace, subject: Subject) -> AbsLRP:
     """The attributor that is asked for; options that are given win over what is recommended."""
-    if args.mapping == RECOMMENDED:
-        method = AbsLRP.recommended(subject.model)
-    elif args.mapping == PUBLISHED:
-        method = AbsLRP(subject.model)
-    else:
-        try:
-            method = AbsLRP(subject.model, args.mapping)
-        except ValueError as error:
-            raise UserError(f"--mapping: {error}") from error
+    try:
+        if args.mapping == RECOMMENDED:
+            method = AbsLRP.recommended(subject.model)
+        else:
+            mapping = None if args.mapping == PUBLISHED else args.mapping
+            method = AbsLRP(subject.model, mapping)
+    except ValueError as error:
+        raise UserError(f"--mapping: {error}") from error
     method.normalization = args.normalization or method.normalization
     method.combine = args.combine or method.combine
+    try:
+        check_combine(method.combine, signed=method.signed)
+    except ValueError as error:
+        raise UserError(f"--combine: {error}") from error
     return method
 
 
