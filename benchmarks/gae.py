@@ -136,6 +136,7 @@ def run(name: str, n_mosaics: int, work: Path, threads: int | None) -> None:
 
 
 NAMES = {
+    "abslrp_recommended": "AbsLRP.recommended",
     PUBLISHED: "AbsLRP (published)",
     "joint, others": "AbsLRP, joint",
     "joint, others, gated": "AbsLRP, joint, gated",
@@ -145,6 +146,7 @@ NAMES = {
     "inputxgradient": "InputXGradient",
     "deeplift": "DeepLift",
     "guided_backprop": "GuidedBackprop",
+    "guided_gradcam": "GuidedGradCam",
     "gradient_shap": "GradientShap",
     "gradcam": "LayerGradCam",
     "occlusion": "Occlusion",
@@ -208,9 +210,9 @@ def overview(tables: dict[str, Comparison]) -> str:
     return markdown_table(["method", *header], rows, aligned=False) + "\n"
 
 
-def write_between_marks(path: Path, text: str) -> None:
-    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- gae: begin -->\n")
-    _, end, after = rest.partition("<!-- gae: end -->\n")
+def write_between_marks(path: Path, text: str, name: str = "gae") -> None:
+    before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name}: begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}: end -->\n")
     if not end:
         raise ValueError(f"Expected {path} to have the marks of the table, but got none.")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

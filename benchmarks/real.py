@@ -26,7 +26,7 @@ import fnmatch
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from benchmarks.gae import write_between_marks
 from benchmarks.real_data import Case, Mosaics, load_case, make_mosaics
 from benchmarks.real_methods import Maps, methods_of
+from captum_abslrp import demo
 from captum_abslrp.metrics.evaluation import plan_mosaics
 from captum_abslrp.metrics.functional import lerf_morf_area, localization
 from captum_abslrp.metrics.gae import Setting, bootstrap_interval, prepare
 from captum_abslrp.text import markdown_table
 
+HERE = Path(__file__).parent
 RANDOMIZED = {"head": 0.0, "half": 0.5, "all": 1.0}
 GROUPS = [
     ["gridpg_half"],
@@ -259,10 +262,48 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
+REAL = {
+    "lite0": "EfficientNet-Lite0",
+    "resnet56": "ResNet-56",
+    "vit_tiny": "ViT-Tiny/16",
+    "dinov2": "DINOv2 ViT-S/14",
+}
+"""The models of the tables in ``README.md`` and ``RESULTS.md``, by the names of their folders."""
+DEMO = {name: f"demo:{name}" for name in demo.list_models()}
+SUMMARY = {"GridPG": "gridpg_half", "LeRF - MoRF": "lerf_morf", "GAE": "gae"}
+FULL_SIZE = ("resnet56", *DEMO)
+"""Models of images that are too small to be shrunk."""
+ROWS = [
+    "AbsLRP.recommended",
+    "AbsLRP separate, others",
+    "AbsLRP joint, others",
+    "AbsLRP joint, no contrast",
+    "LRP epsilon_plus, softmax",
+    "LRP epsilon_plus, no contrast",
+    "LRP epsilon_gamma_box, no contrast",
+    "LRP attnlrp, no contrast",
+    "LRP cp_lrp, no contrast",
+    "LRP res_lrp, no contrast",
+    "GuidedGradCam, all ReLUs",
+    "LayerGradCam",
+    "LayerCAM",
+    "Occlusion",
+    "IntegratedGradients",
+    "GradientShap",
+    "InputXGradient",
+    "Saliency",
+    "GuidedBackprop, all ReLUs",
+    "random",
+]
+"""The methods in ``README.md``."""
+
+
 def report(folder: Path, patterns: list[str]) -> str:
     """Tables of all models in a folder: means and 95 % bootstrap intervals."""
     parts = []
-    for path in sorted(folder.glob("*/scores.jsonl")):
+    titles = REAL | DEMO
+    paths = sorted(folder.glob("*/scores.jsonl"), key=lambda path: path.parent.name not in REAL)
+    for path in paths:
         found = {(e["method"], e["score"]): e for e in read(path)}
         methods = [*dict.fromkeys(method for method, _ in found)]
         names = [m for m in methods if not patterns or any(fnmatch.fnmatch(m, p) for p in patterns)]
@@ -274,8 +315,49 @@ def report(folder: Path, patterns: list[str]) -> str:
             if method in names and "failure" in entry
         }
         table = markdown_table(["method", *columns], rows, aligned=False)
-        parts += [f"### {path.parent.name}", "", table, "", *sorted(failures), ""]
+        title = titles.get(path.parent.name, path.parent.name)
+        parts += [f"### {title}", "", table, "", *sorted(failures), ""]
     return "\n".join(parts)
+
+
+def summary(folder: Path, models: Mapping[str, str], *, errors: bool) -> str:
+    """Three scores of the methods in ``README.md`` on some models, the best in bold.
+
+    Args:
+        folder: of the scores.
+        models: their names by those of their folders.
+        errors: whether to add the standard errors of the means.
+    """
+    columns = [(title, model) for title in SUMMARY for model in models]
+    found = {
+        (entry["method"], entry["score"], model): entry["values"]
+        for model in models
+        for entry in read(folder / model / "scores.jsonl")
+        if "values" in entry
+    }
+    cells: dict[str, list[tuple[float, float] | None]] = {}
+    for method in ROWS:
+        cells[method] = []
+        for title, model in columns:
+            full = title == "GridPG" and model in FULL_SIZE
+            values = found.get((method, "gridpg_full" if full else SUMMARY[title], model))
+            sample = torch.tensor(values or [], dtype=torch.float64)
+            error = sample.std().item() / len(sample) ** 0.5 if values else 0.0
+            cells[method].append((sample.mean().item(), error) if values else None)
+    best = [
+        max((f"{cell[0]:.2f}" for cell in column if cell), default="")
+        for column in zip(*cells.values(), strict=True)
+    ]
+    rows = []
+    for method, of_method in cells.items():
+        row = [method]
+        for cell, highest in zip(of_method, best, strict=True):
+            text = "-" if cell is None else f"{cell[0]:.2f}".replace("-0.00", "0.00")
+            bold = f"**{text}**" if text == highest else text
+            row.append(f"{bold} ± {cell[1]:.2f}" if errors and cell else bold)
+        rows.append(row)
+    header = ["method", *(f"{title}<br>{models[model]}" for title, model in columns)]
+    return markdown_table(header, rows, aligned=False) + "\n"
 
 
 def _cell(entry: dict[str, Any] | None) -> str:
@@ -305,6 +387,9 @@ def main() -> None:
     for name, count in {"gridpg": 32, "images": 40, "gae": 16, "mprt": 10}.items():
         score.add_argument(f"--n-{name}", type=int, default=count)
     printed = commands.add_parser("report")
+    printed.add_argument(
+        "--write", action="store_true", help="write the tables into README.md and RESULTS.md"
+    )
     for command in (score, printed):
         command.add_argument("--work", type=Path, default=Path("real-benchmark"))
         command.add_argument(
@@ -316,7 +401,14 @@ def main() -> None:
         )
     args = parser.parse_args()
     if args.command == "report":
-        print(report(args.work, args.methods))
+        tables = report(args.work, args.methods)
+        print(tables)
+        if args.write:
+            overview = "\n".join(summary(args.work, m, errors=True) for m in (REAL, DEMO))
+            write_between_marks(HERE / "RESULTS.md", f"{overview}\n{tables}", "real")
+            short = {name: title.split("/")[0].split()[0] for name, title in REAL.items()}
+            shown = summary(args.work, short, errors=False)
+            write_between_marks(HERE.parent / "README.md", shown, "real")
         return
     case = load_case(
         args.model,

@@ -106,7 +106,7 @@ def list_methods() -> list[str]:
 
     Example:
         >>> list_methods()[:3]
-        ['abslrp', 'lrp', 'ig']
+        ['abslrp', 'abslrp_recommended', 'lrp']
     """
     return list(_METHODS)
 
