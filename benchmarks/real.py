@@ -235,10 +235,21 @@ def randomized(model: nn.Module, share: float) -> nn.Module:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's correlation of each row, (B, P) and (B, P) to (B,); ties keep the order of the pixels."""
-    ranks = [v.argsort(dim=1, stable=True).argsort(dim=1).double() for v in (a, b)]
-    first, second = (r - r.mean(1, keepdim=True) for r in ranks)
-    return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+    """Spearman's correlation of each row, (B, P) and (B, P) to (B,); 0 where a row is constant."""
+    first, second = (torch.stack([_ranks(row) for row in rows]) for rows in (a, b))
+    length = first.norm(dim=1) * second.norm(dim=1)
+    return torch.where(length > 0, (first * second).sum(1) / length, 0)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The ranks of values (P,), less their mean; equal values share the mean of their ranks."""
+    ordered, order = values.sort()
+    _, counts = ordered.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).double()
+    of_group = ends - (counts + 1) / 2
+    ranks = torch.empty(len(values), dtype=torch.float64, device=values.device)
+    ranks[order] = of_group.repeat_interleave(counts)
+    return ranks - ranks.mean()
 
 
 def seconds(run: Callable[[], Any]) -> float:
