@@ -1,8 +1,7 @@
 """AbsLRP against Captum's methods on the three demo models, by GAE, GridPG and LeRF-MoRF.
 
 ``python -m benchmarks.gae run --model vgg`` scores (and goes on where it was stopped);
-``python -m benchmarks.gae report`` writes the tables of ``benchmarks/RESULTS.md`` and ``README.md`` and
-the figures.
+``python -m benchmarks.gae report`` writes the tables of ``benchmarks/RESULTS.md``.
 
 The scenes are drawn anew from digits that no demo model has seen in training.
 """
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, demo
@@ -24,7 +22,6 @@ from captum_abslrp.metrics.comparison import score_maps
 from captum_abslrp.metrics.evaluation import plan_mosaics
 from captum_abslrp.metrics.functional import mosaic
 from captum_abslrp.metrics.gae import Setting
-from captum_abslrp.text import markdown_table
 
 SEED = 0
 HERE = Path(__file__).parent
@@ -154,25 +151,21 @@ NAMES = {
     "oracle": "oracle",
     "inverse of the oracle": "inverse of the oracle",
 }
-"""Rows of the tables and bars of the figure; the other options of absLRP are in the frontier."""
+"""Rows of the tables; the other options of absLRP have tables of their own."""
 TITLES = {"vgg": "VGG", "resnet": "ResNet", "vit": "ViT"}
-SHOWN = {"gae": "GAE", "localization": "localization (GridPG)", "lerf_morf": "LeRF - MoRF"}
 
 
 def report(work: Path) -> None:
-    """Write the tables between the marks of ``RESULTS.md`` and ``README.md``, and the figures."""
+    """Write the tables between the marks of ``RESULTS.md``."""
     tables = {name: Comparison.load(work / f"{name}.json") for name in TITLES}
     parts = []
     for model, table in tables.items():
-        rows = {NAMES[name]: table.methods[name] for name in NAMES}
+        rows = {NAMES[name]: table.methods[name] for name in NAMES if name in table.methods}
         parts += [f"### {TITLES[model]}", "", table_of(rows), ""]
     parts += ["### Contrast and combination", ""]
     for model, table in tables.items():
         parts += [f"{TITLES[model]}:", "", table_of({n: table.methods[n] for n in VARIANTS}), ""]
     write_between_marks(HERE / "RESULTS.md", "\n".join(parts))
-    write_between_marks(HERE.parent / "README.md", overview(tables))
-    plot_scores(tables).savefig(HERE.parent / "docs" / "gae.png")
-    plot_frontier(tables).savefig(HERE.parent / "docs" / "frontier.png")
 
 
 def table_of(rows: dict[str, MethodScores]) -> str:
@@ -181,126 +174,12 @@ def table_of(rows: dict[str, MethodScores]) -> str:
     return "\n".join(line.rpartition(" | ")[0] + " |" for line in lines)
 
 
-def overview(tables: dict[str, Comparison]) -> str:
-    """Three scores of every method on every model, GAE with its 95 % confidence interval."""
-    columns = [(model, score) for score in SHOWN for model in TITLES]
-    header = [f"{SHOWN[score].partition(' (')[0]}<br>{TITLES[model]}" for model, score in columns]
-    best = {
-        column: max(
-            tables[column[0]].methods[name].mean(column[1])
-            for name in NAMES
-            if "oracle" not in name and tables[column[0]].methods[name].failure is None
-        )
-        for column in columns
-    }
-    rows = []
-    for name, title in NAMES.items():
-        cells = [title]
-        for model, score in columns:
-            found = tables[model].methods[name]
-            if found.failure is not None:
-                cells.append("not supported")
-                continue
-            mean, (low, high) = found.mean(score), found.interval(score)
-            text = f"{mean:.2f}".replace("-0.00", "0.00")
-            if "oracle" not in name and text == f"{best[model, score]:.2f}":
-                text = f"**{text}**"
-            cells.append(f"{text} [{low:.2f}, {high:.2f}]" if score == "gae" else text)
-        rows.append(cells)
-    return markdown_table(["method", *header], rows, aligned=False) + "\n"
-
-
 def write_between_marks(path: Path, text: str, name: str = "gae") -> None:
     before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name}: begin -->\n")
     _, end, after = rest.partition(f"<!-- {name}: end -->\n")
     if not end:
         raise ValueError(f"Expected {path} to have the marks of the table, but got none.")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def plot_scores(tables: dict[str, Comparison]) -> Figure:
-    """Bars with 95 % confidence intervals: rows are scores, columns models."""
-    figure = Figure(figsize=(13, 11), dpi=110, layout="constrained")
-    axes = figure.subplots(len(SHOWN), len(tables), sharey=True, sharex="row")
-    for row, (column, title) in enumerate(SHOWN.items()):
-        for axis, (model, table) in zip(axes[row], tables.items(), strict=True):
-            for place, name in enumerate(NAMES):
-                scores = table.methods[name]
-                if scores.failure is not None:
-                    axis.text(0.01, place, "not supported", va="center", fontsize=8, color="0.4")
-                    continue
-                mean, (low, high) = scores.mean(column), scores.interval(column)
-                color = {"A": "#cc3311", "o": "0.6", "i": "0.6", "r": "0.6"}
-                axis.barh(
-                    place,
-                    mean,
-                    xerr=[[max(mean - low, 0)], [max(high - mean, 0)]],
-                    color=color.get(NAMES[name][0], "#4477aa"),
-                    ecolor="#333333",
-                )
-            axis.set_yticks(range(len(NAMES)), NAMES.values(), fontsize=9)
-            axis.axvline(0, color="0.6", linewidth=0.8)
-            axis.set_title(f"{TITLES[model]}: {title}", fontsize=11)
-        axes[row, 0].invert_yaxis()
-    return figure
-
-
-def plot_frontier(tables: dict[str, Comparison]) -> Figure:
-    """What a choice of contrast and combination gains in one score and pays in another."""
-    figure = Figure(figsize=(13, 8.4), dpi=110, layout="constrained")
-    axes = figure.subplots(2, len(tables), sharex=True, sharey="row")
-    colors = {None: "#bbbbbb", "others": "#cc3311", "softmax": "#0077bb"}
-    others = [name for name in NAMES if name not in VARIANTS and "oracle" not in name]
-    for row, (column, reach) in enumerate({"lerf_morf": 0.03, "gae": 0.012}.items()):
-        for axis, (model, table) in zip(axes[row], tables.items(), strict=True):
-            for name, options in VARIANTS.items():
-                scores = table.methods[name]
-                color = colors[options["contrast"]]
-                joint = options["normalization"] == "joint"
-                axis.scatter(
-                    scores.mean("localization"),
-                    scores.mean(column),
-                    s=110,
-                    marker="s" if options["combine"] == "gated" else "o",
-                    edgecolor=color,
-                    facecolor=color if joint else "none",
-                    linewidth=2,
-                    label=name,
-                    zorder=3,
-                )
-            labels: dict[tuple[float, float], list[str]] = {}
-            for number, name in enumerate(others, start=1):
-                scores = table.methods[name]
-                if scores.failure is None:
-                    x, y = scores.mean("localization"), scores.mean(column)
-                    axis.scatter(x, y, s=14, color="0.3")
-                    # Points that would hide each other's numbers share a label.
-                    near = (at for at in labels if abs(at[0] - x) < 0.03 and abs(at[1] - y) < reach)
-                    labels.setdefault(next(near, (x, y)), []).append(str(number))
-            for point, numbers in labels.items():
-                axis.annotate(
-                    ", ".join(numbers),
-                    point,
-                    textcoords="offset points",
-                    xytext=(4, 3),
-                    fontsize=8,
-                    color="0.2",
-                )
-            axis.set_title(f"{TITLES[model]}", fontsize=11)
-            axis.set_xlabel(SHOWN["localization"] if row else "")
-        axes[row, 0].set_ylabel(SHOWN[column])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    key = ", ".join(f"{number} {NAMES[name]}" for number, name in enumerate(others, start=1))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=5,
-        fontsize=9,
-        title=key,
-        title_fontsize=9,
-    )
-    return figure
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ nitpick_ignore = [
         "captum_abslrp.engine.protocols.CallRule",
         "captum_abslrp.rules.base.DividingRule",
         "captum_abslrp.engine.calls.Recorder",
+        "captum_abslrp.seeds.Default",
         "Array",
         "Key",
         "Propagate",
