@@ -388,6 +388,8 @@ def test_what_the_vit_cannot_run_says_so(evaluate: Evaluate, tmp_path: Path) -> 
     assert "feature map" in str(failures["gradcam"])
 
 
+# Little is left for any class in an image that is masked nearly everywhere.
+@pytest.mark.filterwarnings("ignore:The guided map is zero")
 def test_all_methods_run_on_the_vgg(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

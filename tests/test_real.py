@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def make():
 def prepare(image):
     return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
 """
+
+
+@cache
+def case_of(name: str) -> Case:
+    return load_case(name, None)
 
 
 @pytest.fixture
@@ -91,7 +97,7 @@ def test_boxes_go_through_the_preprocessing(loader: str, pictures: Path) -> None
 
 @pytest.mark.parametrize("full_size", [False, True])
 def test_mosaics_have_four_classes(full_size: bool) -> None:
-    case = load_case("demo:vit", None)
+    case = case_of("demo:vit")
     mosaics = make_mosaics(case, 4, full_size=full_size)
     side = 128 if full_size else 64
     assert mosaics.images.shape == (4, 3, side, side)
@@ -106,7 +112,7 @@ def test_mosaics_have_four_classes(full_size: bool) -> None:
 
 
 def test_too_few_classes_are_refused() -> None:
-    case = load_case("demo:vgg", None)
+    case = case_of("demo:vgg")
     few = Case(case.model, case.images, torch.zeros_like(case.labels))
     with pytest.raises(ValueError, match="Expected images of four classes"):
         make_mosaics(few, 1, full_size=False)
@@ -134,7 +140,7 @@ def test_only_the_upper_layers_are_randomized() -> None:
 
 
 def scored(folder: Path, scores: list[str], methods: Any) -> dict[tuple[str, str], Any]:
-    case = load_case("demo:vgg", None)
+    case = case_of("demo:vgg")
     sizes = {"gridpg": 4, "images": 3, "gae": 1, "mprt": 2}
     Benchmark(folder, case, sizes, 4).run(methods, scores)
     return {(e["method"], e["score"]): e for e in read(folder / "scores.jsonl")}
@@ -155,7 +161,7 @@ def test_scores_are_kept_and_failures_are_tried_again(tmp_path: Path) -> None:
     found = scored(tmp_path, scores, {"ones": ones, "fails": fails})
     torch.testing.assert_close(found["ones", "gridpg_half"]["values"], [0.25] * 4)
     assert found["ones", "mprt_all"]["values"] == [0.0, 0.0]
-    share = load_case("demo:vgg", None).boxes[:3].float().mean((1, 2))  # type: ignore[index]
+    share = case_of("demo:vgg").boxes[:3].float().mean((1, 2))  # type: ignore[index]
     torch.testing.assert_close(found["ones", "energy"]["values"], share.tolist())
     assert found["fails", "gridpg_half"]["failure"] == "RuntimeError: no rule"
     assert calls.count("fails") == 1 and ("fails", "lerf_morf") not in found
@@ -169,8 +175,8 @@ def test_scores_are_kept_and_failures_are_tried_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["vgg", "vit"])
 def test_every_method_runs_or_says_why(model: str, tmp_path: Path) -> None:
-    case = load_case(f"demo:{model}", None)
-    sizes = {"gridpg": 2, "images": 1, "gae": 1, "mprt": 1}
+    case = case_of(f"demo:{model}")
+    sizes = {"gridpg": 1, "images": 1, "gae": 1, "mprt": 1}
     methods = methods_of(case.model)
     for name in ("Occlusion", "IntegratedGradients", "GradientShap"):
         del methods[name]  # slow, and in tests of their own
