@@ -45,7 +45,7 @@ from captum_abslrp.map_checks import (
 from captum_abslrp.mappings import Mapping, MappingScope, find_mapping, get_mapping
 from captum_abslrp.memory import fitting
 from captum_abslrp.noise_tunnel import for_captum
-from captum_abslrp.recommendation import Recommendation, recommend
+from captum_abslrp.recommendation import OTHER, Recommendation, recommend
 from captum_abslrp.seeds import (
     DEFAULT,
     Contrast,
@@ -145,19 +145,20 @@ class AbsLRP(GradientAttribution):
         self.contrast: Contrast = "others"
         self.combine = "difference"
 
-    @classmethod
-    def recommended(
-        cls, model: nn.Module, *, output: Callable[[Any], Tensor] | None = None
-    ) -> AbsLRP:
+    @staticmethod
+    def recommended(model: nn.Module, *, output: Callable[[Any], Tensor] | None = None) -> AbsLRP:
         """The attributor that measured best on real models of this kind.
 
-        It has the mapping and the normalization, and its :meth:`attribute` the defaults of ``contrast`` and
-        ``combine``, that are best for Vision Transformers, or for convolutional networks; for other
-        models those of the published method. The attribute ``recommendation`` and the representation say
-        what was chosen, and on which figures.
+        Vision Transformers, and convolutional networks with batch norm, get the mapping
+        ``"recommended"``, and the contrast ``"softmax"`` and guided maps as defaults of
+        :meth:`attribute`. Other models get the published method, because nothing was measured on them.
+        The attribute ``recommendation`` and the representation say what was chosen, and on which figures.
 
         Args:
             model, output: as for :class:`AbsLRP`.
+
+        Raises:
+            TypeError: as for :class:`AbsLRP`.
 
         Example:
             >>> model = timm.create_model("test_vit").eval()
@@ -167,8 +168,10 @@ class AbsLRP(GradientAttribution):
             >>> attributor.attribute(torch.rand(2, 3, 160, 160), target=3).shape
             torch.Size([2, 3, 160, 160])
         """
-        chosen = recommend(unwrapped(model))
-        attributor = cls(model, chosen.mapping, normalization=chosen.normalization, output=output)
+        chosen = recommend(unwrapped(model)) if isinstance(model, nn.Module) else OTHER
+        attributor = AbsLRP(
+            model, chosen.mapping, normalization=chosen.normalization, output=output
+        )
         attributor.recommendation = chosen
         attributor.contrast, attributor.combine = chosen.contrast, chosen.combine
         return attributor

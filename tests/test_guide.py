@@ -197,6 +197,12 @@ def test_a_model_of_another_kind_gets_the_published_method() -> None:
     assert torch.equal(attributor.attribute(x, 1), AbsLRP(model).attribute(x, 1))
 
 
+def test_what_is_recommended_is_an_abslrp() -> None:
+    assert type(LRP.recommended(vit())) is AbsLRP is type(LayerAbsLRP.recommended(vit()))
+    with pytest.raises(TypeError, match="Expected `model` to be"):
+        AbsLRP.recommended("vit")  # type: ignore[arg-type]
+
+
 def test_recommended_takes_an_output_and_noise() -> None:
     model, x = vit(), scenes()
     pair = nn.Sequential(model)
