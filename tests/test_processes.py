@@ -210,7 +210,7 @@ def test_sigkill_at_random_moments_loses_nothing(
     print("lines that were written before the kill:", finished)
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("by_hand", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_processes_that_part_at_once_come_to_an_end(by_hand: bool) -> None:
     ports = free_ports(40)
     pair = [

@@ -361,7 +361,7 @@ def test_demo_smooths(
 ) -> None:
     few = {"Saliency": methods.get_method("saliency")}
     monkeypatch.setattr(demo_command, "_demo_methods", lambda: few)
-    command = ["demo", "--pairs", "3", "--out", str(tmp_path)]
+    command = ["demo", "--pairs", "1", "--out", str(tmp_path)]
     assert main(command) == main([*command, "--no-smoothing"]) == 0
     captions = [figure.get_supxlabel() for figure in figures]
     assert captions == ["", CAPTION.format(2), CAPTION.format(8), "", "", ""]

@@ -49,7 +49,7 @@ def attributors() -> list[AbsLRP]:
 # Small images with random weights: the classes are hardly told apart.
 @pytest.mark.filterwarnings("ignore:The maps of target and contrast")
 @pytest.mark.parametrize(
-    ("warm_up", "n"), [(0, 100), pytest.param(WARM_UP, 2000, marks=pytest.mark.slow)]
+    ("warm_up", "n"), [(0, 50), pytest.param(WARM_UP, 2000, marks=pytest.mark.slow)]
 )
 def test_attributions_leave_nothing(warm_up: int, n: int) -> None:
     draw = random.Random(0)
