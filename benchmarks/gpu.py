@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.real import seconds
 from captum_abslrp import LRP, AbsLRP
 from captum_abslrp.text import markdown_table
 
@@ -28,18 +28,10 @@ LRP_OF = {"vit": "cp_lrp", "swin": "cp_lrp"}
 """The composite of a model by a part of its name; epsilon for others."""
 
 
-def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of a call, after one that is not counted."""
-    found = []
-    for _ in range(repeats + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Median time of five calls, after one that is not counted."""
+    seconds(run)
+    return statistics.median(seconds(run) for _ in range(5))
 
 
 def methods_of(name: str, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -61,14 +53,14 @@ def row(name: str, precision: str, batch: int, device: str) -> list[str]:
     model = timm.create_model(name).eval().to(device)
     x = torch.randn(batch, *model.default_cfg["input_size"], device=device)
     with torch.no_grad():
-        forward = seconds(lambda: model(x))
+        forward = median_seconds(lambda: model(x))
     cells, peaks = [name, precision, str(batch), f"{1000 * forward:.1f}"], []
     for maps in methods_of(name, model).values():
         before = 0
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        cells.append(f"{seconds(lambda maps=maps: maps(x)) / forward:.1f}")
+        cells.append(f"{median_seconds(lambda maps=maps: maps(x)) / forward:.1f}")
         peaks.append(
             (torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else 0
         )

@@ -53,7 +53,9 @@ def find_guide(
         if threading.get_ident() != thread:
             return
         calls[module] = calls.get(module, 0) + 1
-        if not isinstance(output, Tensor) or output.grad_fn is None or not _has_grid(output, size):
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        if len(output) != 1 or not _has_grid(output, size):  # windows are no images
             return
         # What an identity returns, others may read, too.
         if all(x.grad_fn is not output.grad_fn for x in args if isinstance(x, Tensor)):
@@ -164,7 +166,15 @@ def guided(fine: Tensor, coarse: Tensor) -> Tensor:
     Returns:
         ``fine`` times the positive part of ``coarse``, bilinearly enlarged, (B, C, H, W). Its magnitudes add
         up to those of ``fine``.
+
+    Raises:
+        ValueError: if the layer has another number of images, or no grid.
     """
+    if len(coarse) != len(fine):
+        raise ValueError(
+            f"Expected the guiding layer to have the images in its leading dimension ({len(fine)}), but got "
+            f"shape {tuple(coarse.shape)}. Choose another layer, `guide=model.layer`."
+        )
     size = fine.shape[2:]
     weight = grid_of(coarse, size).clamp(min=0).unsqueeze(1)
     found = fine * F.interpolate(weight.to(fine.dtype), size=size, mode="bilinear")

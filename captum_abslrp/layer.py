@@ -112,7 +112,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         Args:
             inputs: as for :meth:`AbsLRP.attribute`, or integers such as token indices.
             target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
-                as for :meth:`AbsLRP.attribute`.
+                as for :meth:`AbsLRP.attribute`; ``combine`` cannot be ``"guided"`` here.
             attribute_to_layer_input: explain the input of the layer instead of its output. Relevance that
                 a shortcut takes past the layer is not counted.
             call_index: which call of the layer to explain, counted from 0 in the order of the forward

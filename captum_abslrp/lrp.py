@@ -81,8 +81,9 @@ class LRP(AbsLRP):
             inputs, target, additional_forward_args: as for :meth:`AbsLRP.attribute`.
             contrast: what is subtracted from the logit of the target: None (nothing), ``"others"`` (the
                 mean of the other logits), ``"softmax"`` (their mean by probability), or classes.
-            options: ``class_dim``, ``internal_batch_size``, ``return_convergence_delta`` and
-                ``check_finite`` of :meth:`AbsLRP.attribute`.
+            options: ``combine`` (``"difference"`` or ``"guided"``), ``guide``, ``class_dim``,
+                ``internal_batch_size``, ``return_convergence_delta`` and ``check_finite`` of
+                :meth:`AbsLRP.attribute`.
 
         Returns:
             Relevance shaped like ``inputs``, in the unit of the logits. The delta is the sum of relevance

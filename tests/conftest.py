@@ -53,7 +53,7 @@ def load_golden(name: str, dtype: torch.dtype = torch.float64) -> Golden:
     )
 
 
-# By default a GPU computes convolutions in TF32, of which a difference of maps keeps two digits.
+# PyTorch's default on a GPU is TF32, which is too coarse for the difference of two maps.
 torch.backends.cudnn.allow_tf32 = False
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

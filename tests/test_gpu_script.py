@@ -14,7 +14,7 @@ def test_the_script_runs_on_the_host(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "TINY", ("test_vit",))
-    monkeypatch.setattr(gpu, "seconds", lambda run: run() is None or 0.5)
+    monkeypatch.setattr(gpu, "median_seconds", lambda run: run() is None or 0.5)
     monkeypatch.setattr(sys, "argv", ["gpu", "--cpu"])
     gpu.main()
     lines = capsys.readouterr().out.splitlines()

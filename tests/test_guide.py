@@ -268,6 +268,19 @@ def test_what_lies_on_no_grid_is_refused(shape: Any) -> None:
         grid_of(torch.ones(shape), (224, 224))
 
 
+def test_windows_are_no_images() -> None:
+    with pytest.raises(ValueError, match="to have the images in its leading dimension"):
+        guided(torch.ones(1, 3, 8, 8), torch.ones(4, 4, 5))
+
+    class Windows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.unfold(2, 4, 4).unfold(3, 4, 4).permute(2, 3, 0, 1, 4, 5).reshape(4, 3, 4, 4)
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Windows(), nn.ReLU(), nn.Conv2d(3, 3, 1)).eval()
+    whole = nn.Sequential(model, nn.Flatten(0), nn.Linear(192, 2), nn.Unflatten(0, (1, 2)))
+    assert guide_of(whole, images(8, 1)) == "0.0"
+
+
 def test_weights_are_enlarged_bilinearly() -> None:
     fine = torch.ones(1, 1, 4, 4)
     coarse = torch.tensor([[[[1.0, -1.0], [3.0, 0.0]]]])

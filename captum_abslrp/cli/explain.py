@@ -438,7 +438,7 @@ def _question(args: argparse.Namespace, method: AbsLRP, subject: Subject) -> Que
     target = None if args.target is None else _class_index(args.target, subject.names, "--target")
     contrast: int | str | None
     if args.contrast is None:
-        contrast = method.contrast  # type: ignore[assignment]
+        contrast = method.contrast  # type: ignore[assignment]  # a name, of those recommended
     elif args.contrast in CONTRASTS:
         contrast = None if args.contrast == "none" else args.contrast
     else:
