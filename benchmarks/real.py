@@ -395,7 +395,7 @@ def main() -> None:
     score.add_argument("--name", help="of the folder; default: the model")
     score.add_argument("--device", default="cpu")
     score.add_argument("--batch-size", type=int, default=6)
-    for name, count in {"gridpg": 32, "images": 40, "gae": 16, "mprt": 10}.items():
+    for name, count in {"gridpg": 48, "images": 48, "gae": 24, "mprt": 12}.items():
         score.add_argument(f"--n-{name}", type=int, default=count)
     printed = commands.add_parser("report")
     printed.add_argument(

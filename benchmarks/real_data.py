@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from captum_abslrp import demo
 
-__all__ = ["Case", "Mosaics", "efficientnet_lite0", "load_case", "make_mosaics"]
+__all__ = ["Case", "Mosaics", "efficientnet_lite0", "load_case", "load_model", "make_mosaics"]
 
 Prepare = Callable[[Image.Image], Tensor]
 """From an image to the input of a model, (C, H, W)."""
@@ -93,7 +93,7 @@ def _preprocessing(model: nn.Module) -> Prepare:
     return prepare
 
 
-def _model(name: str, checkpoint: Path | None) -> tuple[nn.Module, Prepare]:
+def load_model(name: str, checkpoint: Path | None = None) -> tuple[nn.Module, Prepare]:
     """A model by ``lite0``, ``FILE.py:FUNCTION`` or the name of a timm model."""
     if name == "lite0":
         return efficientnet_lite0()
@@ -134,7 +134,7 @@ def load_case(
     if name.startswith("demo:"):
         scenes = demo.render_scenes("single", 400, generator=0)
         return Case(demo.load_model(name[5:]), scenes.inputs, scenes.labels, scenes.masks)
-    model, prepare = _model(name, checkpoint)
+    model, prepare = load_model(name, checkpoint)
     if images is None:
         raise ValueError("Expected `images` to be a folder or an .npz file, but got none.")
     if images.suffix == ".npz":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_abslrp import LRP, AbsLRP
+from captum_abslrp.guide import find_guide
 from captum_abslrp.mappings.composites import signed_rules
 from captum_abslrp.methods import find_feature_layer, get_method
 from captum_abslrp.rules.abslrp import AbsLRPRule
@@ -46,6 +47,8 @@ def methods_of(model: nn.Module) -> dict[str, Maps]:
         found[f"AbsLRP recommended rules, {label}, guided"] = _abslrp(guided, mapping="recommended")
         found[f"AbsLRP recommended rules, {label}"] = _abslrp(options, mapping="recommended")
         found[f"AbsLRP epsilon_plus, {label}, guided"] = _abslrp(guided, mapping="epsilon_plus")
+    for place, position in {"a quarter": 0.25, "three quarters": 0.75, "the end": 1.0}.items():
+        found[f"AbsLRP recommended rules, softmax, guided at {place}"] = _guided_at(position)
     found |= _transformers() if attends else _convolutional()
     composites = ["attnlrp", "cp_lrp", "res_lrp"] if attends else []
     for name in [
@@ -95,6 +98,17 @@ def _abslrp(options: dict[str, Any], **arguments: Any) -> Maps:
     return lambda model, x, t: AbsLRP(model, **arguments).attribute(x, t, **options)
 
 
+def _guided_at(position: float) -> Maps:
+    """The recommended map, guided by another layer than the one in the middle."""
+
+    def maps(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        guide = find_guide(model, [x], model, position=position)
+        attributor = AbsLRP(model, mapping="recommended")
+        return attributor.attribute(x, t, contrast="softmax", combine="guided", guide=guide)
+
+    return maps
+
+
 def _lrp(name: str, options: dict[str, Any]) -> Maps:
     return lambda model, x, t: LRP(model, name).attribute(x, t, **options)
 
@@ -116,6 +130,9 @@ def _transformers() -> dict[str, Maps]:
     constant = ConstantRule()
     variants = {
         "CP, gamma 1, z-plus": signed_rules(ZPlusRule(), softmax=constant),
+        "CP, gamma 1, z-plus, gamma 1 in linear layers": signed_rules(
+            ZPlusRule(), softmax=constant, linear=GammaRule(1.0)
+        ),
         "CP, gamma 1, absLRP": signed_rules(AbsLRPRule(), softmax=constant),
         "CP, gamma 1, flat": signed_rules(FlatRule(), softmax=constant),
         "CP, gamma 0, z-plus": signed_rules(ZPlusRule(), softmax=constant, residual_gamma=0.0),
@@ -134,6 +151,12 @@ def _convolutional() -> dict[str, Maps]:
     variants = {
         "gamma 1, residual gamma 1": signed_rules(ZPlusRule(), convolution=GammaRule(1.0)),
         "gamma 1": signed_rules(ZPlusRule(), convolution=GammaRule(1.0), residual_gamma=0.0),
+        "gamma 1, in linear layers, too": signed_rules(
+            ZPlusRule(),
+            convolution=GammaRule(1.0),
+            linear=GammaRule(1.0),
+            residual_gamma=0.0,
+        ),
         "gamma 0.25": signed_rules(ZPlusRule(), convolution=GammaRule(0.25), residual_gamma=0.0),
     }
     return {

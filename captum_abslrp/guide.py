@@ -19,7 +19,11 @@ __all__ = ["find_guide", "grid_of", "guided"]
 
 
 def find_guide(
-    model: nn.Module, inputs: Sequence[Tensor], run: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    run: Callable[[Tensor], Tensor],
+    *,
+    position: float = 0.5,
 ) -> nn.Module:
     """The layer in the middle of a model that everything goes through.
 
@@ -31,6 +35,7 @@ def find_guide(
         model: a model of images.
         inputs: the images, a sequence of one tensor (B, C, H, W).
         run: the forward pass, from an image (1, C, H, W) to the explained output.
+        position: another place than the middle, from 0 (the first such module) to 1 (the last).
 
     Returns:
         A module of the model, such as the middle block of a Vision Transformer.
@@ -68,8 +73,8 @@ def find_guide(
 
     with own_hooks(register):
         output = run(image)
-    middle = (len(finished) - 1) / 2
-    for index in sorted(range(len(finished)), key=lambda i: abs(i - middle)):
+    place = (len(finished) - 1) * position
+    for index in sorted(range(len(finished)), key=lambda i: abs(i - place)):
         module, node = finished[index]
         if calls[module] == 1 and not _goes_around(output.grad_fn, node, image):
             return module

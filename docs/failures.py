@@ -111,7 +111,52 @@ def random_weights() -> None:
     ).savefig(HERE / "failure-random-weights.png", dpi=80)
 
 
+class _Adapted(nn.Module):
+    """A linear layer with an adapter of low rank beside it (LoRA), as a sum of two products."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        """One layer that computes the same."""
+        layer = copy.deepcopy(self.layer)
+        layer.weight.data += self.up.weight.data @ self.down.weight.data
+        return layer
+
+
+def low_rank_adapters() -> None:
+    """The demo ViT with random adapters, beside itself with the adapters merged."""
+    torch.manual_seed(0)
+    apart = demo.load_model("vit").double()
+    merged = copy.deepcopy(apart)
+    for name, layer in [*apart.named_modules()]:
+        if name.endswith("qkv"):
+            parent = name.rpartition(".")[0]
+            adapted = _Adapted(layer, rank=4).double()
+            apart.get_submodule(parent).qkv = adapted
+            merged.get_submodule(parent).qkv = adapted.merged()
+    scenes = demo.load_scenes("single", 8)
+    x, targets = scenes.inputs.double(), scenes.labels
+    with torch.no_grad():
+        print(f"adapters: outputs differ by {float((apart(x) - merged(x)).abs().max()):.0e}")
+    for normalization in ("separate", "joint"):
+        for contrast in (None, "others"):
+            one, other = (
+                AbsLRP(model, normalization=normalization).attribute(x, targets, contrast=contrast)
+                for model in (apart, merged)
+            )
+            distance = float((one - other).norm() / other.norm())
+            print(f"{normalization}, contrast {contrast}: maps differ by {distance:.0%}")
+
+
 if __name__ == "__main__":
+    low_rank_adapters()
     absent_class()
     wrong_prediction()
     random_weights()

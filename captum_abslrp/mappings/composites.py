@@ -218,6 +218,7 @@ def signed_rules(
     first: Rule,
     *,
     convolution: Rule | None = None,
+    linear: Rule | None = None,
     softmax: Rule | None = None,
     residual_gamma: float = 1.0,
     name: str = "signed_rules",
@@ -226,15 +227,16 @@ def signed_rules(
 
     Args:
         first: the rule of the first layer with weights.
-        convolution: the rule of other convolutions; None for epsilon, which all linear layers have.
+        convolution: the rule of other convolutions; None for epsilon.
+        linear: the rule of other linear layers; None for epsilon.
         softmax: the rule of softmax; None for its gradient (AttnLRP).
         residual_gamma: how much more the summands of the sign of a sum count.
         name: of the mapping.
     """
     plain = EpsilonRule()
     layers: Entries = [
-        (CONV, FirstLayerRule(first, plain if convolution is None else convolution)),
-        (("linear",), FirstLayerRule(first, plain)),
+        (CONV, FirstLayerRule(first, convolution or plain)),
+        (("linear",), FirstLayerRule(first, linear or plain)),
     ]
     return _table(name, layers, softmax=softmax, residual_gamma=residual_gamma)
 
