@@ -246,6 +246,17 @@ def test_the_rules_can_be_chosen(
     np.testing.assert_allclose(raw, expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    ("mapping", "name"), [("recommended", "the guided map"), ("published", "the difference")]
+)
+def test_the_report_names_the_map(
+    mapping: str, name: str, picture: Path, tmp_path: Path, explain: Explain
+) -> None:
+    report = tmp_path / "report.html"
+    assert explain(picture, "--mapping", mapping, "--html", report, model="demo:vit") == 0
+    assert f'"combined": "{name}"' in report.read_text(encoding="utf-8")
+
+
 def test_unknown_rules_are_one_line(picture: Path, explain: Explain, capsys: Capture) -> None:
     assert explain(picture, "--mapping", "attnlpr") == 2
     assert one_error(capsys).startswith("--mapping: Expected `mapping` to be")

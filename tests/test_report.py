@@ -349,6 +349,19 @@ def test_clicks_change_the_map(opened: Any) -> None:
     assert shown(opened, 1) == beside  # another picture has choices of its own
 
 
+def test_a_guided_map_is_called_one_and_pairs_are_differences(browser: Any, tmp_path: Path) -> None:
+    maps = {"difference": torch.rand(2, 4, 6), "target": torch.rand(2, 4, 6)}
+    page_text = page_of(panel(maps=maps, combined="the guided map"))
+    (tmp_path / "r.html").write_text(page_text, encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    assert page.get_by_text("the guided map").is_visible()
+    assert shown(page)[2] == "cat rather than the others"
+    page.get_by_label("rather than").select_option(label="dog")
+    assert shown(page)[2] == "cat rather than dog, the difference of their maps"
+    page.close()
+
+
 def test_two_classes_are_compared_whatever_map_comes_first(browser: Any, tmp_path: Path) -> None:
     maps = {"saliency": torch.rand(2, 4, 6), "target": torch.rand(2, 4, 6)}
     (tmp_path / "r.html").write_text(page_of(panel(maps=maps)), encoding="utf-8")

@@ -316,6 +316,7 @@ def _explain_image(
             _views(maps, alone, method.combine),
             [float(probabilities[t]) for t in targets],
             contrast=_in_words(question.contrast, subject),
+            combined=f"the {method.combine}{'' if method.combine == 'difference' else ' map'}",
             notes=doubts,
             smoothing=smoothing,
         )

@@ -59,6 +59,8 @@ class Panel:
             compared.
         probabilities: of the classes, K numbers in [0, 1].
         contrast: what ``"contrast"`` stands for, in words.
+        combined: what the view ``"difference"`` is called. A map that two classes are compared by is always
+            the difference of theirs.
         notes: lines below the picture.
         smoothing: number of pixels that drawn maps are smoothed over, see
             :func:`~captum_abslrp.visualization.smooth_map`; 1 draws the maps as they are. Alternative texts
@@ -77,6 +79,7 @@ class Panel:
     maps: Mapping[str, Sequence[Array | None]]
     probabilities: Sequence[float] | None = None
     contrast: str = "the others"
+    combined: str = "the difference"
     notes: Sequence[str] = ()
     smoothing: int = 1
 
@@ -238,6 +241,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
         "classes": list(panel.classes),
         "probabilities": probabilities,
         "contrast": panel.contrast,
+        "combined": panel.combined,
         "views": list(maps),
         "maps": {
             view: [

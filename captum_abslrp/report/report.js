@@ -60,7 +60,9 @@ function panel(given) {
     const name = given.classes[state.class];
     const of = (view, i) => given.maps[view][i];
     if (state.view === comparable && state.rival !== null) {
-      return [given.pairs[`${state.class} ${state.rival}`], `${name} rather than ${rival()}`];
+      const pair = given.pairs[`${state.class} ${state.rival}`];
+      const how = given.combined === "the difference" ? "" : ", the difference of their maps";
+      return [pair, `${name} rather than ${rival()}${how}`];
     }
     if (state.view === "contrast") {
       return [state.rival === null ? of("contrast", state.class) : of("target", state.rival), rival()];
@@ -127,7 +129,7 @@ function panel(given) {
       show();
     });
   }
-  const titles = { target: "the class", contrast: "what it is held against", difference: "the difference" };
+  const titles = { target: "the class", contrast: "what it is held against", difference: given.combined };
   const ofViews =
     views.length > 1
       ? choices("Map", `${id}-view`, views.map((view) => [titles[view] ?? view]), (i) => {
