@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from torch import nn
+from typing import Any
 
-from captum_abslrp import AbsLRP
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from captum_abslrp import AbsLRP, demo
 from captum_abslrp.engine import propagation
+from captum_abslrp.engine.tape import Step
 from tests.conftest import relative_error
 
 
@@ -24,3 +28,55 @@ def test_a_long_chain_stays_within_the_range_of_float32(monkeypatch: pytest.Monk
     monkeypatch.setattr(propagation, "UNSCALED_STEPS", 1000)  # so the limit is what it takes
     with pytest.raises(FloatingPointError):
         AbsLRP(chain).attribute(x, 1, contrast=None)
+
+
+class Branches(nn.Module):
+    """Branches that merge, parts that are dropped, repeated and left over, and a dead one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.LayerNorm(8)
+        self.last = nn.Linear(22, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        a, b = self.layers[0](x).relu(), self.layers[1](x)
+        left, right = b.split([3, 5], 1)
+        c = self.layers[2](torch.cat([left, right[:, 1:], torch.ones_like(left[:, :1])], 1))
+        dead = (-self.layers[3](x).abs()).relu()
+        y = self.norm(a + c + dead + x[:, :1].expand(-1, 8))
+        return self.last(torch.cat([y * a, y.flip(1), c[:, [0, 0, 1, 2, 3, 3]]], 1))
+
+
+def _input_of(model: nn.Module) -> Tensor:
+    if isinstance(model, Branches):
+        return torch.randn(3, 6)
+    size = getattr(model, "default_cfg", {}).get("input_size", (3, 64, 64))
+    return torch.randn(2, *size)
+
+
+@pytest.mark.parametrize(
+    "name", ["branches", "demo:vgg", "demo:resnet", "demo:vit", "test_vit", "test_convnext"]
+)
+@pytest.mark.parametrize("contrast", [None, "others"])
+def test_totals_that_are_carried_are_those_that_would_be_summed(
+    name: str, contrast: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model: Any = Branches() if name == "branches" else None
+    model = model or (demo.load_model(name[5:]) if ":" in name else timm.create_model(name))
+    model, x = model.double().eval(), _input_of(model).double()
+    attributor = AbsLRP(model, normalization="joint")
+    carried = attributor.attribute(x, 1, contrast=contrast)
+    run, known = Step.__call__, []
+
+    def summing(step: Step, seeds: Any, arrived: Any = None) -> Any:
+        known.append(arrived is not None)
+        return run(step, seeds, None)
+
+    monkeypatch.setattr(Step, "__call__", summing)
+    monkeypatch.setattr(propagation, "UNSCALED_STEPS", 0)
+    assert relative_error(carried, attributor.attribute(x, 1, contrast=contrast)) < 1e-12
+    assert any(known)

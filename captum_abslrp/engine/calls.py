@@ -21,6 +21,10 @@ class Recorder(Protocol):
 
     fuses: bool
     """Whether a call that is made of others may be recorded as one, where it makes no difference."""
+    joint: bool
+    """Whether the relevance of all inputs of a call is scaled together."""
+    batch_size: int
+    """Number of samples."""
 
     def save(self, tensor: Tensor) -> SavedTensor: ...
     def release(self, tensor: Tensor) -> None: ...

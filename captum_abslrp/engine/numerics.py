@@ -7,7 +7,7 @@ input, and between two rules the one undoes the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -129,9 +129,11 @@ def scale(
     *,
     totals: Tensor | float,
     joint: bool = False,
+    whole: Tensor | None = None,
     positive: Sequence[bool] | None = None,
     signed: bool = True,
-) -> None:
+    kept: Collection[int] = (),
+) -> list[Tensor]:
     """Scale what one call hands to its inputs, sample by sample, in place.
 
     A sample without any relevance stays zero. So does one whose relevance is below :func:`rounding` of the
@@ -145,35 +147,50 @@ def scale(
         batch_size: B.
         totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (B,).
         joint: scale all inputs together to ``totals``; by default each is scaled on its own.
+        whole: with ``joint``, what all inputs together stand for, (B,); None for the sum of them.
         positive: for each input whether it and its relevance are known to be nowhere negative.
         signed: whether relevance may be of both signs, so that it may cancel.
+        kept: the inputs whose shares stay as they are, because their scale does not matter.
+
+    Returns:
+        With ``joint``, what the magnitudes of the relevance of each input add up to now, (B,); otherwise
+        nothing. Where ``whole`` is given, they are not summed, and it is the total.
 
     Example:
         >>> x, a, b = torch.tensor([[1.0, -2.0]]), torch.ones(1, 2), torch.ones(1, 2)
         >>> scale([x], [a], 1, totals=1.0)
+        []
         >>> a
         tensor([[0.3333, 0.3333]])
         >>> a.fill_(1)
         tensor([[1., 1.]])
         >>> scale([x, x], [a, b], 1, totals=1.0, joint=True)
+        [tensor([0.5000]), tensor([0.5000])]
         >>> a
         tensor([[0.1667, 0.1667]])
     """
     known = [False] * len(inputs) if positive is None else positive
-    found = [
-        sums(x, s, batch_size, positive=p) for x, s, p in zip(inputs, shares, known, strict=True)
-    ]
-    if joint:
-        found = [torch.stack(found).sum(0)] * len(found)
-    for s, total in zip(shares, found, strict=True):
+    if whole is None:
+        sizes = zip(inputs, shares, known, strict=True)
+        found = [sums(x, s, batch_size, positive=p) for x, s, p in sizes]
+        of_each = [torch.stack(found).sum(0)] * len(found) if joint else found
+    else:
+        found = of_each = [whole] * len(inputs)
+    scaled = []
+    for i, (s, total) in enumerate(zip(shares, of_each, strict=True)):
         # A sum that is infinite leaves NaN, not zeros that look like a map.
         factor = totals / total.clamp(min=LEAST) + (total - total)
         least = totals * rounding(s.dtype) if signed else LEAST
         factor = factor.masked_fill(total < least, 0)
+        if joint:
+            scaled.append(found[i] * factor)
+        if i in kept:
+            continue
         rows = s if s.dim() else s.unsqueeze(0)  # one number of one sample
         if len(rows) != batch_size:
             factor = factor.repeat_interleave(len(rows) // batch_size)
         rows *= factor.view(-1, *[1] * (rows.dim() - 1))
+    return scaled
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -12,8 +12,8 @@ transposed product.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from captum_abslrp.engine import numerics
 from captum_abslrp.engine.complex import as_parts
 from captum_abslrp.engine.numerics import EPS, LEAST
 from captum_abslrp.engine.saved import in_full_precision
-from captum_abslrp.engine.tape import Step, is_hook, is_recorded
+from captum_abslrp.engine.tape import Step, Totals, is_hook, is_recorded
 
 TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
@@ -136,7 +136,7 @@ def _run_back(
 ) -> dict[Place, list[Tensor]]:
     """Relevance per magnitude, for each seed, at the places that are explained."""
     needed = _leading_to(order, {node for node, _ in explained_at})
-    pending: dict[Any, dict[int, list[Tensor]]] = {start[0]: {start[1]: seeds}}
+    pending: dict[Any, dict[int, _Arrived]] = {start[0]: {start[1]: _Arrived(seeds, None)}}
     found: dict[Place, list[Tensor]] = {}
     signed: set[Any] = set() if positive else {start[0]}
     for node in order:
@@ -146,7 +146,7 @@ def _run_back(
         following = [
             (i, place) for i, place in enumerate(node.next_functions) if place[0] in needed
         ]
-        for number, of_seeds in arrived.items():
+        for number, (of_seeds, _) in arrived.items():
             if (node, number) in explained_at:
                 found[node, number] = [s.clone() for s in of_seeds] if following else of_seeds
         if not following:
@@ -157,20 +157,9 @@ def _run_back(
             step.positive = not hands_on_signed
             keeps_sign = step.tail is not None and step.tail.keeps_sign
             hands_on_signed |= not (keeps_sign if step.on_tail else step.keeps_sign)
-            results = node.step(arrived.pop(0))
+            results, totals = step(*arrived.pop(0))
         else:
-            count = len(node._input_metadata)  # of its outputs, some of which may not be used
-            results = list(
-                zip(
-                    *(
-                        _apply(
-                            node, [arrived[n][i] if n in arrived else None for n in range(count)]
-                        )
-                        for i in range(len(seeds))
-                    ),
-                    strict=True,
-                )
-            )
+            results, totals = _move_back(node, arrived, len(seeds))
         del arrived
         for i, (target, number) in following:
             if results[i][0] is not None:
@@ -185,9 +174,50 @@ def _run_back(
                 ]
                 if shares[0].is_complex() and not expected.dtype.is_complex:
                     shares = [s.real for s in shares]
-                _add(pending.setdefault(target, {}), number, shares)
+                more = _Arrived(shares, totals[i])
+                _add(pending.setdefault(target, {}), number, more, positive=target not in signed)
         del results
     return found
+
+
+class _Arrived(NamedTuple):
+    """Relevance per magnitude of a tensor, for each seed, and what its relevance adds up to."""
+
+    seeds: list[Tensor]
+    totals: Totals
+
+
+CONSERVING = frozenset(
+    f"{name}Backward{overload}"
+    for name in "Alias Clone Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T ToCopy "
+    "Transpose Unbind UnsafeSplit UnsafeView Unsqueeze View".split()
+    for overload in range(4)
+)
+"""Nodes of autograd's that hand each element to a place of its own, and drop none."""
+
+
+def _move_back(
+    node: Any, arrived: Mapping[int, _Arrived], count: int
+) -> tuple[list[Any], list[Totals]]:
+    """What a node of autograd's hands to each that follows it, for each of so many seeds."""
+    outputs = len(node._input_metadata)  # some of which may not be used
+    of_seeds = [
+        _apply(node, [arrived[n].seeds[i] if n in arrived else None for n in range(outputs)])
+        for i in range(count)
+    ]
+    results = list(zip(*of_seeds, strict=True))
+    known = [totals for _, totals in arrived.values() if totals is not None]
+    if len(known) < len(arrived) or type(node).__name__ not in CONSERVING:
+        return results, [None] * len(results)
+    # Its outputs have no element in common, so that magnitudes add up.
+    return results, [[torch.stack(parts).sum(0) for parts in zip(*known, strict=True)]]
+
+
+def _conserves(node: Any) -> bool:
+    """Whether a node passes on all of the relevance that arrives, and says how much it is."""
+    if is_recorded(node):
+        return bool(node.step.conserves)
+    return type(node).__name__ in CONSERVING
 
 
 def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -198,14 +228,21 @@ def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | N
     return result if isinstance(result, tuple) else (result,)
 
 
-def _add(pending: dict[int, list[Tensor]], number: int, of_seeds: list[Tensor]) -> None:
+def _add(
+    pending: dict[int, _Arrived], number: int, more: _Arrived, *, positive: bool = False
+) -> None:
+    """Add relevance to what has arrived; magnitudes add up where none of it is negative."""
     if number not in pending:
-        pending[number] = of_seeds
+        pending[number] = more
         return
-    pending[number] = [
-        a.add_(b) if a.is_contiguous() else a + b
-        for a, b in zip(pending[number], of_seeds, strict=True)
+    seeds, totals = pending[number]
+    together = [
+        a.add_(b) if a.is_contiguous() else a + b for a, b in zip(seeds, more.seeds, strict=True)
     ]
+    whole: Totals = None
+    if positive and totals is not None and more.totals is not None:
+        whole = [a + b for a, b in zip(totals, more.totals, strict=True)]
+    pending[number] = _Arrived(together, whole)
 
 
 def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
@@ -270,11 +307,13 @@ def _prepare(
     stops = {node for node, _ in explained_at}
     depth: dict[Any, int] = {}
 
-    def next_step(node: Any) -> Any:
+    def next_step(node: Any, *, joint: bool) -> Any:
         """The scaled step that all of what reaches a node goes to, and nothing else; or None."""
         while node is not None and node not in stops and arriving[node] == 1:
             if is_recorded(node) and node.step.scaled:
                 return node
+            if joint and not _conserves(node):
+                return None
             after = [following for following, _ in node.next_functions if following is not None]
             if len(after) != 1:
                 return None
@@ -289,13 +328,13 @@ def _prepare(
         if step.on_tail:
             continue
         traced = step.observed is not None and step.observed.output is not None
-        if not step.scaled or step.output is not None or step.scale_now or traced:
+        if not step.scaled or step.scale_now or traced:
             continue
         unscaled = set()
         for i, ((following, _), (_, dtype)) in enumerate(
             zip(node.next_functions, step.layouts, strict=True)
         ):
-            target = next_step(following)
+            target = next_step(following, joint=step.joint)
             if target is None or dtype not in (torch.float32, torch.float64):
                 continue
             if depth.get(node, 0) + 1 < UNSCALED_STEPS:

@@ -83,6 +83,7 @@ class Recording(TorchFunctionMode):
 
     Attributes:
         fuses: whether a call that is made of others may be recorded as one, where it makes no difference.
+        joint: as given.
         depends: whether a node of the autograd graph comes from one of the explained inputs.
         detached: the values that leave the history.
         before_change: a function that gets each tensor that a call is about to overwrite, or None.
@@ -102,13 +103,13 @@ class Recording(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
-        self.fuses = not joint
+        self.fuses = True
+        self.joint = joint
         self.depends = Dependence(inputs)
         self.detached = DetachedParts()
         self.observer = observer
         self.before_change: Callable[[Tensor], None] | None = None
         self._scope = scope
-        self._joint = joint
         self._total = total
         self._result = result
         self._modules = ModuleStack(self, scope, model, batch_size)
@@ -331,7 +332,7 @@ class Recording(TorchFunctionMode):
             self._saved,
             batch_size=self.batch_size,
             total=self._total,
-            joint=self._joint,
+            joint=self.joint,
             may_be_on_tail=self._may_be_on_tail(call, rule),
         )
         if self.observer is not None and call is not None:

@@ -15,6 +15,9 @@ from captum_abslrp.engine import numerics
 from captum_abslrp.engine.observers import ObservedCall
 from captum_abslrp.engine.saved import SavedTensor, SavedTensors, in_full_precision, storage_of
 
+Totals = Sequence[Tensor] | None
+"""The sum of the magnitudes of relevance of each sample, (B,), for each seed; None where it is not known."""
+
 Propagate = Callable[[Tensor], Sequence[Tensor]]
 """From relevance per magnitude of the output to that of each input. Where it is scaled afterwards, a factor
 that all inputs share may be left out. The argument may be overwritten, and what is returned will be."""
@@ -49,6 +52,11 @@ class Record(NamedTuple):
     """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
     scale_now: bool = False
     """Whether relevance must be scaled at once, because the rule takes it out of its range."""
+    conserves: bool = False
+    """Whether a call with one input, whose relevance is not scaled, passes on the magnitude of all of it."""
+    adds_total: bool = False
+    """Whether `propagate` returns, behind what each input gets, the sum of magnitudes of each sample that
+    all inputs together stand for, (B,), where some of it ends inside of the call."""
     saved_inputs: Sequence[SavedTensor] | None = None
     """The inputs as they were, where the call has changed one of them in place."""
     tail: Tail | None = None
@@ -108,6 +116,10 @@ class Step:
     """The output, where it may be next to nothing."""
     all_seeds: bool = False
     """Whether the rule takes all seeds at once."""
+    conserves: bool = False
+    """Whether it passes on the magnitude of all that arrives, without being scaled."""
+    adds_total: bool = False
+    """Whether the rule says what all inputs together stand for."""
     stabilized: bool = False
     """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
     is_first: bool = False
@@ -169,6 +181,8 @@ class Step:
             total,
             saved_output() if record.vanishing else None,
             record.all_seeds,
+            conserves=record.conserves,
+            adds_total=record.adds_total,
             scale_now=record.scale_now,
             tail=record.tail if may_be_on_tail else None,
             logits=record.logits,
@@ -180,8 +194,23 @@ class Step:
         """Whether what the inputs get is scaled."""
         return bool(self.inputs)
 
-    def __call__(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Relevance per magnitude of each source, for each seed, from that of the output."""
+    @property
+    def joint(self) -> bool:
+        """Whether all inputs together are scaled to what arrived."""
+        return self.output is not None
+
+    def __call__(
+        self, seeds: Sequence[Tensor], arrived: Totals = None
+    ) -> tuple[list[list[Tensor]], list[Totals]]:
+        """Relevance per magnitude of each source, for each seed, from that of the output.
+
+        Args:
+            seeds: relevance per magnitude of the output, for each seed.
+            arrived: what it adds up to, where that is known.
+
+        Returns:
+            For each source, its relevance per magnitude, and what its relevance adds up to, where known.
+        """
         rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
         if rule is None:
             raise RuntimeError("Expected each call to be run back once, but got a second time.")
@@ -190,35 +219,47 @@ class Step:
             seeds = [numerics.rectify(in_full_precision(s), output) for s in seeds]
         self.rectified = None
         if self.on_tail:
-            return self._run_tail(seeds)
+            return self._run_tail(seeds), [None] * len(self.layouts)
         self.tail = None
         own = not self.shared
         seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
-        totals = [self._total(s) for s in seeds]
+        joint = self.joint
+        if joint:
+            totals: Sequence[Tensor | float] = arrived or [self._total(s) for s in seeds]
+        else:
+            totals = [self.total] * len(seeds)
         if self.observed is not None:
             self.observed.arrives(seeds, stabilized=self.stabilized)
         if self.vanishing is not None:
             numerics.stabilize(seeds, self.vanishing())
             self.vanishing = None
         found = rule(seeds) if self.all_seeds else map(rule, seeds)  # type: ignore[arg-type]  # of one seed
-        of_seeds = [
-            _apart(
-                [
-                    share.sum_to_size(shape)
-                    for share, (shape, _) in zip(shares, self.layouts, strict=True)
-                ]
+        of_seeds, wholes = [], []
+        for shares in found:
+            if self.adds_total:
+                *shares, whole = shares
+                wholes.append(whole)
+            of_seeds.append(
+                _apart(
+                    [
+                        share.sum_to_size(shape)
+                        for share, (shape, _) in zip(shares, self.layouts, strict=True)
+                    ]
+                )
             )
-            for shares in found
-        ]
-        del found
+        del found, shares
         del rule, seeds
-        self._scale(of_seeds, totals)
+        if self.scaled:
+            passed = self._scale(of_seeds, totals, wholes)
+        else:
+            passed = [arrived if self.conserves else None] * len(self.layouts)
         if self.observed is not None:
             self.observed.passes(of_seeds)
-        return [
+        results = [
             [shares[i].to(dtype) for shares in of_seeds]
             for i, (_, dtype) in enumerate(self.layouts)
         ]
+        return results, passed
 
     def _run_tail(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
         """What a call on the tail of the score passes to its inputs: nothing is scaled."""
@@ -244,10 +285,9 @@ class Step:
             self.observed.passes(of_seeds, stabilized=True)
         return [[shares[i] for shares in of_seeds] for i in range(len(self.layouts))]
 
-    def _total(self, s: Tensor) -> Tensor | float:
-        """What the relevance of the inputs adds up to: for ``"joint"``, what arrives."""
-        if self.output is None:
-            return self.total
+    def _total(self, s: Tensor) -> Tensor:
+        """What the relevance that arrives adds up to."""
+        assert self.output is not None
         magnitudes = self.output().abs()
         if self.stabilized:
             magnitudes += numerics.EPS
@@ -256,27 +296,47 @@ class Step:
         return numerics.sums(magnitudes, s, self.batch_size)
 
     def _scale(
-        self, of_seeds: Sequence[Sequence[Tensor]], totals: Sequence[Tensor | float]
-    ) -> None:
-        """Scale each source to the total, or all of them to what arrived; in place."""
-        chosen = [i for i in range(len(self.inputs)) if i not in self.unscaled]
+        self,
+        of_seeds: Sequence[Sequence[Tensor]],
+        totals: Sequence[Tensor | float],
+        wholes: Sequence[Tensor],
+    ) -> list[Totals]:
+        """Scale each source to the total, or all of them to what arrived; in place.
+
+        Returns:
+            What each source gets then, where all of them together are scaled.
+        """
+        joint = self.joint
+        unscaled = self.unscaled
+        if wholes:  # the parts of each are not known, and are summed later
+            unscaled = frozenset()
+        chosen = [i for i in range(len(self.inputs)) if i not in unscaled]
+        if joint and len(self.inputs) > 1:  # the parts of each are to be known
+            chosen = [*range(len(self.inputs))]
+        passed: list[Totals] = [totals if joint else None] * len(self.inputs)  # type: ignore[list-item]
         if chosen:
             inputs = [_laid_out_as(of_seeds[0][i], self.inputs[i]()) for i in chosen]
-            joint = self.output is not None
-            for shares, total in zip(of_seeds, totals, strict=True):
-                scaled = [shares[i] for i in chosen]
+            known = self.positive and self.keeps_sign
+            found = [
                 numerics.scale(
                     inputs,
-                    scaled,
+                    [shares[i] for i in chosen],
                     self.batch_size,
                     totals=total,
                     joint=joint,
-                    signed=not (self.positive and self.keeps_sign),
-                    positive=[
-                        self.positive and self.keeps_sign and self.nonnegative[i] for i in chosen
-                    ],
+                    whole=whole,
+                    signed=not known,
+                    positive=[known and self.nonnegative[i] for i in chosen],
+                    kept=[n for n, i in enumerate(chosen) if i in unscaled],
                 )
+                for shares, total, whole in zip(
+                    of_seeds, totals, wholes or [None] * len(totals), strict=True
+                )
+            ]
+            for n, i in enumerate(chosen if joint else ()):
+                passed[i] = None if wholes else [of_inputs[n] for of_inputs in found]
         self.inputs, self.output = (), None
+        return passed
 
 
 def _laid_out_as(share: Tensor, x: Tensor) -> Tensor:
@@ -332,7 +392,7 @@ class Node(torch.autograd.Function):
         if s is None:
             return None, None, None, *[None] * len(ctx.step.layouts)
         with torch.autocast(s.device.type, enabled=False):
-            shares = [share for (share,) in ctx.step([s])]
+            shares = [share for (share,) in ctx.step([s])[0]]
         return None, None, None, *shares
 
 

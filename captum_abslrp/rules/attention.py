@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import EPS, rectify_in_place
@@ -31,6 +32,7 @@ def attention(
     *,
     mask: Tensor | None = None,
     stabilized: int = 1,
+    sizes: list[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     r""":func:`matmul`, :func:`softmax` and :func:`matmul` again, of :math:`\mathrm{softmax}(q k^T) v`.
 
@@ -44,6 +46,7 @@ def attention(
         seeds: relevance per magnitude of the output for each seed, (G, N, E).
         mask: what is seen, bool, (G, N, M) or (1, N, M); None for all.
         stabilized: how many calls divide by the probabilities: softmax, and a dropout behind it.
+        sizes: gets for each seed the sum of magnitudes of the relevance of the probabilities, (G,).
 
     Example:
         >>> q, k, v = torch.ones(1, 1, 1), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
@@ -55,6 +58,8 @@ def attention(
     found = [
         (torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)) for _ in seeds
     ]
+    if sizes is not None:
+        sizes += [query.new_zeros(len(query)) for _ in seeds]
     for group in groups:
         q, k, v = query[group], key[group], value[group].clamp(min=0)
         of_keys = [k.clamp(min=0), k.clamp(max=0)]
@@ -72,11 +77,15 @@ def attention(
             for _ in range(stabilized):
                 factor *= probabilities / (probabilities + EPS)
             of_queries = [few.clamp(min=0), few.clamp(max=0)]
-            for seed, found_of_seed, negative in zip(seeds, found, negatives, strict=True):
-                s = seed[group, row]
-                to_query, to_key, to_value = (t[group] for t in found_of_seed)
+            for number, (seed, of_seed) in enumerate(zip(seeds, found, strict=True)):
+                s, negative = seed[group, row], negatives[number]
+                to_query, to_key, to_value = (t[group] for t in of_seed)
                 to_value.baddbmm_(probabilities.mT, s)
-                of_logits = (s @ v.mT).mul_(factor)
+                of_logits = s @ v.mT
+                if sizes is not None:
+                    magnitudes = (of_logits * probabilities).abs_()
+                    sizes[number][group] += magnitudes.flatten(1).sum(1)
+                of_logits *= factor
                 positive = torch.bmm(of_logits, of_keys[0], out=to_query[:, row])
                 chosen([positive, of_logits @ of_keys[1]], few)
                 for result, part in zip((to_key, negative), of_queries, strict=True):
@@ -186,6 +195,7 @@ def _record_at_once(
     wanted = [is_source(t) for t in inputs]
     saved = [call.save(t) for t in inputs]
     shapes = [t.shape for t in inputs]
+    joint, batch_size = call.recording.joint, call.recording.batch_size
 
     def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
         q, k, v = (t.contiguous().flatten(0, -3) for t in saved)
@@ -196,11 +206,19 @@ def _record_at_once(
             seen = seen.expand(*seen.shape[:-2], *shape[-2:])
             seen = seen.reshape(1, *shape[-2:]) if of_all else seen.expand(shape).flatten(0, -3)
         flat = [s.flatten(0, -3) for s in seeds]
-        shares = attention(q * scale, k, v, flat, mask=seen, stabilized=stabilized)
-        return [
+        sizes: list[Tensor] | None = [] if joint else None
+        shares = attention(q * scale, k, v, flat, mask=seen, stabilized=stabilized, sizes=sizes)
+        results = [
             list(compress((t.view(shape) for t, shape in zip(of, shapes, strict=True)), wanted))
             for of in shares
         ]
+        if sizes is not None:
+            values = [t() for t in compress(saved, wanted)]
+            for shares_of_seed, size in zip(results, sizes, strict=True):
+                of_probabilities = size.view(batch_size, -1).sum(1)
+                whole = _joined(values, shares_of_seed, of_probabilities, wanted, abs(scale))
+                shares_of_seed.append(whole)
+        return results
 
     return Record(
         output,
@@ -208,7 +226,42 @@ def _record_at_once(
         propagate,  # type: ignore[arg-type]  # of all seeds
         nonnegative=call.is_nonnegative(inputs[2]),
         all_seeds=True,
+        adds_total=joint,
     )
+
+
+def _joined(
+    inputs: Sequence[Tensor],
+    shares: Sequence[Tensor],
+    of_probabilities: Tensor,
+    wanted: Sequence[bool],
+    scale: float,
+) -> Tensor:
+    """Scale what query and key get to what the probabilities have, so that all parts have one scale.
+
+    Args:
+        inputs: those of query, key and value that get relevance.
+        shares: their relevance per magnitude, which is overwritten: of the query times the scale, as yet.
+        of_probabilities: what the relevance of the probabilities adds up to, (B,).
+        wanted: which of query, key and value get relevance.
+        scale: what the query is multiplied by, without its sign.
+
+    Returns:
+        What the relevance of probabilities and value adds up to, (B,).
+    """
+    batch_size = len(of_probabilities)
+    if wanted[0]:
+        shares[0].mul_(scale)
+    count = wanted[0] + wanted[1]
+    whole = torch.zeros_like(of_probabilities)
+    if count:  # logits have no history otherwise, and softmax makes constants of them
+        whole += of_probabilities
+        numerics.scale(
+            inputs[:count], shares[:count], batch_size, totals=of_probabilities, joint=True
+        )
+    if wanted[2]:
+        whole += numerics.sums(inputs[count], shares[count], batch_size)
+    return whole
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def record_passed(call: Call, *_: Any, **__: Any) -> Any:
     if len(inputs) == 1:
         sign = (lambda: -1.0) if call.name.removeprefix(PREFIX) == "neg" else None
         tail = passed_on(z, saved[0][0], sign)
-    return Record(output, inputs, propagate, scaled=False, tail=tail)
+    return Record(output, inputs, propagate, scaled=False, conserves=len(inputs) == 1, tail=tail)
 
 
 def passed(
@@ -185,6 +185,7 @@ def passed(
         scaled=False,
         nonnegative=nonnegative,
         keeps_sign=True,
+        conserves=len(inputs) == 1,
         tail=tail,
     )
 
