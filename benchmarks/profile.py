@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from captum_abslrp import AbsLRP, demo
-from captum_abslrp.engine.tape import Step
+from captum_abslrp.engine.steps import Step
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution_backward",
             "aten::mkldnn_convolution", "aten::cudnn_convolution")  # fmt: skip

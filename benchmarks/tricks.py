@@ -104,13 +104,13 @@ TRICKS = [
         (*JOINT, "swin_tiny_patch4_window7_224"),
     ),
     Trick(
-        "inputs laid out like their relevance", "engine.tape",
+        "inputs laid out like their relevance", "engine.steps",
         "return x if x.stride() == share.stride() else", "return x if True else",
         (*JOINT, *VITS, *CNNS),
     ),
     Trick("factors multiplied in place", "rules.base", "[s.mul_(made())]", "[s * made()]", ALL),
     Trick(
-        "relevance that nothing else has is overwritten", "engine.tape",
+        "relevance that nothing else has is overwritten", "engine.steps",
         "s if own and _is_dense(s) else s.clone()", "s.clone()", ALL,
     ),
     Trick(

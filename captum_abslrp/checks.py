@@ -17,8 +17,8 @@ from captum_abslrp.engine.arguments import on_host
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.messages import warn
+from captum_abslrp.engine.nodes import is_recorded
 from captum_abslrp.engine.samples import Misaligned, check_aligned
-from captum_abslrp.engine.tape import is_recorded
 from captum_abslrp.mappings import Mapping
 
 __all__ = [

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
+from captum_abslrp.engine.steps import Step
 from captum_abslrp.mappings import Mapping, composite
 from captum_abslrp.mappings.composites import ALL_LAYERS, COMPOSITES
 from captum_abslrp.rules import (
@@ -38,6 +39,7 @@ from captum_abslrp.rules import (
     ZBoxRule,
     ZPlusRule,
 )
+from tests.conftest import relative_error
 from tests.test_closed_forms import draw_tensor
 from tests.test_no_trace import no_trace
 
@@ -607,3 +609,32 @@ def test_lower_precision(dtype: torch.dtype) -> None:
     assert actual.dtype == dtype
     limit = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
     assert (actual.double() - exact).norm() < limit * exact.norm()
+
+
+class _Gates(nn.Module):
+    """Functions that are zero at zero behind layers, with dead units, and a merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layers[0](x).relu()
+        y = self.layers[1](F.dropout(F.gelu(first), 0.0))
+        y = self.layers[2](F.relu6(F.leaky_relu(y)) + first)
+        y = self.layers[3](F.hardtanh(y, -0.5, 2.0)).sigmoid()  # which is not zero at zero
+        return self.head(self.layers[4](y).tanh().mean((2, 3)))
+
+
+@pytest.mark.parametrize("rule", [FlatRule(), WSquareRule(), ZPlusRule(), EpsilonRule()])
+@pytest.mark.parametrize("at", ["", *(f"layers.{i}" for i in range(5))])
+def test_relevance_of_zeros_goes_on(rule: Any, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = _Gates().double().eval(), torch.randn(2, 3, 6, 6).double()
+    if at:
+        model.get_submodule(at).rule = rule
+    fast = LRP(model, "epsilon").attribute(x, 1, contrast="others")
+    monkeypatch.setattr(Step, "expect_no_zeros", lambda step: None)
+    slow = LRP(model, "epsilon").attribute(x, 1, contrast="others")
+    assert relative_error(fast, slow) < 1e-12

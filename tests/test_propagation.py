@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, demo
 from captum_abslrp.engine import propagation
-from captum_abslrp.engine.tape import Step
+from captum_abslrp.engine.steps import Step
 from tests.conftest import relative_error
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_abslrp.engine.arguments import tensors_in
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.names import CONSTANT
-from captum_abslrp.engine.tape import history
+from captum_abslrp.engine.nodes import history
 
 
 class DetachedParts:

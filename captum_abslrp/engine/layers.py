@@ -14,7 +14,7 @@ from captum_abslrp.engine.arguments import instances_in, map_instances, tensors_
 from captum_abslrp.engine.complex import as_parts
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.messages import warn
-from captum_abslrp.engine.tape import is_own
+from captum_abslrp.engine.nodes import is_own
 
 
 def with_state(layer: nn.Module, *, own_weights: bool = False) -> nn.Module:

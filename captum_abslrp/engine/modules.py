@@ -25,9 +25,9 @@ from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.layers import comes_from_outside, state_of, version, with_state
 from captum_abslrp.engine.messages import place
 from captum_abslrp.engine.names import CONSTANT
+from captum_abslrp.engine.nodes import hooks_all_modules
 from captum_abslrp.engine.protocols import CallRule, Scope
 from captum_abslrp.engine.samples import check_aligned
-from captum_abslrp.engine.tape import hooks_all_modules
 
 
 class Frame(NamedTuple):

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from captum_abslrp.engine import numerics
 from captum_abslrp.engine.complex import as_parts
+from captum_abslrp.engine.nodes import is_hook, is_recorded
 from captum_abslrp.engine.numerics import EPS, LEAST
 from captum_abslrp.engine.saved import in_full_precision
-from captum_abslrp.engine.tape import Step, Totals, is_hook, is_recorded
+from captum_abslrp.engine.steps import Step
+from captum_abslrp.engine.tape import Totals
 
 TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
@@ -139,6 +141,7 @@ def _run_back(
     pending: dict[Any, dict[int, _Arrived]] = {start[0]: {start[1]: _Arrived(seeds, None)}}
     found: dict[Place, list[Tensor]] = {}
     signed: set[Any] = set() if positive else {start[0]}
+    to_zeros = {start[0]}  # nodes of which entries that are zero may have relevance
     for node in order:
         arrived = pending.pop(node, None)
         if arrived is None:
@@ -155,16 +158,22 @@ def _run_back(
         if is_recorded(node):
             step: Step = node.step
             step.positive = not hands_on_signed
+            if node not in to_zeros:
+                step.expect_no_zeros()
             keeps_sign = step.tail is not None and step.tail.keeps_sign
             hands_on_signed |= not (keeps_sign if step.on_tail else step.keeps_sign)
+            spares_zeros = step.spares_zeros and not step.on_tail
             results, totals = step(*arrived.pop(0))
         else:
+            spares_zeros = node not in to_zeros
             results, totals = _move_back(node, arrived, len(seeds))
         del arrived
         for i, (target, number) in following:
             if results[i][0] is not None:
                 if hands_on_signed:
                     signed.add(target)
+                if not spares_zeros:
+                    to_zeros.add(target)
                 # Nodes of autograd's leave it to the engine to add up what was broadcast, and to take the
                 # real part where `where` made a real tensor complex.
                 expected = target._input_metadata[number]

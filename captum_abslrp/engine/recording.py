@@ -60,11 +60,13 @@ from captum_abslrp.engine.names import (
     PASS_THROUGH,
     canonical_name,
 )
+from captum_abslrp.engine.nodes import Node, is_hook, is_own
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.protocols import CallRule, Scope
 from captum_abslrp.engine.samples import check_aligned, check_apart
 from captum_abslrp.engine.saved import SavedTensors
-from captum_abslrp.engine.tape import Node, Record, Step, Tail, is_hook, is_own
+from captum_abslrp.engine.steps import Step
+from captum_abslrp.engine.tape import Record, Tail
 
 
 class Recording(TorchFunctionMode):

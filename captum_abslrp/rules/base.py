@@ -155,11 +155,40 @@ def record_passed(call: Call, *_: Any, **__: Any) -> Any:
         relevance = numerics.relevance(z().abs().clamp(min=numerics.LEAST), s)
         return [numerics.per_magnitude(relevance, x(), dtype) for x, dtype in saved]
 
+    def without_zeros(s: Tensor) -> list[Tensor]:
+        if call.name == "relu":
+            return [s]
+        ratio = (z() / saved[0][0]()).abs_().nan_to_num_(0.0, 0.0, 0.0)
+        return [s.mul_(ratio)]
+
     tail = None
     if len(inputs) == 1:
         sign = (lambda: -1.0) if call.name.removeprefix(PREFIX) == "neg" else None
         tail = passed_on(z, saved[0][0], sign)
-    return Record(output, inputs, propagate, scaled=False, conserves=len(inputs) == 1, tail=tail)
+    keeps_zeros = len(inputs) == 1 and _keeps_zeros(call)
+    return Record(
+        output,
+        inputs,
+        propagate,
+        scaled=False,
+        conserves=len(inputs) == 1,
+        without_zeros=without_zeros if keeps_zeros else None,
+        nonnegative=call.name == "relu",
+        tail=tail,
+    )
+
+
+def _keeps_zeros(call: Call) -> bool:
+    """Whether a function is zero where its input is, and elsewhere a limited multiple of it."""
+    if call.name == "hardtanh":  # ReLU6, for example
+        given = dict(zip(("input", "min_val", "max_val"), call.operands)) | call.kwargs
+        return bool(given.get("min_val", -1.0) <= 0 <= given.get("max_val", 1.0))
+    return call.name in _KEEPING_ZEROS
+
+
+_KEEPING_ZEROS = frozenset(
+    "celu dropout elu gelu hardswish leaky_relu mish prelu relu relu6 selu silu tanh".split()
+)
 
 
 def passed(

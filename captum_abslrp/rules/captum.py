@@ -17,9 +17,10 @@ from captum_abslrp.engine.arguments import instances_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.complex import has_complex
 from captum_abslrp.engine.dependence import carries_relevance, is_source
+from captum_abslrp.engine.nodes import ModuleInput, ModuleOutput
 from captum_abslrp.engine.protocols import CallRule
 from captum_abslrp.engine.recording import Recording
-from captum_abslrp.engine.tape import ModuleInput, ModuleOutput, Record
+from captum_abslrp.engine.tape import Record
 
 _LAYER_RULES: dict[type[nn.Module], CallRule] = {}
 """Rules by the class of layer that they record as one call."""

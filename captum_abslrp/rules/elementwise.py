@@ -12,7 +12,8 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import rectified, rectify
 from captum_abslrp.engine.saved import SavedTensor
-from captum_abslrp.engine.tape import Record, Step
+from captum_abslrp.engine.steps import Step
+from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Form, Function, Rule, multiplied, record_constant
 from captum_abslrp.rules.contributions import transposed
 from captum_abslrp.rules.tails import passed_on, tail_of

@@ -17,8 +17,9 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.names import LAYERS
+from captum_abslrp.engine.nodes import history, is_recorded
 from captum_abslrp.engine.numerics import EPS
-from captum_abslrp.engine.tape import Record, history, is_recorded
+from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.affine import Affine, affine_of
 from captum_abslrp.rules.base import Form, Rule
 from captum_abslrp.rules.signed import Layer, stabilized

@@ -30,7 +30,7 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
         tensor([[1.7071, 0.2929]])
     """
     dims = list(range(-normalized_dims, 0))
-    return _twin_factor(x, _rsigma(x, dims, eps), _rsigma(x.abs(), dims, eps), weight)
+    return _twin_factor(x, rsigma(x, dims, eps), rsigma(x.abs(), dims, eps), weight)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
@@ -46,13 +46,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Ten
     channels = (x.shape[1], *[1] * (x.dim() - 2))
     grouped = x.unflatten(1, (groups, -1)).flatten(2)
     plain, absolute = (
-        _rsigma(v, [2], eps).expand(-1, -1, channels[0] // groups).reshape(-1, *channels)
+        rsigma(v, [2], eps).expand(-1, -1, channels[0] // groups).reshape(-1, *channels)
         for v in (grouped, grouped.abs())
     )
     return _twin_factor(x, plain, absolute, None if weight is None else weight.view(channels))
 
 
-def _rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
+def rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """The reciprocal of the standard deviation over some dimensions."""
     centered = x - x.mean(dims, keepdim=True)
     return centered.square_().mean(dims, keepdim=True).add_(eps).rsqrt_()

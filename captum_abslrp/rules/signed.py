@@ -31,17 +31,14 @@ from captum_abslrp.rules.decompositions import DECOMPOSITIONS
 from captum_abslrp.rules.multi_head import MULTI_HEAD
 from captum_abslrp.rules.normalization import reordered
 from captum_abslrp.rules.recurrent import RECURRENT
+from captum_abslrp.rules.signed_forms import (
+    PRODUCTS,
+    record_layer_norm,
+    suits,
+    with_sign,
+    with_sign_of,
+)
 from captum_abslrp.rules.twin import Again, record_again, refuse_without_gradient
-
-
-def with_sign(s: Tensor, z: Tensor, epsilon: float) -> Tensor:
-    r"""From :math:`R / |z|` to :math:`R / (z + \epsilon \, \mathrm{sign} z)`; 0 where ``z`` is 0 or infinite.
-
-    Example:
-        >>> with_sign(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, -2.0, 0.0]), 2.0)
-        tensor([ 0.5000, -0.5000,  0.0000])
-    """
-    return s * (z / (z.abs() + epsilon)).nan_to_num_(0.0)
 
 
 def stabilized(z: Tensor, epsilon: float) -> Tensor:
@@ -81,7 +78,14 @@ def record_gradient(
             alone=alone,
             halves=halves,
         )
-        return Record(output, again.sources, propagate, scaled=False, constants=again.places)
+        return Record(
+            output,
+            again.sources,
+            propagate,
+            scaled=False,
+            constants=again.places,
+            spares_zeros=True,
+        )
 
     return record_again(call, record_one)
 
@@ -150,7 +154,9 @@ class EpsilonRule(Rule):
     def form_of(self, call: Call) -> Form | None:
         if call.name in LAYERS:
             return self._record_layer
-        return partial(record_gradient, epsilon=self.epsilon)
+        # The gradient of a product would count its relevance twice; see `UniformRule`.
+        closed = None if call.name in PRODUCTS else suits(call)
+        return partial(closed or record_gradient, epsilon=self.epsilon)
 
     def _record_layer(self, call: Call, *_: Any, **__: Any) -> Any:
         affine = affine_of(call)
@@ -162,14 +168,21 @@ class EpsilonRule(Rule):
     def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
         """Record a layer by its parts."""
         x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
+        nonnegative = call.is_nonnegative(affine.input)
 
         def propagate(s: Tensor) -> list[Tensor]:
             values = x()
-            g = with_sign(s, z(), self.epsilon)
-            return [affine.transposed(g, w(), values).mul_(values.sign())]
+            g = with_sign(s, z(), self.epsilon, finite=True)
+            gradient = affine.transposed(g, w(), values)
+            return [with_sign_of(gradient, values, nonnegative=nonnegative)]
 
         return Record(
-            output, [affine.input], propagate, scaled=False, layer=Layer(affine, self.record_affine)
+            output,
+            [affine.input],
+            propagate,
+            scaled=False,
+            spares_zeros=True,
+            layer=Layer(affine, self.record_affine),
         )
 
     def __repr__(self) -> str:
@@ -195,6 +208,9 @@ class UniformRule(EpsilonRule):
     """
 
     def form_of(self, call: Call) -> Form | None:
+        closed = suits(call) if call.name in PRODUCTS else None
+        if closed is not None:
+            return partial(closed, epsilon=self.epsilon)
         return partial(record_gradient, epsilon=self.epsilon, halves=True)
 
 
@@ -241,7 +257,7 @@ class SumRule(EpsilonRule):
             shares = [g * w * x.sign() for w, x in zip(weights, summands, strict=True)]
             return [shares[0], shares[1] * abs(factor)]
 
-        return Record(output, [input, other], propagate, scaled=False)
+        return Record(output, [input, other], propagate, scaled=False, spares_zeros=True)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma})"
@@ -249,20 +265,6 @@ class SumRule(EpsilonRule):
 
 def _rsigma(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return (x.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centered = input - input.mean(dims, keepdim=True)
-    result = centered * _rsigma(centered, dims, eps)
-    return result if weight is None else result * weight
 
 
 def _rms_norm(
@@ -320,13 +322,14 @@ class NormalizationRule(EpsilonRule):
     """
 
     _frozen: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
-        "layer_norm": _layer_norm,
         "rms_norm": _rms_norm,
         "group_norm": _group_norm,
         "instance_norm": _instance_norm,
     }
 
     def form_of(self, call: Call) -> Form | None:
+        if call.name == "layer_norm":
+            return partial(record_layer_norm, epsilon=self.epsilon)
         frozen = self._frozen.get(call.name)
         if frozen is None:
             return None

@@ -1,0 +1,206 @@
+r"""Closed forms of signed rules: what the gradient of a call would give, without running the call again.
+
+Each takes :math:`g = R_z / (z + \epsilon \, \mathrm{sign} z)` back through the call and multiplies it by the
+sign of the input, because :math:`R_x = x \, \partial / \partial x \langle g, f(x) \rangle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.dependence import is_source
+from captum_abslrp.engine.numerics import rectify_in_place
+from captum_abslrp.engine.tape import Record
+from captum_abslrp.rules.base import Form
+from captum_abslrp.rules.normalization import rsigma
+from captum_abslrp.rules.sparse import is_sparse
+
+
+def with_sign(s: Tensor, z: Tensor, epsilon: float, *, finite: bool = False) -> Tensor:
+    r"""From :math:`R / |z|` to :math:`R / (z + \epsilon \, \mathrm{sign} z)`; 0 where ``z`` is 0 or infinite.
+
+    Args:
+        s: relevance per magnitude, shaped like ``z``.
+        z: the output of a call.
+        epsilon: the stabilizer.
+        finite: whether no value of ``z`` is a mask, that is infinite.
+
+    Example:
+        >>> with_sign(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, -2.0, 0.0]), 2.0)
+        tensor([ 0.5000, -0.5000,  0.0000])
+    """
+    sign = z.abs().add_(epsilon)
+    torch.div(z, sign, out=sign)
+    if not finite or epsilon == 0:
+        sign.nan_to_num_(0.0)
+    return sign.mul_(s)
+
+
+def with_sign_of(gradient: Tensor, x: Tensor, *, nonnegative: bool = False) -> Tensor:
+    r"""From :math:`R / x` to :math:`R / |x|`; 0 where ``x`` is 0. Overwrites the first.
+
+    Args:
+        gradient: a new tensor.
+        x: of the same shape.
+        nonnegative: whether it is known that no negative entry of ``x`` takes part.
+
+    Example:
+        >>> with_sign_of(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, -2.0, 0.0]))
+        tensor([ 1., -2.,  0.])
+    """
+    return rectify_in_place(gradient, x) if nonnegative else gradient.mul_(x.sign())
+
+
+def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon: float) -> Record:
+    """The epsilon rule of a sum or difference, one summand of which may be a constant."""
+    factors = [1.0, float(-alpha if call.name == "sub" else alpha)]
+    given = [input, other]
+    output = call.run(lambda: call.func(*call.args, **call.kwargs))
+    wanted = [is_source(t) for t in given]
+    inputs, factors = list(compress(given, wanted)), list(compress(factors, wanted))
+    saved, z = [call.save(x) for x in inputs], call.save(output)
+    known = [call.is_nonnegative(x) for x in inputs]
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        g = with_sign(s, z(), epsilon)
+        shares = []
+        for kept, factor, nonnegative in zip(saved, factors, known, strict=True):
+            x = kept()
+            # A mask is not a summand: `g` is 0 there.
+            share = (g if factor == 1 else g * factor).sum_to_size(x.shape)
+            share = share.clone() if share is g else share
+            shares.append(with_sign_of(share, x, nonnegative=nonnegative))
+        return shares
+
+    return Record(output, inputs, propagate, scaled=False, spares_zeros=True)
+
+
+def record_product(call: Call, input: Any, other: Any, *, epsilon: float) -> Record:
+    """A product of each element: two tensors of the network share evenly, a constant factor gets nothing."""
+    return _record_bilinear(
+        call, input, other, epsilon, lambda g, a, b: (g * b, g * a), lambda: input * other
+    )
+
+
+def record_matmul(call: Call, input: Tensor, other: Tensor, *, epsilon: float) -> Record:
+    """A product of matrices: two tensors of the network share evenly, a constant factor gets nothing."""
+    return _record_bilinear(
+        call,
+        input,
+        other,
+        epsilon,
+        lambda g, a, b: (g @ b.mT, a.mT @ g),
+        lambda: torch.matmul(input, other),
+    )
+
+
+def _record_bilinear(
+    call: Call,
+    input: Any,
+    other: Any,
+    epsilon: float,
+    back: Callable[[Tensor, Any, Any], Sequence[Tensor]],
+    run: Callable[[], Tensor],
+) -> Record:
+    output = call.run(run)
+    given = [input, other]
+    wanted = [is_source(t) for t in given]
+    z = call.save(output)
+    kept: list[Callable[[], Any]] = [
+        call.save(t) if isinstance(t, Tensor) else partial(float, t) for t in given
+    ]
+    parts = sum(wanted)
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        g = with_sign(s, z(), epsilon * parts)
+        values = [value() for value in kept]
+        found = back(g if parts == 1 else g.div_(parts), *values)
+        return [
+            with_sign_of(share.sum_to_size(x.shape), x)
+            for share, x in compress(zip(found, values, strict=True), wanted)
+        ]
+
+    return Record(output, list(compress(given, wanted)), propagate, scaled=False, spares_zeros=True)
+
+
+def record_softmax(
+    call: Call,
+    input: Tensor,
+    dim: int,
+    *options: Any,
+    dtype: torch.dtype | None = None,
+    epsilon: float,
+    **_: Any,
+) -> Record:
+    """Softmax by its gradient, as in AttnLRP."""
+    dtype = next((o for o in options if isinstance(o, torch.dtype)), dtype)
+    output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
+    x, p = call.save(input), call.save(output)
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        probabilities = p()
+        g = with_sign(s, probabilities, epsilon)
+        gradient = torch._softmax_backward_data(g, probabilities, dim, probabilities.dtype)
+        return [with_sign_of(gradient, x()).nan_to_num_(0.0)]
+
+    return Record(output, [input], propagate, scaled=False, spares_zeros=True)
+
+
+def record_layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+    epsilon: float,
+) -> Record:
+    """Layer norm, with the standard deviation as a constant."""
+    output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
+    dims = list(range(-len(normalized_shape), 0))
+    x, z, w = call.save(input), call.save(output), None if weight is None else call.save(weight)
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        values, g = x(), with_sign(s, z(), epsilon, finite=True)
+        if w is not None:
+            g.mul_(w())
+        g -= g.mean(dims, keepdim=True)
+        return [with_sign_of(g.mul_(rsigma(values, dims, eps)), values)]
+
+    return Record(output, [input], propagate, scaled=False, spares_zeros=True)
+
+
+def suits(call: Call) -> Form | None:
+    """The closed form of a call whose arguments it suits; None where the gradient is needed."""
+    given = [t for t in call.operands if isinstance(t, Tensor)]
+    if any(map(is_sparse, given)) or not given:
+        return None
+    if call.name in PRODUCTS:
+        both = len(call.operands) == 2 and not call.kwargs
+        if not both or (call.name != "mul" and any(t.dim() < 2 for t in given)):
+            return None
+    if call.name == "softmax" and (len(call.operands) < 2 or call.operands[1] is None):
+        return None
+    if any(is_source(v) for v in call.kwargs.values()):
+        return None
+    return _FORMS.get(call.name)
+
+
+PRODUCTS: dict[str, Form] = {"mul": record_product} | dict.fromkeys(
+    ["matmul", "bmm", "mm"], record_matmul
+)
+_FORMS: dict[str, Form] = {
+    **PRODUCTS,
+    "add": record_sum,
+    "sub": record_sum,
+    "softmax": record_softmax,
+}
