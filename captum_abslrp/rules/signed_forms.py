@@ -19,6 +19,7 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import rectify_in_place
 from captum_abslrp.engine.tape import Record
+from captum_abslrp.rules import pooling
 from captum_abslrp.rules.base import Form
 from captum_abslrp.rules.normalization import rsigma
 from captum_abslrp.rules.sparse import is_sparse
@@ -179,6 +180,25 @@ def record_layer_norm(
     return Record(output, [input], propagate, scaled=False, spares_zeros=True)
 
 
+def record_max_pool(call: Call, input: Tensor, *args: Any, epsilon: float, **kwargs: Any) -> Record:
+    """Max pooling: relevance goes to the maximum."""
+    record = pooling.record_max_pool(call, input, *args, **kwargs)
+    z, to_maximum = call.save(record.output), record.tail
+
+    def propagate(s: Tensor) -> Sequence[Tensor]:
+        assert to_maximum is not None
+        return to_maximum.propagate(with_sign(s, z(), epsilon).mul_(z().sign()))
+
+    return Record(
+        record.output,
+        [input],
+        propagate,
+        scaled=False,
+        nonnegative=record.nonnegative,
+        spares_zeros=True,
+    )
+
+
 def suits(call: Call) -> Form | None:
     """The closed form of a call whose arguments it suits; None where the gradient is needed."""
     given = [t for t in call.operands if isinstance(t, Tensor)]
@@ -192,6 +212,8 @@ def suits(call: Call) -> Form | None:
         return None
     if any(is_source(v) for v in call.kwargs.values()):
         return None
+    if call.name in pooling.MAX_POOLS and call.kwargs.get("return_indices"):
+        return None
     return _FORMS.get(call.name)
 
 
@@ -203,4 +225,5 @@ _FORMS: dict[str, Form] = {
     "add": record_sum,
     "sub": record_sum,
     "softmax": record_softmax,
+    **dict.fromkeys(pooling.MAX_POOLS, record_max_pool),
 }
