@@ -15,6 +15,7 @@ from captum_abslrp.captures import captured
 from captum_abslrp.checks import (
     check_arguments,
     check_combine,
+    check_evaluation,
     check_inputs,
     check_model,
     check_rules,
@@ -45,6 +46,7 @@ from captum_abslrp.map_checks import (
 from captum_abslrp.mappings import Mapping, MappingScope, find_mapping, get_mapping
 from captum_abslrp.memory import fitting
 from captum_abslrp.noise_tunnel import for_captum
+from captum_abslrp.program import Program, trace
 from captum_abslrp.recommendation import OTHER, Recommendation, recommend
 from captum_abslrp.seeds import (
     DEFAULT,
@@ -78,6 +80,20 @@ class _Maps(NamedTuple):
     """The sum of each seed and sample, (S, B), and by how much it changed on the tail of the score."""
     of_inputs: bool
     """Whether the inputs are explained, not tensors inside."""
+    output: Tensor
+    """The output that is explained."""
+
+    def combined(self, combine: str) -> list[Tensor]:
+        """The map of each explained tensor, from those of target and contrast."""
+        if len(self.relevances[0]) == 1:  # of a guided map the layer is left out
+            explained = self.relevances[:1] if combine == "guided" else self.relevances
+            return [r[0] for r in explained]
+        if combine == "guided":
+            fine, coarse = self.relevances
+            return [guided(fine[0], coarse[0] - coarse[1])]
+        if combine == "difference":
+            return [r[0] - r[1] for r in self.relevances]
+        return [r[0].where(r[0] > r[1], 0) for r in self.relevances]
 
 
 class AbsLRP(GradientAttribution):
@@ -297,6 +313,71 @@ class AbsLRP(GradientAttribution):
             return attributions
         return attributions, delta_of(relevances, torch.cat([started for _, started in chunks]))
 
+    def trace(
+        self,
+        inputs: Any,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        contrast: Contrast | Default = DEFAULT,
+        combine: str | Default = DEFAULT,
+        guide: nn.Module | None = None,
+        class_dim: int | None = None,
+    ) -> Program:
+        """Trace the whole explanation as one flat program, without the overhead of Python.
+
+        The program computes what :meth:`attribute` does, for other inputs of these shapes and other targets.
+        Decided once, by the example: which masks and constants are nonnegative, the layer that guides,
+        warnings and errors. The batch size is fixed.
+
+        Args:
+            inputs, target, additional_forward_args: an example, as for :meth:`attribute`. Without a target
+                the program explains the predicted class, and takes none.
+            contrast, combine, guide, class_dim: as for :meth:`attribute`; they are fixed. Classes to be held
+                against are those of the example, in every run.
+
+        Returns:
+            A module that is called as ``program(inputs, target, additional_forward_args)`` and returns the
+            explained output and relevance shaped like ``inputs``. See
+            :class:`~captum_abslrp.program.Program`.
+
+        Raises:
+            ValueError: if a module is in training mode, or if the model mixes samples and the example has
+                more than one.
+            TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as :meth:`attribute`
+                of the example.
+
+        Example:
+            >>> model = timm.create_model("test_vit").eval()
+            >>> program = AbsLRP(model).trace(torch.rand(1, 3, 160, 160), target=3)
+            >>> x = torch.rand(1, 3, 160, 160)
+            >>> logits, relevance = program(x, target=7)
+            >>> torch.equal(relevance, AbsLRP(model).attribute(x, target=7))
+            True
+        """
+        contrast = self.contrast if isinstance(contrast, Default) else contrast
+        combine = self.combine if isinstance(combine, Default) else combine
+        check_evaluation(self.model)
+        options: dict[str, Any] = {"contrast": contrast, "combine": combine, "class_dim": class_dim}
+        is_guided = combine == "guided" and contrast is not None
+        if is_guided and guide is None:
+            given = plain(inputs if isinstance(inputs, tuple) else (inputs,))
+            extra = _format_additional_forward_args(additional_forward_args) or ()
+            check_inputs(given, self.model)
+            guide = self._find_guide([_leaf(x) for x in given], extra)
+        if guide is not None:
+            options["guide"] = guide
+        expected = self.attribute(inputs, target, additional_forward_args, **options)
+        forward = self._to_guide(guide) if is_guided else self._to_inputs
+
+        def explain(samples: Samples) -> tuple[Tensor, list[Tensor]]:
+            maps = self._maps(samples, combine, class_dim, forward, checked=False)
+            return maps.output, maps.combined(combine)
+
+        return trace(
+            self.model, explain, inputs, target, additional_forward_args, contrast, expected
+        )
+
     @property
     def signed(self) -> bool:
         """Whether relevance starts as the output itself, see :class:`~captum_abslrp.mappings.Mapping`."""
@@ -474,21 +555,15 @@ class AbsLRP(GradientAttribution):
             again = Observer(traced=True, repeated=True)
             maps_seen_by(again)
             zeros.add(start, zero, again, maps.of_inputs)
+        found = maps.combined(combine)
         started = torch.stack(maps.totals).sum(0)
-        if len(started) == 1:  # of a guided map the layer is left out
-            explained = maps.relevances[:1] if combine == "guided" else maps.relevances
-            return [r[0] for r in explained], started[0]
+        if len(started) == 1:
+            return found, started[0]
+        compared = maps.relevances[1:] if combine == "guided" else maps.relevances
+        warn_of_noise([(of_target, of_contrast) for of_target, of_contrast in compared])
         if combine == "guided":
-            fine, coarse = maps.relevances
-            warn_of_noise([(coarse[0], coarse[1])])
-            found = guided(fine[0], coarse[0] - coarse[1])
-            warn_of_no_guide(found, fine[0])
-            return [found], started[0]
-        pairs = [(of_target, of_contrast) for of_target, of_contrast in maps.relevances]
-        warn_of_noise(pairs)
-        if combine == "difference":
-            return [r - o for r, o in pairs], started[0] - started[1]
-        return [r.where(r > o, 0) for r, o in pairs], started[0]
+            warn_of_no_guide(found[0], maps.relevances[0][0])
+        return found, started[0] - started[1] if combine == "difference" else started[0]
 
     def _maps(
         self,
@@ -496,13 +571,15 @@ class AbsLRP(GradientAttribution):
         combine: str,
         class_dim: int | None,
         forward: Forward,
-        observer: Observer | None,
+        observer: Observer | None = None,
+        *,
+        checked: bool = True,
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
         output, explained = forward(leaves, samples.extra, observer)
         values, signed = output.detach(), self.signed
-        options: dict[str, Any] = {"class_dim": class_dim, "signed": signed}
+        options: dict[str, Any] = {"class_dim": class_dim, "signed": signed, "checked": checked}
         seeds = [target_seed(values, samples.target, **options)]
         contrasted = contrast_seed(
             values, samples.target, samples.contrast, logits=logits(output), **options
@@ -516,7 +593,7 @@ class AbsLRP(GradientAttribution):
             output, explained, torch.stack(seeds), positive=not signed, changes=changes
         )
         started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
-        return _Maps(relevances, [started, *changes], explained is leaves)
+        return _Maps(relevances, [started, *changes], explained is leaves, values)
 
     def _forward(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None = None

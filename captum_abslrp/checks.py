@@ -116,6 +116,16 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_evaluation(model: nn.Module) -> None:
+    """Raise where a part of a model is in training mode, in which it may change or draw at random."""
+    changing = [name for name, module in model.named_modules() if module.training]
+    if changing:
+        raise ValueError(
+            f"Expected the model in evaluation mode to be traced, because a program is fixed, but got "
+            f"modules in training mode, first {changing[0] or 'the model'!r}. Call `model.eval()`."
+        )
+
+
 def check_rules(model: nn.Module) -> None:
     """Raise where the attribute `rule` of a module is a string or a class instead of a rule.
 

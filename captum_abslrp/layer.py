@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from captum.attr._utils.attribution import LayerAttribution
@@ -235,6 +235,22 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         if not return_convergence_delta:
             return attributions if several else attributions[0]
         return (attributions, deltas) if several else (attributions[0], deltas[0])
+
+    def trace(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: a program explains inputs.
+
+        Raises:
+            NotImplementedError: always.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
+            >>> AbsLRP(model).trace(torch.rand(2, 3), target=1)(torch.rand(2, 3), 4)[1].shape
+            torch.Size([2, 3])
+        """
+        raise NotImplementedError(
+            "Expected the relevance of inputs to be traced, but got layers. Use `AbsLRP(model).trace(...)`, "
+            "or `attribute` of layers."
+        )
 
     def _name(self, layer: nn.Module) -> str:
         paths = (path for path, m in self.model.named_modules() if m is layer)

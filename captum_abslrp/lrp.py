@@ -64,6 +64,7 @@ class LRP(AbsLRP):
         **parameters: Any,
     ) -> None:
         super().__init__(model, _table(composite, parameters), output=output)
+        self.contrast = None
 
     @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only

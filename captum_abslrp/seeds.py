@@ -114,6 +114,7 @@ def target_seed(
     class_dim: int | None = None,
     name: str = "target",
     signed: bool = False,
+    checked: bool = True,
 ) -> Tensor:
     """The seed of the target: one at one element, or spread over the elements of a sum.
 
@@ -127,6 +128,7 @@ def target_seed(
         class_dim: as for :func:`class_dimension`.
         name: name of the argument, for messages.
         signed: whether the seed is the output itself there, instead of a share of one.
+        checked: whether indices that are out of range are errors; otherwise the seed has no meaning there.
 
     Returns:
         Tensor shaped like ``output``, in float32 where that is of half precision.
@@ -153,7 +155,7 @@ def target_seed(
             f"{tuple(output.shape)}."
         )
     if values == 1:
-        if target is not None and on_host(((target != 0) & (target != -1)).any()):
+        if checked and target is not None and on_host(((target != 0) & (target != -1)).any()):
             raise IndexError(
                 f"Expected `{name}` to be 0 or None for a model with one output per sample, but got "
                 f"{target[((target != 0) & (target != -1)).any(1)][0].tolist()}."
@@ -174,7 +176,10 @@ def target_seed(
             f"Expected `{name}` to have at most {output.dim() - 1} indices per sample for an output of "
             f"shape {tuple(output.shape)}, but got {indexed}."
         )
-    ones = _one_hot(_sums_behind(output, indexed), target, name)
+    scores = _sums_behind(output, indexed)
+    if checked:
+        _check_range(scores, target, name)
+    ones = _one_hot(scores, target)
     return _spread(ones, output, indexed, signed=signed)
 
 
@@ -186,6 +191,7 @@ def contrast_seed(
     class_dim: int | None = None,
     logits: Tensor | None = None,
     signed: bool = False,
+    checked: bool = True,
 ) -> Tensor | None:
     """The seed of the contrast.
 
@@ -196,7 +202,7 @@ def contrast_seed(
             :func:`expand_target`: one other class; None: no contrast. Where the target is a sum over
             some dimensions, so is each class.
         logits: what the output has the probabilities of; by default the output itself.
-        signed: as for :func:`target_seed`.
+        signed, checked: as for :func:`target_seed`.
 
     Returns:
         Tensor as from :func:`target_seed`, or None where there is no contrast or only one class.
@@ -219,15 +225,16 @@ def contrast_seed(
     if contrast is None or output[0].numel() == 1:
         return None
     if isinstance(contrast, Tensor):
-        seed = target_seed(output, contrast, class_dim=class_dim, name="contrast")
-        same = (seed == target_seed(output, target, class_dim=class_dim)).flatten(1).all(1)
-        if on_host(same.any()):
+        seed = target_seed(output, contrast, class_dim=class_dim, name="contrast", checked=checked)
+        of_target = target_seed(output, target, class_dim=class_dim, checked=checked)
+        same = (seed == of_target).flatten(1).all(1)
+        if checked and on_host(same.any()):
             raise ValueError(
                 "Expected `contrast` to be another class than `target`, but got the same one for "
                 f"sample {same.tolist().index(True)}."
             )
         if signed:
-            return target_seed(output, contrast, class_dim=class_dim, signed=True)
+            return target_seed(output, contrast, class_dim=class_dim, signed=True, checked=checked)
         return seed
     classes = class_dimension(output, class_dim)
     indexed = output.dim() - 1 if target is None else target.shape[1]
@@ -247,7 +254,7 @@ def contrast_seed(
                 f"the classes are in another dimension, or `contrast=None`."
             )
         return None
-    chosen = target_seed(scores, target, class_dim=classes)
+    chosen = target_seed(scores, target, class_dim=classes, checked=checked)
     # 1 at every class of the position that the target is in, and 0 elsewhere.
     others = chosen.sum(classes, keepdim=True) - chosen
     if contrast == "softmax":
@@ -295,8 +302,8 @@ def _sums_behind(output: Tensor, indexed: int) -> Tensor:
     return output if indexed == output.dim() - 1 else output.flatten(indexed + 1).sum(-1)
 
 
-def _one_hot(scores: Tensor, target: Tensor, name: str) -> Tensor:
-    """One at the target of each sample; there is an index for each dimension of the scores."""
+def _check_range(scores: Tensor, target: Tensor, name: str) -> None:
+    """Raise where an index is out of range; there is one for each dimension of the scores."""
     sizes = torch.tensor(scores.shape[1:])
     # Targets are on the host, see `expand_target`: nothing has to be waited for.
     outside = ((target < -sizes) | (target >= sizes)).any(1)
@@ -305,10 +312,17 @@ def _one_hot(scores: Tensor, target: Tensor, name: str) -> Tensor:
             f"Expected `{name}` to lie within the output shape {tuple(scores.shape[1:])} of each "
             f"sample, but got {target[outside][0].squeeze().tolist()}."
         )
-    samples = torch.arange(len(scores), device=scores.device)
-    at = (target % sizes).to(scores.device, non_blocking=True)
-    one = torch.ones((), dtype=scores.dtype, device=scores.device)
-    return torch.zeros_like(scores).index_put((samples, *at.unbind(1)), one)
+
+
+def _one_hot(scores: Tensor, target: Tensor) -> Tensor:
+    """One at the target of each sample; there is an index for each dimension of the scores."""
+    at = target.to(scores.device, non_blocking=True)
+    chosen = torch.ones((), dtype=torch.bool, device=scores.device)
+    for dim, size in enumerate(scores.shape[1:]):
+        places = torch.arange(size, device=scores.device).view(-1, *[1] * (scores.dim() - dim - 2))
+        index = at[:, dim].remainder(size).view(-1, *[1] * (scores.dim() - 1))
+        chosen = chosen & (index == places)
+    return chosen.to(scores.dtype)
 
 
 def _spread(seed: Tensor, output: Tensor, indexed: int, *, signed: bool) -> Tensor:

@@ -30,6 +30,8 @@ ORDER = (
         "guide",
         "map_checks",
         "recommendation",
+        "graphs",
+        "program",
     },
     {"attribution", "layer", "lrp", "inspection", "tracing", "__init__"},
     {"visualization", "hookable", "operations", "methods"},

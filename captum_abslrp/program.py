@@ -1,0 +1,260 @@
+"""An explanation as one flat program: forward and backward pass as a graph of ATen operators.
+
+Axes: B samples, I indices of a target.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from captum._utils.common import _format_additional_forward_args
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from captum_abslrp.checks import plain
+from captum_abslrp.chunks import Samples
+from captum_abslrp.engine.samples import Misaligned
+from captum_abslrp.engine.state import unchanged
+from captum_abslrp.graphs import simplify
+from captum_abslrp.seeds import Contrast, Target, expand_target
+
+__all__ = ["Program", "trace"]
+
+
+class Program(nn.Module):
+    """An explanation as one graph of ATen operators, for inputs of one shape.
+
+    :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` makes it. It holds no Python of the model or of this
+    package, so that it runs with less overhead, in CUDA graphs, under ``torch.compile`` and ``torch.export``.
+    It uses the memory of the model's weights, and refuses to run after they were changed.
+
+    Attributes:
+        graph: the operators, a :class:`torch.fx.GraphModule` from the flat tensors of the arguments to
+            the output and the maps.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
+        >>> x = torch.rand(2, 3)
+        >>> program = AbsLRP(model).trace(x, target=1)
+        >>> output, relevance = program(torch.rand(2, 3), target=torch.tensor([4, 0]))
+        >>> output.shape, relevance.shape
+        (torch.Size([2, 5]), torch.Size([2, 3]))
+    """
+
+    def __init__(
+        self, graph: GraphModule, example: Sequence[Tensor], spec: TreeSpec, *, indices: int
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self._spec = spec
+        self._indices = indices
+        self._expected = [_layout(x) for x in example]
+        self._versions = [tensor._version for tensor in _tensors(graph)]
+
+    def forward(
+        self, inputs: Any, target: Target = None, additional_forward_args: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Run the program.
+
+        Args:
+            inputs: as in the example: tensors of the same shapes, dtypes and devices.
+            target: as for :meth:`AbsLRP.attribute`, with as many indices as in the example; None where
+                the example had none. A tensor on the device of the inputs makes nothing wait.
+            additional_forward_args: as in the example. Only tensors may have other values.
+
+        Returns:
+            The explained output of the model, (B, ...), and relevance shaped like ``inputs``. Of samples that
+            :meth:`AbsLRP.attribute` would refuse, relevance is NaN: where an input is not finite, a target is
+            out of range, or the contrast is the target itself.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as in the example.
+            RuntimeError: if weights of the model were changed since.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
+            >>> program = AbsLRP(model).trace(torch.rand(1, 3))
+            >>> output, relevance = program(torch.rand(1, 3))  # of the predicted class
+            >>> relevance.shape
+            torch.Size([1, 3])
+        """
+        tensors, spec = _flat(inputs, additional_forward_args)
+        batch_size = self._expected[0][0][0]
+        if self._indices:
+            tensors.append(_rows(target, batch_size, tensors[0].device))
+        elif target is not None:
+            raise ValueError(
+                "Expected no `target`, because the program was traced without one and explains the predicted "
+                "class, but got one. Trace it with an example: `trace(inputs, target=0)`."
+            )
+        found = [_layout(x) for x in tensors]
+        if spec != self._spec or found != self._expected:
+            raise ValueError(
+                f"Expected arguments as the program was traced with, of shapes, dtypes and devices "
+                f"{_described(self._expected)}, but got {_described(found)}. The batch size is fixed, too: "
+                f"trace another program for another shape."
+            )
+        if [tensor._version for tensor in _tensors(self.graph)] != self._versions:
+            raise RuntimeError(
+                "Expected the weights of the model to be as they were when the program was traced, but some "
+                "were changed. Trace it again."
+            )
+        with torch.no_grad():
+            output, *relevance = self.graph(*tensors)
+        return output, tuple(relevance) if isinstance(inputs, tuple) else relevance[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise RuntimeError(
+            "Expected the program to stay on its device and in its dtype, which are part of it, but got a "
+            "call that moves or casts it. Move the model and trace it there."
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that the program takes."""
+        return f"arguments={_described(self._expected)}, nodes={len(self.graph.graph.nodes)}"
+
+
+def trace(
+    model: nn.Module,
+    explain: Callable[[Samples], tuple[Tensor, list[Tensor]]],
+    inputs: Any,
+    target: Target,
+    additional_forward_args: Any,
+    contrast: Contrast,
+    expected: Any,
+) -> Program:
+    """Trace what an explanation computes.
+
+    Args:
+        model: the model, in evaluation mode, which is left as it is.
+        explain: from samples to the explained output, (B, ...), and relevance of each input, unchecked.
+        inputs, target, additional_forward_args, contrast: the example.
+        expected: the map of the example, as the program shall compute it.
+
+    Raises:
+        ValueError: if the model mixes samples.
+        RuntimeError: if the program computes another map.
+    """
+    tensors, spec = _flat(inputs, additional_forward_args)
+    count = len(inputs) if isinstance(inputs, tuple) else 1
+    batch_size = len(tensors[0])
+    others: Any = contrast
+    if not (contrast is None or isinstance(contrast, str)):
+        others = expand_target(contrast, batch_size, name="contrast")
+    if target is not None:
+        tensors.append(_rows(target, batch_size, tensors[0].device))
+    extra = _format_additional_forward_args(additional_forward_args) or ()
+    leaves_of_extra, of_extra = tree_flatten(extra)
+
+    def run(*given: Tensor) -> list[Tensor]:
+        values, rows = [*given], None
+        if target is not None:
+            rows = values.pop()
+        leaves, further = values[:count], iter(values[count:])
+        arguments = [next(further) if isinstance(v, Tensor) else v for v in leaves_of_extra]
+        samples = Samples(tuple(leaves), rows, others, tuple(tree_unflatten(arguments, of_extra)))
+        output, relevances = explain(samples)
+        valid = _valid(output, leaves, rows, others)
+        masked = [r.where(valid.view(-1, *[1] * (r.dim() - 1)), torch.nan) for r in relevances]
+        return [output, *masked]
+
+    example = [x.detach().clone() for x in tensors]
+    with warnings.catch_warnings(), torch.inference_mode(False), unchanged(model):
+        warnings.simplefilter("ignore")  # the explanation of the example has warned
+        try:
+            with torch.enable_grad():
+                graph = make_fx(run)(*example)
+        except Misaligned as error:
+            raise ValueError(
+                "Expected the model to keep samples apart in the leading dimension to be traced for a batch, "
+                "but got one that moves or mixes them. Trace it for one sample."
+            ) from error
+    _own(graph)
+    simplify(graph)
+    program = Program(graph, tensors, spec, indices=0 if target is None else tensors[-1].shape[1])
+    _check(program(inputs, target, additional_forward_args)[1], expected)
+    return program
+
+
+def _flat(inputs: Any, additional_forward_args: Any) -> tuple[list[Tensor], Any]:
+    """The tensors among the arguments, and where they belong, with everything else."""
+    given = plain(inputs if isinstance(inputs, tuple) else (inputs,))
+    extra = _format_additional_forward_args(additional_forward_args) or ()
+    leaves, spec = tree_flatten(extra)
+    tensors = [x.detach() for x in (*given, *leaves) if isinstance(x, Tensor)]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return tensors, (isinstance(inputs, tuple), len(given), spec, others)
+
+
+def _rows(target: Target, batch_size: int, device: torch.device) -> Tensor:
+    """Indices of each sample, (B, I), on a device; a tensor that is there is not waited for."""
+    if isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == (batch_size,):
+        return target.detach().to(device).view(-1, 1)
+    rows = expand_target(target, batch_size)
+    if rows is None:
+        raise ValueError(
+            "Expected `target`, because the program was traced with one, but got None. Pass the classes, or "
+            "trace a program of the predicted class, `trace(inputs)`."
+        )
+    return rows.to(device)
+
+
+def _valid(
+    output: Tensor, inputs: Sequence[Tensor], target: Tensor | None, contrast: Any
+) -> Tensor:
+    """Which samples can be explained, (B,)."""
+    finite = [x.isfinite().flatten(1).all(1) for x in inputs]
+    valid = torch.stack(finite).all(0)
+    sizes = output.shape[1:] if output.dim() > 1 and output[0].numel() > 1 else (1,)
+    if target is None:
+        return valid
+    for index, size in zip(target.unbind(1), sizes):
+        valid = valid & (index >= -size) & (index < size)
+    if isinstance(contrast, Tensor) and contrast.shape == target.shape:
+        of_contrast = contrast.to(target.device)
+        same = [
+            a.remainder(size) == b.remainder(size)
+            for a, b, size in zip(target.unbind(1), of_contrast.unbind(1), sizes)
+        ]
+        valid = valid & ~torch.stack(same).all(0)
+    return valid
+
+
+def _own(graph: GraphModule) -> None:
+    """Give the graph tensors of its own on the memory of the model's, so that nobody moves both."""
+    for name, parameter in [*graph.named_parameters()]:
+        delattr(graph, name)
+        graph.register_buffer(name, parameter.detach())
+
+
+def _tensors(graph: GraphModule) -> list[Tensor]:
+    return [*graph.buffers()]
+
+
+Layout = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _layout(x: Tensor) -> Layout:
+    return x.shape, x.dtype, x.device
+
+
+def _described(layouts: Sequence[Layout]) -> str:
+    return ", ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in layouts)
+
+
+def _check(found: Any, expected: Any) -> None:
+    """Raise if the program does not repeat the explanation that it was traced with."""
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True)
+    for program, explanation in pairs:
+        if not torch.allclose(
+            program, explanation, rtol=1e-2, atol=1e-2 * float(explanation.abs().max())
+        ):
+            raise RuntimeError(
+                "Expected the program to give the map of the explanation that it was traced with, but got "
+                "another one: the model, or a rule of yours, does not compute the same in every run."
+            )
