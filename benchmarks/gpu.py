@@ -1,17 +1,21 @@
 """What attribution costs on a GPU: ``python -m benchmarks.gpu``, some minutes, no network.
 
 Prints a row for each model, precision and batch size: milliseconds of the forward pass, multiples of it for
-maps, images per second and peak memory. Then whether anything inside waits for the GPU. ``--cpu`` runs tiny
-models on the host, to see that the script runs.
+maps (eager, traced as a program, and the program in a CUDA graph), images per second, and peak memory. Then
+whether anything inside waits for the GPU. Rows for which there is no time are named. Without a GPU it says
+so, and runs tiny models on the host, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import statistics
+import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import captum.attr
 import timm
@@ -22,58 +26,127 @@ from benchmarks.real import seconds
 from captum_abslrp import LRP, AbsLRP
 from captum_abslrp.text import markdown_table
 
-MODELS = ("resnet50", "vgg16", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
+MODELS = ("resnet50", "vit_base_patch16_224", "vgg16", "swin_tiny_patch4_window7_224")
 TINY = ("test_resnet", "test_vit")
 LRP_OF = {"vit": "cp_lrp", "swin": "cp_lrp"}
 """The composite of a model by a part of its name; epsilon for others."""
+PRECISIONS = ("float32", "TF32", "bfloat16, autocast")
+TRACED_UP_TO = 16
+"""Images of a batch for which a program is traced, too: tracing takes some ten seconds."""
+INTEGRATED_UP_TO = 16
+"""Images of a batch for which IntegratedGradients is timed, too, once."""
+HEADER = (
+    *("model", "precision", "batch", "forward, ms", "Saliency", "IntegratedGradients(50)"),
+    *("AbsLRP, target", "two maps", "joint", "LRP", "recommended"),
+    *("two maps, traced", "two maps, CUDA graph", "images/s, best", "peak, MB", "of Saliency, MB"),
+)
 
 
-def median_seconds(run: Callable[[], Any]) -> float:
-    """Median time of five calls, after one that is not counted."""
+class Setting(NamedTuple):
+    """A model and images in some precision."""
+
+    name: str
+    precision: str
+    batch: int
+    device: str
+
+
+def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median time of some calls, after one that is not counted."""
     seconds(run)
-    return statistics.median(seconds(run) for _ in range(5))
+    return statistics.median(seconds(run) for _ in range(repeats))
 
 
 def methods_of(name: str, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The maps that are timed."""
+    """The maps that are timed, by the heads of their columns."""
     composite = next((c for part, c in LRP_OF.items() if part in name), "epsilon")
     separate, joint = AbsLRP(model), AbsLRP(model, normalization="joint")
     saliency, lrp = captum.attr.Saliency(model), LRP(model, composite)
+    recommended = AbsLRP.recommended(model)
     return {
         "Saliency": lambda x: saliency.attribute(x, target=1),
         "AbsLRP, target": lambda x: separate.attribute(x, target=1, contrast=None),
-        "AbsLRP, two maps": lambda x: separate.attribute(x, target=1),
+        "two maps": lambda x: separate.attribute(x, target=1),
         "joint": lambda x: joint.attribute(x, target=1),
-        f"LRP {composite}": lambda x: lrp.attribute(x, target=1, contrast="others"),
+        "LRP": lambda x: lrp.attribute(x, target=1, contrast="others"),
+        "recommended": lambda x: recommended.attribute(x, target=1),
     }
 
 
-def row(name: str, precision: str, batch: int, device: str) -> list[str]:
-    """The cells of one model, precision and batch size."""
+@contextlib.contextmanager
+def precision_of(setting: Setting) -> Any:
+    """Run in a precision; that of before is put back."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tf32 = setting.precision == "TF32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    half = setting.precision.startswith("bfloat16")
+    try:
+        with torch.autocast(setting.device, torch.bfloat16, enabled=half):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def row(setting: Setting) -> list[str]:
+    """The cells of one setting."""
+    name, precision, batch, device = setting
     model = timm.create_model(name).eval().to(device)
     x = torch.randn(batch, *model.default_cfg["input_size"], device=device)
+    times: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     with torch.no_grad():
         forward = median_seconds(lambda: model(x))
-    cells, peaks = [name, precision, str(batch), f"{1000 * forward:.1f}"], []
-    for maps in methods_of(name, model).values():
-        before = 0
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        cells.append(f"{median_seconds(lambda maps=maps: maps(x)) / forward:.1f}")
-        peaks.append(
-            (torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else 0
+    for label, maps in methods_of(name, model).items():
+        peaks[label], times[label] = measured(lambda maps=maps: maps(x), device)
+    if batch <= INTEGRATED_UP_TO:
+        integrated = captum.attr.IntegratedGradients(model)
+        times["IntegratedGradients(50)"] = seconds(
+            lambda: integrated.attribute(x, target=1, n_steps=50, internal_batch_size=4 * batch)
         )
-    return [
-        *cells,
-        f"{batch / (float(cells[6]) * forward):.0f}",
-        f"{peaks[2]:.0f}",
-        f"{peaks[0]:.0f}",
-    ]
+    if batch <= TRACED_UP_TO:
+        program, target = AbsLRP(model).trace(x, target=1), torch.ones(batch, dtype=torch.int64)
+        target = target.to(device)
+        times["two maps, traced"] = median_seconds(lambda: program(x, target))
+        if device == "cuda":
+            replay = captured(lambda: program(x, target))
+            times["two maps, CUDA graph"] = median_seconds(replay)
+    best = min(times[label] for label in times if label.startswith("two maps"))
+    cells = {label: f"{value / forward:.1f}" for label, value in times.items()}
+    cells |= {"model": name, "precision": precision, "batch": str(batch)}
+    cells |= {"forward, ms": f"{1000 * forward:.1f}", "images/s, best": f"{batch / best:.0f}"}
+    if device == "cuda":
+        cells |= {"peak, MB": f"{peaks['two maps']:.0f}"}
+        cells |= {"of Saliency, MB": f"{peaks['Saliency']:.0f}"}
+    return [cells.get(head, "-") for head in HEADER]
+
+
+def measured(run: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Peak memory in MB on a GPU, and median time in seconds."""
+    if device != "cuda":
+        return 0.0, median_seconds(run)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    time_of_run = median_seconds(run)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20, time_of_run
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """A CUDA graph of what a function starts on the GPU."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def waits(name: str) -> dict[str, str]:
-    """Which maps wait for the GPU, and where."""
+    """Which maps wait for the GPU, and where; and how often, by the profiler."""
     model = timm.create_model(name).eval().cuda()
     x = torch.randn(2, *model.default_cfg["input_size"], device="cuda")
     found = {}
@@ -87,41 +160,45 @@ def waits(name: str) -> dict[str, str]:
             found[label] = f"waits: {error}".splitlines()[0]
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        with torch.profiler.profile() as profile:
+            maps(x)
+        calls = {e.key: e.count for e in profile.key_averages() if "Synchronize" in e.key}
+        # The profiler waits once at its own end.
+        found[label] += f"; by the profiler {sum(calls.values())} synchronizations {calls}"
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=6.0, help="for the table; default: 6")
     parser.add_argument("--cpu", action="store_true", help="tiny models on the host")
     args = parser.parse_args()
-    if not args.cpu and not torch.cuda.is_available():
-        parser.error("there is no GPU; `--cpu` runs tiny models on the host")
-    warnings.filterwarnings("ignore", "Input Tensor")
-    device = "cpu" if args.cpu else "cuda"
-    print(
-        "Device:", "CPU" if args.cpu else torch.cuda.get_device_name(), "torch", torch.__version__
-    )
-    header = [
-        "model",
-        "precision",
-        "batch",
-        "forward, ms",
-        "Saliency",
-        "AbsLRP, target",
-        "two maps",
+    warnings.filterwarnings("ignore", "Input Tensor|The maps of target|The guided map")
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    if device == "cpu":
+        print("There is no GPU to measure: tiny models run on the CPU, whose figures mean nothing.")
+    kind = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print("Device:", kind, "torch", torch.__version__, flush=True)
+    end = time.monotonic() + 60 * args.minutes
+    names, batches = (MODELS, (1, 16, 64)) if device == "cuda" else (TINY, (1,))
+    precisions = PRECISIONS if device == "cuda" else ("float32", PRECISIONS[-1])
+    settings = [
+        Setting(name, precision, batch, device)
+        for precision, name, batch in itertools.product(precisions, names, batches)
     ]
-    header += ["joint", "LRP", "images/s, two maps", "peak, MB", "of Saliency, MB"]
-    rows = []
-    for tf32 in (False,) if args.cpu else (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        for name in TINY if args.cpu else MODELS:
-            for batch in (1, 2) if args.cpu else (1, 16, 64):
-                rows.append(row(name, "TF32" if tf32 else "float32", batch, device))
-    print(markdown_table(header, rows, aligned=False))
-    if not args.cpu:
+    print(markdown_table(HEADER, [], aligned=False), flush=True)
+    for number, setting in enumerate(settings):
+        if time.monotonic() > end:
+            left = [f"{s.name} {s.precision} {s.batch}" for s in settings[number:]]
+            print(f"Left out for lack of time: {', '.join(left)}.")
+            break
+        with precision_of(setting):
+            print(f"| {' | '.join(row(setting))} |", flush=True)
+    if device == "cuda":
         for name in ("resnet50", "vit_small_patch16_224"):
             for label, found in waits(name).items():
-                print(f"{name}, {label}: {found}")
+                print(f"{name}, {label}: {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class Program(nn.Module):
                 "Expected the weights of the model to be as they were when the program was traced, but some "
                 "were changed. Trace it again."
             )
-        with torch.no_grad():
+        # Casts of autocast are part of the program.
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             output, *relevance = self.graph(*tensors)
         return output, tuple(relevance) if isinstance(inputs, tuple) else relevance[0]
 

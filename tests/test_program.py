@@ -17,7 +17,6 @@ from captum_abslrp.graphs import LARGEST, simplify
 from captum_abslrp.rules import TwinRule
 from tests.test_no_trace import no_trace
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:The guided map is zero")
 
 
@@ -105,6 +104,17 @@ def test_a_guide_can_be_given() -> None:
     x = draw(model, 1, seed=1)
     assert torch.equal(program(x, 4)[1], attributor.attribute(x, 4, guide=guide))
     assert not torch.equal(program(x, 4)[1], attributor.attribute(x, 4))
+
+
+def test_casts_are_part_of_a_program() -> None:
+    model = model_of("demo:vgg")
+    attributor, x = AbsLRP(model), draw(model, 1, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = attributor.trace(draw(model, 1), 1, contrast=None)
+        expected = attributor.attribute(x, 4, contrast=None)
+        assert torch.equal(program(x, 4)[1], expected)
+    assert torch.equal(program(x, 4)[1], expected)
+    assert not torch.equal(attributor.attribute(x, 4, contrast=None), expected)
 
 
 def test_without_a_target_it_is_the_predicted_class() -> None:
