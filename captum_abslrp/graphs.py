@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from captum_abslrp.engine.saved import storage_of
+
 __all__ = ["simplify"]
 
 LARGEST = 2**16
-"""Elements of a constant that is kept, at most: parts of large weights are made again in every run, so that
-no weight is there twice."""
+"""Elements of a constant that is kept, at most; what is larger is made again in every run."""
 
 
-def simplify(module: GraphModule) -> None:
+def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
     """Leave out what does nothing, and compute constants once; in place.
 
     The values that the graph returns stay what they are, bit by bit.
 
     Args:
         module: a graph of ATen operators whose tensors are placeholders and attributes.
+        live: memory of attributes that may change, by :func:`~captum_abslrp.engine.saved.storage_of`.
     """
     graph = module.graph
     for node in graph.nodes:
@@ -35,7 +37,9 @@ def simplify(module: GraphModule) -> None:
     changing = _changed(module)
     for node in graph.nodes:
         if node.op == "get_attr":
-            values[node] = operator.attrgetter(node.target)(module)
+            value = operator.attrgetter(node.target)(module)
+            if storage_of(value) not in live:
+                values[node] = value
         elif _is_constant(node, values) and node not in changing:
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)

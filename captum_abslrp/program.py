@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from captum_abslrp.checks import plain
 from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.samples import Misaligned
+from captum_abslrp.engine.saved import storage_of
 from captum_abslrp.engine.state import unchanged
 from captum_abslrp.graphs import simplify
 from captum_abslrp.seeds import Contrast, Target, expand_target
@@ -31,7 +32,7 @@ class Program(nn.Module):
 
     :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` makes it. It holds no Python of the model or of this
     package, so that it runs with less overhead, in CUDA graphs, under ``torch.compile`` and ``torch.export``.
-    It uses the memory of the model's weights, and refuses to run after they were changed.
+    It reads the model's weights: where they are updated in place, it explains the updated model.
 
     Attributes:
         graph: the operators, a :class:`torch.fx.GraphModule` from the flat tensors of the arguments to
@@ -54,7 +55,6 @@ class Program(nn.Module):
         self._spec = spec
         self._indices = indices
         self._expected = [_layout(x) for x in example]
-        self._versions = [tensor._version for tensor in _tensors(graph)]
 
     def forward(
         self, inputs: Any, target: Target = None, additional_forward_args: Any = None
@@ -63,18 +63,17 @@ class Program(nn.Module):
 
         Args:
             inputs: as in the example: tensors of the same shapes, dtypes and devices.
-            target: as for :meth:`AbsLRP.attribute`, with as many indices as in the example; None where
-                the example had none. A tensor on the device of the inputs makes nothing wait.
+            target: as for ``attribute``, with as many indices as in the example; None where the example had
+                none. A tensor on the device of the inputs makes nothing wait.
             additional_forward_args: as in the example. Only tensors may have other values.
 
         Returns:
             The explained output of the model, (B, ...), and relevance shaped like ``inputs``. Of samples that
-            :meth:`AbsLRP.attribute` would refuse, relevance is NaN: where an input is not finite, a target is
-            out of range, or the contrast is the target itself.
+            ``attribute`` would refuse, relevance is NaN: where an input is not finite, a target is out of
+            range, or the contrast is the target itself.
 
         Raises:
             TypeError, ValueError: if an argument is not as in the example.
-            RuntimeError: if weights of the model were changed since.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
@@ -98,11 +97,6 @@ class Program(nn.Module):
                 f"Expected arguments as the program was traced with, of shapes, dtypes and devices "
                 f"{_described(self._expected)}, but got {_described(found)}. The batch size is fixed, too: "
                 f"trace another program for another shape."
-            )
-        if [tensor._version for tensor in _tensors(self.graph)] != self._versions:
-            raise RuntimeError(
-                "Expected the weights of the model to be as they were when the program was traced, but some "
-                "were changed. Trace it again."
             )
         # Casts of autocast are part of the program.
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
@@ -176,7 +170,7 @@ def trace(
                 "but got one that moves or mixes them. Trace it for one sample."
             ) from error
     _own(graph)
-    simplify(graph)
+    simplify(graph, live={storage_of(t) for t in (*model.parameters(), *model.buffers())})
     program = Program(graph, tensors, spec, indices=0 if target is None else tensors[-1].shape[1])
     _check(program(inputs, target, additional_forward_args)[1], expected)
     return program
@@ -231,10 +225,6 @@ def _own(graph: GraphModule) -> None:
     for name, parameter in [*graph.named_parameters()]:
         delattr(graph, name)
         graph.register_buffer(name, parameter.detach())
-
-
-def _tensors(graph: GraphModule) -> list[Tensor]:
-    return [*graph.buffers()]
 
 
 Layout = tuple[torch.Size, torch.dtype, torch.device]
