@@ -57,6 +57,7 @@ from captum_abslrp.seeds import (
     check_contrast,
     contrast_seed,
     expand_target,
+    fitting_targets,
     target_seed,
 )
 
@@ -370,9 +371,10 @@ class AbsLRP(GradientAttribution):
         expected = self.attribute(inputs, target, additional_forward_args, **options)
         forward = self._to_guide(guide) if is_guided else self._to_inputs
 
-        def explain(samples: Samples) -> tuple[Tensor, list[Tensor]]:
-            maps = self._maps(samples, combine, class_dim, forward, checked=False)
-            return maps.output, maps.combined(combine)
+        def explain(samples: Samples, chains: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+            maps = self._maps(samples, combine, class_dim, forward, checked=False, chains=chains)
+            fits = fitting_targets(maps.output, samples.target, samples.contrast, class_dim)
+            return maps.output, fits, maps.combined(combine)
 
         return trace(
             self.model, explain, inputs, target, additional_forward_args, contrast, expected
@@ -537,13 +539,18 @@ class AbsLRP(GradientAttribution):
     ) -> Chunk:
         """Relevance of samples that are run together; the first of them is number `start` of all."""
 
-        def maps_seen_by(observer: Observer | None) -> _Maps:
+        def maps_seen_by(observer: Observer | None, *, chains: bool = False) -> _Maps:
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-                return self._maps(samples, combine, class_dim, forward, observer)
+                return self._maps(samples, combine, class_dim, forward, observer, chains=chains)
 
-        maps = maps_seen_by(observer)
-        finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
-        if (on_host(finite) if observer is None else bool(finite)) is False:
+        def not_finite(maps: _Maps) -> bool:
+            finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
+            return (on_host(finite) if observer is None else bool(finite)) is False
+
+        maps = maps_seen_by(observer, chains=observer is None)
+        if observer is None and not_finite(maps):  # scaled at each step, perhaps they are
+            maps = maps_seen_by(None)
+        if not_finite(maps):
             if observer is None or not observer.finite:  # once more, to find the call
                 maps_seen_by(Observer(finite=True))
             raise FloatingPointError(
@@ -574,6 +581,7 @@ class AbsLRP(GradientAttribution):
         observer: Observer | None = None,
         *,
         checked: bool = True,
+        chains: bool = True,
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
@@ -590,7 +598,12 @@ class AbsLRP(GradientAttribution):
             seeds.append(contrasted)
         changes: list[Tensor] = []
         relevances = propagate(
-            output, explained, torch.stack(seeds), positive=not signed, changes=changes
+            output,
+            explained,
+            torch.stack(seeds),
+            positive=not signed,
+            changes=changes,
+            chains=chains,
         )
         started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
         return _Maps(relevances, [started, *changes], explained is leaves, values)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
 
+from captum_abslrp.engine.arguments import instances_in
 from captum_abslrp.engine.saved import storage_of
 
 __all__ = ["simplify"]
@@ -33,16 +35,13 @@ def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code()
-    values: dict[Node, Any] = {}
-    changing = _changed(module)
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            value = operator.attrgetter(node.target)(module)
-            if storage_of(value) not in live:
-                values[node] = value
-        elif _is_constant(node, values) and node not in changing:
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+    changing: set[Node] = set()
+    while True:  # what depends on memory that is overwritten is no constant
+        values = _constants(module, live, changing)
+        found = _overwritten(graph, values)
+        if not found:
+            break
+        changing |= found
     count = 0
     for node, value in values.items():
         if node.op == "get_attr" or not _is_kept(node, value, values):
@@ -59,9 +58,25 @@ def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
     module.recompile()
 
 
-_ATEN = torch.ops.aten
-_NOTHING = (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh_copy.default)
-"""Operators that return what they get where there is no history and nothing is overwritten."""
+_NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+"""Operators that return what they get, where there is no history."""
+
+
+def _constants(
+    module: GraphModule, live: Collection[int], changing: Collection[Node]
+) -> dict[Node, Any]:
+    """The values of the nodes that are the same in every run."""
+    values: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(node.target)(module)
+            known = storage_of(value) not in live
+        elif known := _is_constant(node, values):
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            value = node.target(*args, **kwargs)
+        if known and node not in changing:
+            values[node] = value
+    return values
 
 
 def _is_constant(node: Node, values: dict[Node, Any]) -> bool:
@@ -70,13 +85,24 @@ def _is_constant(node: Node, values: dict[Node, Any]) -> bool:
         return False
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
-    tags = node.target.tags
-    random = torch.Tag.nondeterministic_seeded in tags or "empty" in str(node.target)
-    size = node.meta.get("val")
-    large = isinstance(size, Tensor) and size.numel() > LARGEST
-    return not random and not large and not node.target._schema.is_mutable
+    random = torch.Tag.nondeterministic_seeded in node.target.tags or node.target in _UNDEFINED
+    is_view = any(argument.alias_info for argument in node.target._schema.arguments)
+    made = node.meta.get("val")
+    large = isinstance(made, Tensor) and made.numel() > LARGEST and not is_view
+    return not (random or large or node.target._schema.is_mutable)
+
+
+_ATEN = torch.ops.aten
+_UNDEFINED = (
+    _ATEN.empty.memory_format,
+    _ATEN.empty_like.default,
+    _ATEN.empty_strided.default,
+    _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+)
+"""Operators whose results have no values yet."""
 
 
 def _is_kept(node: Node, value: Any, values: dict[Node, Any]) -> bool:
@@ -88,44 +114,19 @@ def _is_kept(node: Node, value: Any, values: dict[Node, Any]) -> bool:
     )
 
 
-def _changed(module: GraphModule) -> set[Node]:
-    """The nodes whose memory an operator overwrites, by whatever name."""
-    parent: dict[Node, Node] = {}
-
-    def root(node: Node) -> Node:
-        while node in parent:
-            node = parent[node]
-        return node
-
-    overwritten = []
-    for node in module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        for of, changes in _aliases(node):
-            if changes:
-                overwritten.append(of)
-            if root(of) is not root(node):
-                parent[root(node)] = root(of)
-    roots = set(map(root, overwritten))
-    return {node for node in module.graph.nodes if root(node) in roots}
+def _overwritten(graph: Graph, values: dict[Node, Any]) -> set[Node]:
+    """The constants whose memory an operator overwrites, by whatever name."""
+    written = set()
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            for position, argument in enumerate(node.target._schema.arguments):
+                if argument.is_write:
+                    of = node.args[position : position + 1] or node.kwargs.get(argument.name)
+                    written |= _memory_of([values.get(n) for n in instances_in(Node, of)])
+        elif not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
+            written |= _memory_of([values.get(n) for n in node.all_input_nodes])  # who knows
+    return {node for node, value in values.items() if _memory_of(value) & written}
 
 
-def _aliases(node: Node) -> Iterator[tuple[Node, bool]]:
-    """The arguments that the result of a node may share memory with, and whether they are overwritten."""
-    if node.target is operator.getitem:
-        yield node.args[0], False  # type: ignore[misc]  # of a tuple
-        return
-    if not isinstance(node.target, torch._ops.OpOverload):
-        for input in node.all_input_nodes:
-            yield input, True
-        return
-    for position, argument in enumerate(node.target._schema.arguments):
-        info = argument.alias_info
-        if info is None:
-            continue
-        given = node.kwargs.get(argument.name)
-        if given is None and position < len(node.args):
-            given = node.args[position]
-        for one in given if isinstance(given, (list, tuple)) else [given]:
-            if isinstance(one, Node):
-                yield one, info.is_write
+def _memory_of(value: Any) -> set[int]:
+    return set(map(storage_of, instances_in(Tensor, value)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from captum_abslrp.checks import plain
 from captum_abslrp.chunks import Samples
+from captum_abslrp.engine.arguments import instances_in
 from captum_abslrp.engine.samples import Misaligned
 from captum_abslrp.engine.saved import storage_of
 from captum_abslrp.engine.state import unchanged
@@ -32,7 +34,8 @@ class Program(nn.Module):
 
     :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` makes it. It holds no Python of the model or of this
     package, so that it runs with less overhead, in CUDA graphs, under ``torch.compile`` and ``torch.export``.
-    It reads the model's weights: where they are updated in place, it explains the updated model.
+    It reads the memory that the model's weights had when it was traced: where they are updated in place, it
+    explains the updated model; where they were replaced (``model.to(...)``, ``assign=True``), the old one.
 
     Attributes:
         graph: the operators, a :class:`torch.fx.GraphModule` from the flat tensors of the arguments to
@@ -70,7 +73,8 @@ class Program(nn.Module):
         Returns:
             The explained output of the model, (B, ...), and relevance shaped like ``inputs``. Of samples that
             ``attribute`` would refuse, relevance is NaN: where an input is not finite, a target is out of
-            range, or the contrast is the target itself.
+            range, or the contrast is the target itself. So it is where ``attribute`` would run once more,
+            because relevance of both signs became so little that it may be a rounding error.
 
         Raises:
             TypeError, ValueError: if an argument is not as in the example.
@@ -116,7 +120,7 @@ class Program(nn.Module):
 
 def trace(
     model: nn.Module,
-    explain: Callable[[Samples], tuple[Tensor, list[Tensor]]],
+    explain: Callable[[Samples, bool], tuple[Tensor, Tensor, list[Tensor]]],
     inputs: Any,
     target: Target,
     additional_forward_args: Any,
@@ -127,7 +131,8 @@ def trace(
 
     Args:
         model: the model, in evaluation mode, which is left as it is.
-        explain: from samples to the explained output, (B, ...), and relevance of each input, unchecked.
+        explain: from samples, and whether relevance may stay unscaled for some steps, to the explained
+            output, (B, ...), which samples have a target that fits, (B,), and relevance of each input.
         inputs, target, additional_forward_args, contrast: the example.
         expected: the map of the example, as the program shall compute it.
 
@@ -146,34 +151,67 @@ def trace(
     extra = _format_additional_forward_args(additional_forward_args) or ()
     leaves_of_extra, of_extra = tree_flatten(extra)
 
-    def run(*given: Tensor) -> list[Tensor]:
+    def run(chains: bool, *given: Tensor) -> list[Tensor]:
         values, rows = [*given], None
         if target is not None:
             rows = values.pop()
         leaves, further = values[:count], iter(values[count:])
         arguments = [next(further) if isinstance(v, Tensor) else v for v in leaves_of_extra]
         samples = Samples(tuple(leaves), rows, others, tuple(tree_unflatten(arguments, of_extra)))
-        output, relevances = explain(samples)
-        valid = _valid(output, leaves, rows, others)
+        output, fits, relevances = explain(samples, chains)
+        finite = [x.isfinite().view(batch_size, -1).all(1) for x in leaves]
+        valid = torch.stack([fits, *finite]).all(0)
         masked = [r.where(valid.view(-1, *[1] * (r.dim() - 1)), torch.nan) for r in relevances]
         return [output, *masked]
 
+    indices = 0 if target is None else tensors[-1].shape[1]
+    for chains in (True, False):  # where relevance has to be scaled at each step
+        graph = _graph(partial(run, chains), tensors, model)
+        program = Program(graph, tensors, spec, indices=indices)
+        found = program(inputs, target, additional_forward_args)[1]
+        pairs = [*zip(*map(_tuple, (found, expected)), strict=True)]
+        if all(bool(relevance.isfinite().all()) for relevance, _ in pairs):
+            break
+    for relevance, of_example in pairs:
+        largest = float(of_example.abs().max())
+        if not torch.allclose(relevance, of_example, rtol=1e-2, atol=1e-2 * largest):
+            raise RuntimeError(
+                "Expected the program to give the map of the explanation that it was traced with, but got "
+                "another one: the model, or a rule of yours, does not compute the same in every run."
+            )
+    return program
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _graph(run: Callable[..., Any], tensors: Sequence[Tensor], model: nn.Module) -> GraphModule:
+    """The graph of a function of tensors that runs a model."""
     example = [x.detach().clone() for x in tensors]
     with warnings.catch_warnings(), torch.inference_mode(False), unchanged(model):
         warnings.simplefilter("ignore")  # the explanation of the example has warned
         try:
             with torch.enable_grad():
-                graph = make_fx(run)(*example)
+                graph = make_fx(lambda *given: run(*given))(*example)
         except Misaligned as error:
             raise ValueError(
                 "Expected the model to keep samples apart in the leading dimension to be traced for a batch, "
                 "but got one that moves or mixes them. Trace it for one sample."
             ) from error
+        except (RuntimeError, NotImplementedError) as error:
+            if type(error) not in (RuntimeError, NotImplementedError):
+                raise  # of a kind of its own: it says what is wrong
+            raise ValueError(
+                f"Expected the forward pass of {type(model).__name__} to run the same operators whatever the "
+                f"values are, and to overwrite none of its own tensors, to be traced, but got: "
+                f"{str(error).splitlines()[0]} Use `attribute`."
+            ) from error
     _own(graph)
-    simplify(graph, live={storage_of(t) for t in (*model.parameters(), *model.buffers())})
-    program = Program(graph, tensors, spec, indices=0 if target is None else tensors[-1].shape[1])
-    _check(program(inputs, target, additional_forward_args)[1], expected)
-    return program
+    inside = [value for module in model.modules() for value in instances_in(Tensor, vars(module))]
+    live = [*model.parameters(), *model.buffers(), *inside]
+    simplify(graph, live={storage_of(tensor) for tensor in live})
+    return graph
 
 
 def _flat(inputs: Any, additional_forward_args: Any) -> tuple[list[Tensor], Any]:
@@ -199,27 +237,6 @@ def _rows(target: Target, batch_size: int, device: torch.device) -> Tensor:
     return rows.to(device)
 
 
-def _valid(
-    output: Tensor, inputs: Sequence[Tensor], target: Tensor | None, contrast: Any
-) -> Tensor:
-    """Which samples can be explained, (B,)."""
-    finite = [x.isfinite().flatten(1).all(1) for x in inputs]
-    valid = torch.stack(finite).all(0)
-    sizes = output.shape[1:] if output.dim() > 1 and output[0].numel() > 1 else (1,)
-    if target is None:
-        return valid
-    for index, size in zip(target.unbind(1), sizes):
-        valid = valid & (index >= -size) & (index < size)
-    if isinstance(contrast, Tensor) and contrast.shape == target.shape:
-        of_contrast = contrast.to(target.device)
-        same = [
-            a.remainder(size) == b.remainder(size)
-            for a, b, size in zip(target.unbind(1), of_contrast.unbind(1), sizes)
-        ]
-        valid = valid & ~torch.stack(same).all(0)
-    return valid
-
-
 def _own(graph: GraphModule) -> None:
     """Give the graph tensors of its own on the memory of the model's, so that nobody moves both."""
     for name, parameter in [*graph.named_parameters()]:
@@ -236,16 +253,3 @@ def _layout(x: Tensor) -> Layout:
 
 def _described(layouts: Sequence[Layout]) -> str:
     return ", ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in layouts)
-
-
-def _check(found: Any, expected: Any) -> None:
-    """Raise if the program does not repeat the explanation that it was traced with."""
-    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True)
-    for program, explanation in pairs:
-        if not torch.allclose(
-            program, explanation, rtol=1e-2, atol=1e-2 * float(explanation.abs().max())
-        ):
-            raise RuntimeError(
-                "Expected the program to give the map of the explanation that it was traced with, but got "
-                "another one: the model, or a rule of yours, does not compute the same in every run."
-            )

@@ -24,6 +24,7 @@ __all__ = [
     "class_dimension",
     "contrast_seed",
     "expand_target",
+    "fitting_targets",
     "target_seed",
 ]
 
@@ -155,10 +156,11 @@ def target_seed(
             f"{tuple(output.shape)}."
         )
     if values == 1:
-        if checked and target is not None and on_host(((target != 0) & (target != -1)).any()):
+        outside = None if target is None else ~_in_range(output, target)
+        if checked and target is not None and outside is not None and on_host(outside.any()):
             raise IndexError(
                 f"Expected `{name}` to be 0 or None for a model with one output per sample, but got "
-                f"{target[((target != 0) & (target != -1)).any(1)][0].tolist()}."
+                f"{target[outside][0].tolist()}."
             )
         return output if signed else torch.ones_like(output)
     if target is None:
@@ -178,7 +180,12 @@ def target_seed(
         )
     scores = _sums_behind(output, indexed)
     if checked:
-        _check_range(scores, target, name)
+        outside = ~_in_range(scores, target)
+        if on_host(outside.any()):
+            raise IndexError(
+                f"Expected `{name}` to lie within the output shape {tuple(scores.shape[1:])} of each "
+                f"sample, but got {target[outside][0].squeeze().tolist()}."
+            )
     ones = _one_hot(scores, target)
     return _spread(ones, output, indexed, signed=signed)
 
@@ -226,8 +233,7 @@ def contrast_seed(
         return None
     if isinstance(contrast, Tensor):
         seed = target_seed(output, contrast, class_dim=class_dim, name="contrast", checked=checked)
-        of_target = target_seed(output, target, class_dim=class_dim, checked=checked)
-        same = (seed == of_target).flatten(1).all(1)
+        same = _is_same(seed, target_seed(output, target, class_dim=class_dim, checked=checked))
         if checked and on_host(same.any()):
             raise ValueError(
                 "Expected `contrast` to be another class than `target`, but got the same one for "
@@ -302,16 +308,42 @@ def _sums_behind(output: Tensor, indexed: int) -> Tensor:
     return output if indexed == output.dim() - 1 else output.flatten(indexed + 1).sum(-1)
 
 
-def _check_range(scores: Tensor, target: Tensor, name: str) -> None:
-    """Raise where an index is out of range; there is one for each dimension of the scores."""
-    sizes = torch.tensor(scores.shape[1:])
-    # Targets are on the host, see `expand_target`: nothing has to be waited for.
-    outside = ((target < -sizes) | (target >= sizes)).any(1)
-    if on_host(outside.any()):
-        raise IndexError(
-            f"Expected `{name}` to lie within the output shape {tuple(scores.shape[1:])} of each "
-            f"sample, but got {target[outside][0].squeeze().tolist()}."
-        )
+def fitting_targets(
+    output: Tensor, target: Tensor | None, contrast: Contrast, class_dim: int | None
+) -> Tensor:
+    """Which samples have a target and a contrast that :func:`contrast_seed` takes, without raising.
+
+    Args:
+        output, target, contrast, class_dim: as for :func:`contrast_seed`.
+
+    Returns:
+        Tensor of B bools.
+
+    Example:
+        >>> fitting_targets(torch.zeros(2, 3), torch.tensor([[2], [3]]), None, None)
+        tensor([ True, False])
+    """
+    fits = torch.ones(len(output), dtype=torch.bool, device=output.device)
+    given = [t for t in (target, contrast) if isinstance(t, Tensor)]
+    for indices in given:
+        fits = fits & _in_range(output, indices.to(output.device))
+    if isinstance(contrast, Tensor) and output[0].numel() > 1:
+        options: dict[str, Any] = {"class_dim": class_dim, "checked": False}
+        seeds = [target_seed(output, indices, **options) for indices in (target, contrast)]
+        fits = fits & ~_is_same(*seeds)
+    return fits
+
+
+def _is_same(seed: Tensor, other: Tensor) -> Tensor:
+    """Which samples have the same seed, (B,)."""
+    return (seed == other).flatten(1).all(1)
+
+
+def _in_range(output: Tensor, target: Tensor) -> Tensor:
+    """Which samples have indices that are in the range of the first dimensions of an output, (B,)."""
+    sizes = [*output.shape[1:]] if output[0].numel() > 1 else [1] * target.shape[1]
+    found = [(at >= -size) & (at < size) for at, size in zip(target.unbind(1), sizes)]
+    return torch.stack(found).all(0)
 
 
 def _one_hot(scores: Tensor, target: Tensor) -> Tensor:

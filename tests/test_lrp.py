@@ -638,3 +638,30 @@ def test_relevance_of_zeros_goes_on(rule: Any, at: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(Step, "expect_no_zeros", lambda step: None)
     slow = LRP(model, "epsilon").attribute(x, 1, contrast="others")
     assert relative_error(fast, slow) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus_flat", "attnlrp", "res_lrp"])
+def test_calls_that_have_no_closed_form(name: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 1), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            masked = self.first(x).masked_fill(torch.arange(6) > 3, -float("inf"))
+            return self.head((masked * self.second(x).abs()).softmax(1))
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.layer_norm(self.first(x), (6,), self.second(x)[0]))
+
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.Linear(6, 6), nn.MaxPool1d(2), nn.Linear(3, 4))
+    x = torch.randn(1, 6)
+    for model in (pooled, Masked(), Normed()):
+        relevance = LRP(model.eval(), name).attribute(x, 1)
+        assert relevance.isfinite().all() and relevance.any()

@@ -186,6 +186,42 @@ def test_what_attribute_refuses_is_nan() -> None:
     assert relevance[[0, 1, 3]].isnan().all() and torch.equal(relevance[2], expected[2])
 
 
+def test_the_predicted_class_is_not_its_own_contrast() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    x = torch.randn(20, 6)
+    predicted = model(x).argmax(1)
+    first = predicted[0]
+    program = AbsLRP(model).trace(x[predicted != first][:1], contrast=int(first))
+    assert program(x[:1])[1].isnan().all()
+
+
+def test_each_index_of_a_single_output_is_looked_at() -> None:
+    model = nn.Sequential(nn.Linear(6, 1), nn.Unflatten(1, (1, 1))).eval()
+    x = torch.randn(2, 6)
+    program = AbsLRP(model).trace(x, (0, 0))
+    assert torch.equal(program(x, (0, -1))[1], AbsLRP(model).attribute(x, (0, 0)))
+    assert program(x, (0, 5))[1].isnan().all()
+
+
+def test_samples_may_be_numbers() -> None:
+    class Numbers(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, None])
+
+    model, x = Numbers(1, 4).eval(), torch.rand(3)
+    assert torch.equal(AbsLRP(model).trace(x, 1)(x, 2)[1], AbsLRP(model).attribute(x, 2))
+
+
+def test_models_that_decide_by_values_are_refused() -> None:
+    class Deciding(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    with pytest.raises(ValueError, match="to run the same operators whatever the values are"):
+        AbsLRP(Deciding(3, 4).eval()).trace(torch.rand(1, 3), 1)
+
+
 def test_arguments_have_to_be_as_in_the_example() -> None:
     model = model_of("demo:vgg")
     program = AbsLRP(model).trace(draw(model, 2), 1)
@@ -214,6 +250,21 @@ def test_a_program_reads_the_weights_of_the_model() -> None:
             tensor.data.mul_(1 + 0.1 * torch.rand_like(tensor))
     assert torch.equal(program(x, 2)[1], AbsLRP(model).attribute(x, 2))
     assert not torch.equal(program(x, 2)[1], before)
+
+
+@pytest.mark.parametrize("tensor", ["parameter", "attribute"])
+def test_tensors_of_the_model_are_no_constants(tensor: str) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.factor
+
+    model, x = Scaled(3, 4).eval(), torch.randn(2, 3)
+    factor = torch.rand(4)
+    model.factor = nn.Parameter(factor) if tensor == "parameter" else factor
+    program = AbsLRP(model).trace(x, 1)
+    model.factor.data.mul_(-2)
+    assert torch.equal(program(x, 2)[0], model(x))
+    assert torch.equal(program(x, 2)[1], AbsLRP(model).attribute(x, 2))
 
 
 class Mixing(nn.Linear):
@@ -317,6 +368,22 @@ def test_constants_that_are_overwritten_are_made_in_every_run() -> None:
         return sums + part.sum(1)
 
     assert "aten.zeros.default" in operators(simplified(overwrites, torch.randn(3)))
+
+
+def test_constants_that_are_copied_or_viewed_may_be_overwritten() -> None:
+    def copies(x: Tensor) -> Tensor:
+        h = torch.tensor([1.0, 2.0, 3.0])
+        h.add_(1)
+        return h * x
+
+    def views(x: Tensor) -> Tensor:
+        h = (torch.ones(1, 3, 2) @ torch.ones(2, 3))[0]
+        before = h[0].sum()
+        h.add_(x.detach())
+        return h[0] * x + before + h[1].sum()
+
+    for function in (copies, views):
+        simplified(function, torch.randn(3))
 
 
 def test_large_constants_are_made_in_every_run() -> None:

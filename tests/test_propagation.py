@@ -25,9 +25,16 @@ def test_a_long_chain_stays_within_the_range_of_float32(monkeypatch: pytest.Monk
     exact = AbsLRP(chain.double()).attribute(x.double(), 1, contrast=None)
     chain.float()
     assert relative_error(AbsLRP(chain).attribute(x, 1, contrast=None), exact) < 1e-2
-    monkeypatch.setattr(propagation, "UNSCALED_STEPS", 1000)  # so the limit is what it takes
-    with pytest.raises(FloatingPointError):
-        AbsLRP(chain).attribute(x, 1, contrast=None)
+    monkeypatch.setattr(propagation, "UNSCALED_STEPS", 1000)  # which leaves the range
+    run, lengths = propagation._prepare, []
+
+    def noted(order: Any, arriving: Any, explained_at: Any, longest: int) -> None:
+        lengths.append(longest)
+        run(order, arriving, explained_at, longest)
+
+    monkeypatch.setattr(propagation, "_prepare", noted)
+    assert relative_error(AbsLRP(chain).attribute(x, 1, contrast=None), exact) < 1e-2
+    assert lengths == [1000, 0]  # once more, scaled at each step
 
 
 class Branches(nn.Module):
@@ -80,3 +87,28 @@ def test_totals_that_are_carried_are_those_that_would_be_summed(
     monkeypatch.setattr(propagation, "UNSCALED_STEPS", 0)
     assert relative_error(carried, attributor.attribute(x, 1, contrast=contrast)) < 1e-12
     assert any(known)
+
+
+class Biased(nn.Module):
+    """A branch of layers whose biases outweigh their inputs by far: little relevance is left of it."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        layers = [layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.GELU())]
+        for layer in layers[::2]:
+            layer.weight.data.mul_(scale)
+        self.branch, self.head = nn.Sequential(*layers), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.branch(x))
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+@pytest.mark.parametrize("scale", [1e-2, 1e-3])
+def test_little_relevance_is_not_taken_for_rounding(normalization: str, scale: float) -> None:
+    torch.manual_seed(0)
+    model, x = Biased(scale).eval(), torch.randn(3, 6)
+    attributor = AbsLRP(model, normalization=normalization)
+    found = attributor.attribute(x, 1, contrast=None)
+    exact = AbsLRP(model.double(), normalization=normalization)
+    assert relative_error(found, exact.attribute(x.double(), 1, contrast=None)) < 1e-4

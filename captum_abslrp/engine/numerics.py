@@ -132,6 +132,7 @@ def scale(
     whole: Tensor | None = None,
     positive: Sequence[bool] | None = None,
     signed: bool = True,
+    unscaled: bool = False,
     kept: Collection[int] = (),
 ) -> list[Tensor]:
     """Scale what one call hands to its inputs, sample by sample, in place.
@@ -150,6 +151,8 @@ def scale(
         whole: with ``joint``, what all inputs together stand for, (B,); None for the sum of them.
         positive: for each input whether it and its relevance are known to be nowhere negative.
         signed: whether relevance may be of both signs, so that it may cancel.
+        unscaled: whether what arrived had another scale than the total, so that nobody knows whether little
+            relevance is a rounding error: then it becomes NaN.
         kept: the inputs whose shares stay as they are, because their scale does not matter.
 
     Returns:
@@ -181,7 +184,10 @@ def scale(
         # A sum that is infinite leaves NaN, not zeros that look like a map.
         factor = totals / total.clamp(min=LEAST) + (total - total)
         least = totals * rounding(s.dtype) if signed else LEAST
-        factor = factor.masked_fill(total < least, 0)
+        little = total < least
+        factor = factor.masked_fill(little, 0)
+        if unscaled and signed:
+            factor = factor.masked_fill(little & (total > 0), torch.nan)
         if joint:
             scaled.append(found[i] * factor)
         if i in kept:

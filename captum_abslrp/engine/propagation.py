@@ -42,6 +42,7 @@ def propagate(
     *,
     positive: bool = False,
     changes: list[Tensor] | None = None,
+    chains: bool = True,
 ) -> list[Tensor]:
     """Relevance of tensors for relevance of the output that depends on them.
 
@@ -55,6 +56,8 @@ def propagate(
         positive: whether the seeds are known to be nowhere negative.
         changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
             score, where signs do.
+        chains: whether steps that follow each other may leave the scale of relevance as it is. A sample is
+            NaN then if relevance of both signs becomes so little that it may be a rounding error.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
@@ -66,7 +69,7 @@ def propagate(
     explained_at = {_place(tensor) for tensor in explained}
     order, arriving = _in_order(last)
     first, tail = _mark_tail(order, arriving)
-    _prepare(order, arriving, explained_at)
+    _prepare(order, arriving, explained_at, UNSCALED_STEPS if chains else 0)
     values = in_full_precision(output.detach()).abs()
     if first:  # the first rules divide by `|z| + EPS`, as in the definition
         values += EPS
@@ -307,11 +310,15 @@ def logits(output: Tensor) -> Tensor:
 
 
 def _prepare(
-    order: Sequence[Any], arriving: dict[Any, int], explained_at: Collection[Place]
+    order: Sequence[Any],
+    arriving: dict[Any, int],
+    explained_at: Collection[Place],
+    longest: int,
 ) -> None:
     """Tell the steps which of their inputs need not be scaled, and that what arrives is their own.
 
-    Each step passes memory of its own, and a call that moves elements passes what arrives to one place.
+    Each step passes memory of its own, and a call that moves elements passes what arrives to one place. At
+    most `longest` steps follow each other unscaled.
     """
     stops = {node for node, _ in explained_at}
     depth: dict[Any, int] = {}
@@ -346,8 +353,9 @@ def _prepare(
             target = next_step(following, joint=step.joint)
             if target is None or dtype not in (torch.float32, torch.float64):
                 continue
-            if depth.get(node, 0) + 1 < UNSCALED_STEPS:
+            if depth.get(node, 0) + 1 < longest:
                 depth[target] = depth.get(node, 0) + 1
+                target.step.arrives_unscaled = True
                 unscaled.add(i)
         step.unscaled = frozenset(unscaled)
 

@@ -53,6 +53,8 @@ class Step:
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
     """Sources whose scale does not matter, because what comes next is scaled itself."""
+    arrives_unscaled: bool = False
+    """Whether the scale of what arrives is none in particular, so that its size tells nothing."""
     scale_now: bool = False
     """Whether all inputs are to be scaled nevertheless."""
     observed: ObservedCall | None = None
@@ -251,6 +253,7 @@ class Step:
                     joint=joint,
                     whole=whole,
                     signed=not known,
+                    unscaled=self.arrives_unscaled,
                     positive=[known and self.nonnegative[i] for i in chosen],
                     kept=[n for n, i in enumerate(chosen) if i in unscaled],
                 )

@@ -267,6 +267,20 @@ def _rsigma(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return (x.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centered = input - input.mean(dims, keepdim=True)
+    result = centered * _rsigma(centered, dims, eps)
+    return result if weight is None else result * weight
+
+
 def _rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -322,13 +336,16 @@ class NormalizationRule(EpsilonRule):
     """
 
     _frozen: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
+        "layer_norm": _layer_norm,
         "rms_norm": _rms_norm,
         "group_norm": _group_norm,
         "instance_norm": _instance_norm,
     }
 
     def form_of(self, call: Call) -> Form | None:
-        if call.name == "layer_norm":
+        if call.name == "layer_norm" and not any(
+            map(is_source, (*call.operands[1:], *call.kwargs.values()))
+        ):
             return partial(record_layer_norm, epsilon=self.epsilon)
         frozen = self._frozen.get(call.name)
         if frozen is None:

@@ -125,7 +125,7 @@ def _record_bilinear(
         values = [value() for value in kept]
         found = back(g if parts == 1 else g.div_(parts), *values)
         return [
-            with_sign_of(share.sum_to_size(x.shape), x)
+            with_sign_of(share.nan_to_num_(0.0).sum_to_size(x.shape), x)  # masks are infinite
             for share, x in compress(zip(found, values, strict=True), wanted)
         ]
 
@@ -212,8 +212,10 @@ def suits(call: Call) -> Form | None:
         return None
     if any(is_source(v) for v in call.kwargs.values()):
         return None
-    if call.name in pooling.MAX_POOLS and call.kwargs.get("return_indices"):
-        return None
+    if call.name in pooling.MAX_POOLS:
+        batched = given[0].dim() == int(call.name[-2]) + 2
+        if call.kwargs.get("return_indices") or not batched:
+            return None
     return _FORMS.get(call.name)
 
 
