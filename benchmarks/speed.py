@@ -30,7 +30,8 @@ import torch
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP
+from benchmarks.real_methods import has_attention
+from captum_abslrp import LRP, AbsLRP
 from captum_abslrp.methods import get_method
 
 MODELS = ("vgg16", "resnet50", "vit_base_patch16_224")
@@ -44,8 +45,14 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor], Run]] = {
     "AbsLRP, target and contrast, joint": lambda m, x, t: (
         lambda: AbsLRP(m, normalization="joint").attribute(x, t)
     ),
+    "LRP, target less others": lambda m, x, t: (
+        lambda: LRP(m, "attnlrp" if has_attention(m) else "epsilon").attribute(
+            x, t, contrast="others"
+        )
+    ),
+    "AbsLRP.recommended": lambda m, x, t: lambda: AbsLRP.recommended(m).attribute(x, t),
     "DeepLift": lambda m, x, t: lambda: get_method("deeplift")(m)(x, t),
-    "LRP": lambda m, x, t: lambda: get_method("lrp")(m)(x, t),
+    "Captum's LRP": lambda m, x, t: lambda: get_method("lrp")(m)(x, t),
     "IntegratedGradients(50)": lambda m, x, t: (
         lambda: IntegratedGradients(m).attribute(
             x, target=t, n_steps=50, internal_batch_size=4 * len(x)

@@ -543,14 +543,17 @@ class AbsLRP(GradientAttribution):
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
                 return self._maps(samples, combine, class_dim, forward, observer, chains=chains)
 
-        def not_finite(maps: _Maps) -> bool:
+        for chains in (True, False):  # what is not finite may be so when it is scaled at each step
+            try:
+                maps = maps_seen_by(observer, chains=chains)
+            except FloatingPointError:  # by the observer
+                if chains:
+                    continue
+                raise
             finite = torch.stack([r.isfinite().all() for r in maps.relevances]).all()
-            return (on_host(finite) if observer is None else bool(finite)) is False
-
-        maps = maps_seen_by(observer, chains=observer is None)
-        if observer is None and not_finite(maps):  # scaled at each step, perhaps they are
-            maps = maps_seen_by(None)
-        if not_finite(maps):
+            if (on_host(finite) if observer is None else bool(finite)) is not False:
+                break
+        else:
             if observer is None or not observer.finite:  # once more, to find the call
                 maps_seen_by(Observer(finite=True))
             raise FloatingPointError(

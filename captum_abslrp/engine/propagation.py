@@ -218,6 +218,8 @@ def _move_back(
         for i in range(count)
     ]
     results = list(zip(*of_seeds, strict=True))
+    if is_hook(node):  # each output is the input of the same number
+        return results, [arrived[n].totals if n in arrived else None for n in range(outputs)]
     known = [totals for _, totals in arrived.values() if totals is not None]
     if len(known) < len(arrived) or type(node).__name__ not in CONSERVING:
         return results, [None] * len(results)
@@ -229,7 +231,7 @@ def _conserves(node: Any) -> bool:
     """Whether a node passes on all of the relevance that arrives, and says how much it is."""
     if is_recorded(node):
         return bool(node.step.conserves)
-    return type(node).__name__ in CONSERVING
+    return is_hook(node) or type(node).__name__ in CONSERVING
 
 
 def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
