@@ -56,8 +56,9 @@ def propagate(
         positive: whether the seeds are known to be nowhere negative.
         changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
             score, where signs do.
-        chains: whether steps that follow each other may leave the scale of relevance as it is. A sample is
-            NaN then if relevance of both signs becomes so little that it may be a rounding error.
+        chains: whether steps that follow each other may leave the scale of relevance as it is. With
+            ``"joint"`` a sample is NaN then if relevance of both signs becomes so little that it may be a
+            rounding error.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
