@@ -16,7 +16,10 @@ from captum_abslrp.graphs import LARGEST, simplify
 from captum_abslrp.rules import TwinRule
 from tests.test_no_trace import no_trace
 
-pytestmark = pytest.mark.filterwarnings("ignore:The guided map is zero")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The guided map is zero"),
+    pytest.mark.filterwarnings("ignore:The maps of target and contrast differ"),  # random weights
+]
 
 
 def model_of(name: str) -> nn.Module:
