@@ -1,4 +1,4 @@
-"""The nodes of the autograd graph that steps are, and what is asked of them."""
+"""Nodes of the autograd graph that run a recorded step, and functions that tell kinds of nodes apart."""
 
 from __future__ import annotations
 

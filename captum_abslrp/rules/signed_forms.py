@@ -75,7 +75,6 @@ def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon:
         shares = []
         for kept, factor, nonnegative in zip(saved, factors, known, strict=True):
             x = kept()
-            # A mask is not a summand: `g` is 0 there.
             share = (g if factor == 1 else g * factor).sum_to_size(x.shape)
             share = share.clone() if share is g else share
             shares.append(with_sign_of(share, x, nonnegative=nonnegative))
