@@ -12,7 +12,9 @@ by autograd on detached inputs. Nothing of the package is used here. A probabili
 is that of a mask, here as there. Two things are said of rounding:
 
 - What is left of two parts of ``R_in`` that cancel to the last digits is no relevance, and neither is an
-  ``R_in`` that is less, in all, than the last digits of what it shall be (behind a saturated call). In
+  ``R_in`` that is less, in all, than the last digits of what it shall be. Relevance of a sample that was
+  nowhere negative on its way cannot have cancelled, so it is none of rounding, unless it is next to
+  nothing: a share of :data:`LEAST`. In
   ``sum |R_in| + EPS`` the stabiliser stands for that; it is no part of the rule, and is left out where there
   is relevance. The bound is that of :func:`is_rounding`, and nowhere else.
 - Where an output ``z`` is not far from EPS, the result depends on the stabiliser in ``s``; where an ``R_in``
@@ -41,6 +43,8 @@ from torch import Tensor, nn
 EPS = 1e-9
 ROUNDING = torch.finfo(torch.float64).eps ** (7 / 8)
 """Share of a sum's parts, or of a total, that is taken for rounding, in float64."""
+LEAST = 1e-30
+"""Share of a total that is taken for nothing, though none of it is negative."""
 TAILS = True
 """Whether networks with tails are drawn, and the definition has tail rules."""
 LARGEST = 200
@@ -54,7 +58,7 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 # ------------------------------------------------------------------------------------- the definition
 
 
-def is_rounding(amount: Tensor, parts: Any, share: float = ROUNDING) -> Tensor:
+def is_rounding(amount: Tensor, parts: Any, share: float | Tensor = ROUNDING) -> Tensor:
     """Whether an amount of relevance is no more than the rounding of the parts that it is made from.
 
     This is the one place where the bound is applied: change it here.
@@ -220,6 +224,7 @@ class Definition:
     ) -> list[Tensor]:
         """Relevance of a value for each seed, relevance of the output."""
         found: dict[Value, list[Tensor]] = {output: list(seeds)}
+        clean = {output: [_nonnegative(seed) for seed in seeds]}
         on_tail = self.on_tail(output)
         for place, entry in reversed(list(enumerate(self.entries))):
             arrived = found.pop(entry.output, None)
@@ -232,7 +237,7 @@ class Definition:
             elif entry.rule == "moved":
                 shares = self._back_through_move(entry, arrived)
             else:
-                shares = self._back_through_call(entry, arrived, joint=joint)
+                shares = self._back_through_call(entry, arrived, clean[entry.output], joint=joint)
             after = [sum(_totals(share[i]) for share in shares) for i in range(len(seeds))]
             for before, left in zip(arrived, after, strict=True):
                 if entry.rule != "call" or joint or place in on_tail:
@@ -240,6 +245,8 @@ class Definition:
                 self.lossless &= bool((before >= 0).all())
             for x, share in zip(entry.inputs, shares, strict=True):
                 self.lossless &= all(bool((part >= 0).all()) for part in share)
+                before = [c & _nonnegative(r) for c, r in zip(clean[entry.output], share)]
+                clean[x] = [a & b for a, b in zip(clean[x], before)] if x in clean else before
                 known = found.get(x)
                 found[x] = share if known is None else [a + b for a, b in zip(known, share)]
                 for a, b in zip(known or (), share):
@@ -264,7 +271,7 @@ class Definition:
         return [[of_seed[i] for of_seed in of_seeds] for i in range(len(leaves))]
 
     def _back_through_call(
-        self, entry: _Entry, arrived: Sequence[Tensor], *, joint: bool
+        self, entry: _Entry, arrived: Sequence[Tensor], clean: Sequence[Tensor], *, joint: bool
     ) -> list[list[Tensor]]:
         z = entry.output.data
         noise = self._noise(entry)
@@ -284,10 +291,14 @@ class Definition:
             shares.append(of_seeds)
         for k, r in enumerate(arrived):
             sums = [_totals(of_seeds[k]) for of_seeds in shares]
+            one_sign = clean[k]
+            for of_seeds in shares:
+                one_sign = one_sign & _nonnegative(of_seeds[k])
             if joint:
-                factors = [self._divided(_totals(r), sum(sums))] * len(sums)
+                factors = [self._divided(_totals(r), sum(sums), one_sign)] * len(sums)
             else:
-                factors = [self._divided(torch.ones_like(total), total) for total in sums]
+                ones = torch.ones_like(one_sign, dtype=r.dtype)
+                factors = [self._divided(ones, total, one_sign) for total in sums]
             for of_seeds, factor in zip(shares, factors, strict=True):
                 of_seeds[k] = of_seeds[k] * factor.view(-1, *[1] * (of_seeds[k].dim() - 1))
         return shares
@@ -306,8 +317,15 @@ class Definition:
                 return is_rounding(z.abs(), torch.maximum(xs[0].abs(), subtrahend))
         return torch.zeros_like(z, dtype=torch.bool)
 
-    def _divided(self, total: Any, by: Any) -> Tensor:
-        return torch.where(is_rounding(by, total, self.least), 0, total / by)
+    def _divided(self, total: Any, by: Any, one_sign: Tensor) -> Tensor:
+        """The factor that makes one amount the other; 0 where that would be a factor of rounding."""
+        least = torch.where(one_sign, LEAST, self.least)
+        return torch.where(is_rounding(by, total, least), 0, total / by)
+
+
+def _nonnegative(relevance: Tensor) -> Tensor:
+    """Whether no relevance of a sample is negative."""
+    return (relevance >= 0).flatten(1).all(1)
 
 
 def _gradients(z: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:

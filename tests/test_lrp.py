@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, inspect_rules, trace_relevance
 from captum_abslrp.engine.steps import Step
@@ -665,3 +666,34 @@ def test_calls_that_have_no_closed_form(name: str) -> None:
     for model in (pooled, Masked(), Normed()):
         relevance = LRP(model.eval(), name).attribute(x, 1)
         assert relevance.isfinite().all() and relevance.any()
+
+
+class _Products(TorchDispatchMode):
+    """Counts products with the weight of a convolution, forward and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward, self.transposed = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.forward += func is torch.ops.aten.convolution.default
+        self.transposed += func is torch.ops.aten.convolution_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gamma", "alpha_beta"])
+def test_groups_are_summed_once_for_all_seeds(name: str) -> None:
+    rule = {"gamma": GammaRule(0.5), "alpha_beta": AlphaBetaRule(2, 1)}[name]
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    layer.rule = rule  # type: ignore[assignment]  # as users set it
+    model = nn.Sequential(nn.ReLU(), layer, nn.Flatten()).eval()
+    attributor = AbsLRP(model)
+    counts = []
+    for contrast in (None, "others"):
+        with _Products() as products:
+            attributor.attribute(torch.rand(2, 8, 5, 5), 1, contrast=contrast)
+        counts.append((products.forward, products.transposed))
+    sums = 1 if name == "gamma" else 2  # that of the other sign is known
+    assert counts == [(1 + sums, 2), (1 + sums, 4)]

@@ -103,11 +103,12 @@ class Biased(nn.Module):
         return self.head(x + self.branch(x))
 
 
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
-def test_little_relevance_is_not_taken_for_rounding(scale: float) -> None:
+def test_little_relevance_is_not_taken_for_rounding(normalization: str, scale: float) -> None:
     torch.manual_seed(0)
     model, x = Biased(scale).eval(), torch.randn(3, 6)
-    attributor = AbsLRP(model, normalization="joint")
+    attributor = AbsLRP(model, normalization=normalization)
     found = attributor.attribute(x, 1, contrast=None)
-    exact = AbsLRP(model.double(), normalization="joint")
+    exact = AbsLRP(model.double(), normalization=normalization)
     assert relative_error(found, exact.attribute(x.double(), 1, contrast=None)) < 1e-4

@@ -152,7 +152,7 @@ def scale(
         positive: for each input whether it and its relevance are known to be nowhere negative.
         signed: whether relevance may be of both signs, so that it may cancel.
         unscaled: whether what arrived had another scale than the total, so that nobody knows whether little
-            relevance is a rounding error: with ``joint`` it becomes NaN then.
+            relevance of both signs is a rounding error: it becomes NaN then.
         kept: the inputs whose shares stay as they are, because their scale does not matter.
 
     Returns:
@@ -186,7 +186,7 @@ def scale(
         least = totals * rounding(s.dtype) if signed else LEAST
         little = total < least
         factor = factor.masked_fill(little, 0)
-        if joint and unscaled and signed:
+        if unscaled and signed:
             factor = factor.masked_fill(little & (total > 0), torch.nan)
         if joint:
             scaled.append(found[i] * factor)

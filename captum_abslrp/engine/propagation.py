@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from captum_abslrp.engine import numerics
+from captum_abslrp.engine.arguments import on_host
 from captum_abslrp.engine.complex import as_parts
 from captum_abslrp.engine.nodes import is_hook, is_recorded
 from captum_abslrp.engine.numerics import EPS, LEAST
@@ -56,9 +57,10 @@ def propagate(
         positive: whether the seeds are known to be nowhere negative.
         changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
             score, where signs do.
-        chains: whether steps that follow each other may leave the scale of relevance as it is. With
-            ``"joint"`` a sample is NaN then if relevance of both signs becomes so little that it may be a
-            rounding error.
+        chains: whether steps that follow each other may leave the scale of relevance as it is. A sample is
+            NaN then if relevance of both signs becomes so little that it may be a rounding error. Without
+            chains, each step is scaled, and whether relevance has both signs is read from its values (on
+            the host).
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
@@ -79,7 +81,8 @@ def propagate(
     start = in_full_precision(seeds) * TOTAL / values
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-        found = _run_back(order, (last, output.output_nr), list(start), explained_at, positive)
+        start_at = last, output.output_nr
+        found = _run_back(order, start_at, list(start), explained_at, positive, exact=not chains)
     if changes is not None:
         steps = [node.step for node in order if is_recorded(node)]
         changes += [torch.stack(step.changes) / TOTAL for step in steps if step.changes]
@@ -139,6 +142,8 @@ def _run_back(
     seeds: list[Tensor],
     explained_at: Collection[Place],
     positive: bool,
+    *,
+    exact: bool,
 ) -> dict[Place, list[Tensor]]:
     """Relevance per magnitude, for each seed, at the places that are explained."""
     needed = _leading_to(order, {node for node, _ in explained_at})
@@ -171,6 +176,8 @@ def _run_back(
         else:
             spares_zeros = node not in to_zeros
             results, totals = _move_back(node, arrived, len(seeds))
+        if exact and hands_on_signed and node not in signed:
+            hands_on_signed = _may_be_negative(results)
         del arrived
         for i, (target, number) in following:
             if results[i][0] is not None:
@@ -258,6 +265,12 @@ def _add(
     if positive and totals is not None and more.totals is not None:
         whole = [a + b for a, b in zip(totals, more.totals, strict=True)]
     pending[number] = _Arrived(together, whole)
+
+
+def _may_be_negative(results: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether relevance is negative somewhere, or may be: it is not looked at on a device."""
+    found = [s for of_input in results for s in of_input if s is not None]
+    return any(on_host((s < 0).any()) is not False for s in found)
 
 
 def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:

@@ -13,15 +13,12 @@ from captum_abslrp.rules.base import ConstantRule, PassThroughRule, Rule
 from captum_abslrp.rules.decompositions import DecomposedRule
 from captum_abslrp.rules.elementwise import DropoutRule
 from captum_abslrp.rules.factor import FactorRule
+from captum_abslrp.rules.groups import Group, LayerParts, LayerRule, Term
 from captum_abslrp.rules.lrp import (
     AlphaBetaRule,
     FirstLayerRule,
     FlatRule,
     GammaRule,
-    Group,
-    LayerParts,
-    LayerRule,
-    Term,
     WSquareRule,
     ZBoxRule,
     ZPlusRule,

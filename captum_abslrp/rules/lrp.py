@@ -7,125 +7,19 @@ inputs of both signs, contributions count by their own sign.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
-from captum_abslrp.engine.errors import UnsupportedCallError
-from captum_abslrp.engine.names import LAYERS
 from captum_abslrp.engine.nodes import history, is_recorded
 from captum_abslrp.engine.numerics import EPS
 from captum_abslrp.engine.tape import Record
-from captum_abslrp.rules.affine import Affine, affine_of
-from captum_abslrp.rules.base import Form, Rule
-from captum_abslrp.rules.signed import Layer, stabilized
-
-
-class Term(NamedTuple):
-    """Contributions ``factor * x * w`` to a group."""
-
-    x: Tensor | None
-    """None where the term is known to be zero."""
-    weight: Tensor
-    bias: Tensor | None = None
-    factor: float = 1.0
-
-
-class Group(NamedTuple):
-    """Contributions among which relevance is shared."""
-
-    terms: list[Term]
-    factor: float = 1.0
-    """How much of the relevance goes to this group."""
-    sign: int = 0
-    """The sign of the outputs that the group is for; 0 for all."""
-
-
-class LayerParts(NamedTuple):
-    """Input, weight and bias of a layer."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    is_nonnegative: bool
-    """Whether the input is known to have no negative entry."""
-
-    def positive(self, w: Tensor, v: Tensor, b: Tensor | None = None) -> list[Term]:
-        """``x^+ w + x^- v``: with the bias in the first one."""
-        negative = None if self.is_nonnegative else self.x.clamp(max=0)
-        return [Term(self.x.clamp(min=0), w, b), Term(negative, v)]
-
-
-class LayerRule(Rule):
-    """Base class of the rules of linear layers and convolutions.
-
-    A subclass defines :meth:`groups`.
-
-    Args:
-        stabilizer: is added to the sum of a group, with its sign.
-
-    Example:
-        >>> class PlainRule(LayerRule):  # the epsilon rule
-        ...     def groups(self, parts):
-        ...         return [Group([Term(parts.x, parts.weight, parts.bias)])]
-        >>> layer = nn.Linear(3, 2)
-        >>> layer.rule = PlainRule()
-        >>> AbsLRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
-        torch.Size([4, 3])
-    """
-
-    def __init__(self, stabilizer: float = EPS) -> None:
-        self.stabilizer = stabilizer
-
-    def groups(self, parts: LayerParts) -> list[Group]:
-        """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
-        raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
-
-    def form_of(self, call: Call) -> Form | None:
-        return self._record if call.name in LAYERS else None
-
-    def _record(self, call: Call, *_: Any, **__: Any) -> Record:
-        affine = affine_of(call)
-        if affine is None:
-            raise UnsupportedCallError(
-                f"Expected {call}, which has the rule {type(self).__name__}, to have a constant dense "
-                f"weight, but got one that depends on the explained inputs, or a sparse one. Use "
-                f"`EpsilonRule()` there."
-            )
-        output = call.run(lambda: affine.run(affine.input, affine.weight, affine.bias))
-        return self.record_affine(call, affine, output)
-
-    def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
-        """Record a layer by its parts."""
-        x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
-        b = None if affine.bias is None else call.save(affine.bias)
-        nonnegative = call.is_nonnegative(affine.input)
-
-        def propagate(s: Tensor) -> list[Tensor]:
-            values, output = x(), z()
-            relevance = numerics.relevance(output.abs().clamp(min=numerics.LEAST), s)
-            result = torch.zeros_like(values)
-            for group in self.groups(
-                LayerParts(values, w(), None if b is None else b(), nonnegative)
-            ):
-                terms = [(term.x, term) for term in group.terms if term.x is not None]
-                whole = torch.zeros_like(output)
-                for part, term in terms:
-                    whole += term.factor * affine.run(part, term.weight, term.bias)
-                g = group.factor * relevance / stabilized(whole, self.stabilizer)
-                if group.sign:
-                    g = g.masked_fill(output * group.sign <= 0, 0)
-                for part, term in terms:
-                    result += term.factor * part * affine.transposed(g, term.weight, values)
-            return [numerics.per_magnitude(result, values)]
-
-        return Record(
-            output, [affine.input], propagate, scaled=False, layer=Layer(affine, self.record_affine)
-        )
+from captum_abslrp.rules.base import Rule
+from captum_abslrp.rules.groups import Group, LayerParts, LayerRule, Term
 
 
 class ZPlusRule(LayerRule):
@@ -142,6 +36,8 @@ class ZPlusRule(LayerRule):
         >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
         torch.Size([4, 3])
     """
+
+    spares_zeros = True
 
     def groups(self, parts: LayerParts) -> list[Group]:
         w, b = parts.weight, parts.bias
@@ -165,6 +61,8 @@ class AlphaBetaRule(LayerRule):
         >>> LRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
         torch.Size([4, 3])
     """
+
+    spares_zeros = True
 
     def __init__(self, alpha: float = 2.0, beta: float = 1.0, stabilizer: float = EPS) -> None:
         if alpha < 0 or beta < 0 or abs(alpha - beta - 1) > 1e-9:
@@ -205,6 +103,8 @@ class GammaRule(LayerRule):
         torch.Size([4, 3])
     """
 
+    spares_zeros = True
+
     def __init__(self, gamma: float = 0.25, stabilizer: float = EPS) -> None:
         super().__init__(stabilizer)
         self.gamma = gamma
@@ -220,6 +120,17 @@ class GammaRule(LayerRule):
             Group(parts.positive(plus, minus, bias_plus), sign=1),
             Group(parts.positive(minus, plus, bias_minus), sign=-1),
         ]
+
+    def sums(
+        self,
+        groups: Sequence[Group],
+        output: Tensor,
+        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    ) -> list[Tensor]:
+        # The contributions of one sign, p, and of the other, n, add up to z: (z + gamma p) + (z + gamma n) is
+        # (2 + gamma) z. Where z is negative, as it is where the second sum counts, nothing cancels.
+        (positive,) = super().sums(groups[:1], output, run)
+        return [positive, (2 + self.gamma) * output - positive]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma})"

@@ -1,0 +1,195 @@
+"""Layers whose contributions are split into groups, within which relevance is shared by their size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_abslrp.engine import numerics
+from captum_abslrp.engine.calls import Call
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.engine.names import LAYERS
+from captum_abslrp.engine.numerics import EPS
+from captum_abslrp.engine.tape import Record
+from captum_abslrp.rules.affine import Affine, affine_of
+from captum_abslrp.rules.base import Form, Rule, once
+from captum_abslrp.rules.signed import Layer, stabilized
+
+
+class Term(NamedTuple):
+    """Contributions ``factor * x * w`` to a group."""
+
+    x: Tensor | None
+    """None where the term is known to be zero."""
+    weight: Tensor
+    bias: Tensor | None = None
+    factor: float = 1.0
+
+
+class Group(NamedTuple):
+    """Contributions among which relevance is shared."""
+
+    terms: list[Term]
+    factor: float = 1.0
+    """How much of the relevance goes to this group."""
+    sign: int = 0
+    """The sign of the outputs that the group is for; 0 for all."""
+
+
+@dataclass
+class LayerParts:
+    """Input, weight and bias of a layer."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    is_nonnegative: bool
+    """Whether the input is known to have no negative entry."""
+
+    @cached_property
+    def plus(self) -> Tensor:
+        """The positive part of the input."""
+        return self.x.clamp(min=0)
+
+    @cached_property
+    def minus(self) -> Tensor | None:
+        """The negative part of the input; None where it is known to be zero."""
+        return None if self.is_nonnegative else self.x.clamp(max=0)
+
+    def positive(self, w: Tensor, v: Tensor, b: Tensor | None = None) -> list[Term]:
+        """``x^+ w + x^- v``: with the bias in the first one."""
+        return [Term(self.plus, w, b), Term(self.minus, v)]
+
+
+class LayerRule(Rule):
+    """Base class of the rules of linear layers and convolutions.
+
+    A subclass defines :meth:`groups`.
+
+    Args:
+        stabilizer: is added to the sum of a group, with its sign.
+
+    Example:
+        >>> class PlainRule(LayerRule):  # the epsilon rule
+        ...     def groups(self, parts):
+        ...         return [Group([Term(parts.x, parts.weight, parts.bias)])]
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.rule = PlainRule()
+        >>> AbsLRP(nn.Sequential(layer)).attribute(torch.rand(4, 3), target=0).shape
+        torch.Size([4, 3])
+    """
+
+    spares_zeros: ClassVar[bool] = False
+    """Whether all terms are of the positive or the negative part of the input, so that zeros get nothing."""
+
+    def __init__(self, stabilizer: float = EPS) -> None:
+        self.stabilizer = stabilizer
+
+    def groups(self, parts: LayerParts) -> list[Group]:
+        """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
+        raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
+
+    def sums(
+        self,
+        groups: Sequence[Group],
+        output: Tensor,
+        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    ) -> list[Tensor]:
+        """What the contributions of each group add up to.
+
+        Args:
+            groups: of the layer.
+            output: ``z`` of the layer.
+            run: the layer as a function of input, weight and bias.
+        """
+        wholes = [torch.zeros_like(output) for _ in groups]
+        for whole, group in zip(wholes, groups, strict=True):
+            for term in group.terms:
+                if term.x is not None:
+                    whole.add_(run(term.x, term.weight, term.bias), alpha=term.factor)
+        return wholes
+
+    def form_of(self, call: Call) -> Form | None:
+        return self._record if call.name in LAYERS else None
+
+    def _record(self, call: Call, *_: Any, **__: Any) -> Record:
+        affine = affine_of(call)
+        if affine is None:
+            raise UnsupportedCallError(
+                f"Expected {call}, which has the rule {type(self).__name__}, to have a constant dense "
+                f"weight, but got one that depends on the explained inputs, or a sparse one. Use "
+                f"`EpsilonRule()` there."
+            )
+        output = call.run(lambda: affine.run(affine.input, affine.weight, affine.bias))
+        return self.record_affine(call, affine, output)
+
+    def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
+        """Record a layer by its parts."""
+        x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
+        b = None if affine.bias is None else call.save(affine.bias)
+        nonnegative = call.is_nonnegative(affine.input)
+
+        run, transposed = affine.run, affine.transposed
+
+        @once
+        def shared() -> tuple[LayerParts, list[tuple[list[Term], Tensor]]]:
+            """The terms of each group, and what relevance per magnitude of ``z`` is multiplied by."""
+            parts, output = LayerParts(x(), w(), None if b is None else b(), nonnegative), z()
+            groups = self.groups(parts)
+            factors = []
+            for group, whole in zip(groups, self.sums(groups, output, run), strict=True):
+                size = output.abs().clamp_(numerics.LEAST, torch.finfo(output.dtype).max)
+                factor = size.mul_(group.factor).div_(stabilized(whole, self.stabilizer))
+                if group.sign:
+                    numerics.rectify_in_place(factor, output, negative=group.sign < 0)
+                factors.append(factor)
+            return parts, [
+                (group.terms, factor) for group, factor in zip(groups, factors, strict=True)
+            ]
+
+        def propagate(s: Tensor) -> list[Tensor]:
+            parts, groups = shared()
+            products: dict[int, tuple[Tensor, Tensor]] = {}  # by the part of the input
+            for terms, factor in groups:
+                g = factor * s
+                for term in terms:
+                    if term.x is None:
+                        continue
+                    product = transposed(g, term.weight, parts.x)
+                    if term.factor != 1:
+                        product = product * term.factor
+                    if id(term.x) in products:
+                        product.add_(products[id(term.x)][1])
+                    products[id(term.x)] = term.x, product
+            return [_per_magnitude(parts, list(products.values()))]
+
+        return Record(
+            output,
+            [affine.input],
+            propagate,
+            scaled=False,
+            spares_zeros=self.spares_zeros,
+            layer=Layer(affine, self.record_affine),
+        )
+
+
+def _per_magnitude(parts: LayerParts, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Relevance per magnitude of the input of a layer, from parts of it and their relevance per value."""
+    x, result, others = parts.x, None, []
+    for part, product in products:
+        if part is parts.plus or part is parts.minus:
+            negative = part is not parts.plus
+            share = numerics.rectify_in_place(product, x, negative=negative)
+            share = share.neg_() if negative else share
+            result = share if result is None else result.add_(share)
+        else:
+            others.append(part * product)
+    if others:
+        share = numerics.per_magnitude(torch.stack(others).sum(0), x)
+        result = share if result is None else result.add_(share)
+    return torch.zeros_like(x) if result is None else result
