@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, UnsupportedCallError
+from captum_abslrp import LRP, AbsLRP, UnsupportedCallError
+from captum_abslrp.engine.saved import SavedTensor
 from tests.conftest import relative_error
 
 
@@ -613,3 +614,75 @@ def test_memory_is_freed_without_the_garbage_collector() -> None:
         assert seen and all(ref() is None for ref in seen)
     finally:
         gc.enable()
+
+
+class _Overwriting(nn.Module):
+    """Overwrites the output of a layer, which another tensor may look at."""
+
+    def __init__(self, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.look, self.layer, self.head = look, nn.Linear(6, 6), nn.Linear(6, 3)
+        self.in_place = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        if self.in_place:
+            seen = self.look(h)
+            h.relu_()
+            h += x
+        else:
+            h = self.layer(x).relu() + x
+            seen = self.look(h)
+        return self.head(h) + seen.detach().sum()
+
+
+LOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "at nothing": torch.zeros_like,
+    "by detach": lambda h: h.detach(),
+    "by data": lambda h: h.data,
+    "by a view": lambda h: h.detach().view(-1),
+    "by NumPy": lambda h: torch.from_numpy(h.detach().numpy()),
+    "by its memory": lambda h: torch.empty(0).set_(h.detach().untyped_storage()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:A value that is detached")
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_looks_at_memory_sees_what_overwrites_it(
+    look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = _Overwriting(LOOKS[look]).eval(), torch.rand(4, 6)
+    clones = []
+    release = SavedTensor.release
+    monkeypatch.setattr(
+        SavedTensor, "release", lambda saved: (clones.append(saved), release(saved))
+    )
+    # A constant of the score changes a map that starts as the logit.
+    relevance, delta = LRP(model, "epsilon").attribute(x, 1, return_convergence_delta=True)
+    assert bool(clones) == (look != "at nothing")  # a copy is made where somebody else looks
+    model.in_place = False
+    expected, of_expected = LRP(model, "epsilon").attribute(x, 1, return_convergence_delta=True)
+    torch.testing.assert_close(relevance, expected)
+    torch.testing.assert_close(delta, of_expected)
+
+
+def test_a_buffer_keeps_its_memory() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("kept", torch.zeros(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept.zero_()
+            self.kept += self.layer(x)
+            self.kept.relu_()
+            self.kept += x
+            return self.kept * 1
+
+    model, x = Keeping().eval(), torch.rand(2, 3)
+    memory, before = model.kept.data_ptr(), model.kept.clone()
+    LRP(model, "epsilon").attribute(x, 1)
+    assert model.kept.data_ptr() == memory
+    assert torch.equal(model.kept, before)

@@ -11,6 +11,7 @@ from captum_abslrp.engine.arguments import out_of_place, tensors_in
 from captum_abslrp.engine.calls import Recorder
 from captum_abslrp.engine.dependence import carries_relevance, untracked
 from captum_abslrp.engine.names import IN_PLACE_PASS_THROUGH
+from captum_abslrp.engine.nodes import is_recorded
 from captum_abslrp.engine.samples import check_aligned
 
 
@@ -58,10 +59,14 @@ def run_in_place(
     result = recording.run_with_relevance(name, func, args, kwargs, target=target)
     if result is target:  # the rule has changed it already
         return target
-    recording.release(target)
+    nonnegative = isinstance(result, Tensor) and recording.is_nonnegative(result)
+    is_ours = is_recorded(target.grad_fn)
+    handed = isinstance(result, Tensor) and recording.hand_memory(target, result, is_ours=is_ours)
+    if not handed:
+        recording.release(target)
     if not target._is_view() and not target.is_leaf:
         target.detach_()  # what was there has no part in what is there now
-    target.copy_(result)
-    if isinstance(result, Tensor) and recording.is_nonnegative(result):
+    target.copy_(result)  # of the history alone, if the memory was handed over
+    if nonnegative:
         recording.mark_nonnegative(target)
     return target

@@ -11,6 +11,8 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch:_C._disabled_torch_dispatch_impl": "Tell wrapper subclasses by another mark.",
     "torch:_ops.OpOverload": "Name operators of libraries by their new class.",
     "torch:_ops.OpOverloadPacket": "Name operators of libraries by their new class.",
+    "torch:_C._storage_Use_Count": "Copy the results of in-place calls.",
+    "torch:_C._len_torch_dispatch_stack": "Ask another way whether a dispatch mode is on.",
     "torch:Tensor._is_view": "Tell views by `Tensor._base`.",
     "torch:Tensor._version": "Count in-place changes in the recording alone.",
     "torch:UntypedStorage._cdata": "Tell memory by `data_ptr()`, which is 0 for the meta device.",

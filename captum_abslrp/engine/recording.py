@@ -121,6 +121,7 @@ class Recording(TorchFunctionMode):
         # What a rule may ask for, see `Recorder`.
         self.save = self._saved.save
         self.release = self._saved.release
+        self.hand_memory = self._saved.hand_memory
         self.is_nonnegative = self._saved.is_nonnegative
         self.mark_nonnegative = self._saved.mark_nonnegative
         self.layer_behind = self._saved.layer_behind

@@ -108,6 +108,46 @@ class SavedTensors:
             if source is not target:
                 setattr(source, _STALE, True)
 
+    def hand_memory(self, target: Tensor, result: Tensor, *, is_ours: bool) -> bool:
+        """Give a tensor, which a call overwrites, the memory of the result of the call, if nobody can tell.
+
+        What is saved of the tensor stays as it is then, and nothing is copied.
+
+        Args:
+            target: the tensor.
+            result: what it shall hold.
+            is_ours: whether a call of this forward pass has made it; a buffer of the model keeps its memory.
+
+        Returns:
+            Whether it was done: both are plain tensors that lie in memory alike, and nothing but what is
+            saved here shares the memory of either.
+        """
+        is_ours |= hasattr(target, _HANDED)
+        alike = _layout(target) == _layout(result) and target.dtype == result.dtype
+        traced = torch._C._len_torch_dispatch_stack() > 0
+        if traced or not (is_ours and alike and self._is_alone(target) and self._is_alone(result)):
+            return False
+        count = (
+            max(self._count(target), self._count(result)) + 1
+        )  # no mark of either holds any more
+        self._saved.pop(storage_of(target), None)
+        target.data = result.detach()
+        self._overwritten[storage_of(target)] = count
+        setattr(target, _HANDED, True)
+        return True
+
+    def _is_alone(self, tensor: Tensor) -> bool:
+        """Whether no other tensor shares the memory of a tensor, but what is saved of it."""
+        if type(tensor) is not Tensor or tensor._is_view():
+            return False
+        storage = tensor.untyped_storage()
+        saved = [cell.storage() for _, cell in self._saved.get(storage._cdata, [])]
+        known = sum(s is not None and s._cdata == storage._cdata for s in saved)
+        del saved
+        return bool(
+            torch._C._storage_Use_Count(storage._cdata) == known + 2
+        )  # itself, and `storage`
+
     def note_aliases(self, output: Tensor, inputs: Sequence[Tensor]) -> bool:
         """Note which inputs of a call share memory with its output; returns whether any does."""
         aliases = [x for x in inputs if storage_of(x) == storage_of(output)]
@@ -150,6 +190,8 @@ class SavedTensors:
 
 _SAVED = "_abslrp_saved"
 """Mark of a tensor that is saved by a function that makes it again: the count, and the saved tensor."""
+_HANDED = "_abslrp_handed"
+"""Mark of a tensor that has the memory of the result of a call that has overwritten it."""
 _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten through an alias."""
 _NONNEGATIVE = "_abslrp_nonnegative"

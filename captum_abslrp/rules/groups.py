@@ -54,7 +54,7 @@ class LayerParts:
     @cached_property
     def plus(self) -> Tensor:
         """The positive part of the input."""
-        return self.x.clamp(min=0)
+        return self.x if self.is_nonnegative else self.x.clamp(min=0)
 
     @cached_property
     def minus(self) -> Tensor | None:
@@ -107,11 +107,18 @@ class LayerRule(Rule):
             output: ``z`` of the layer.
             run: the layer as a function of input, weight and bias.
         """
-        wholes = [torch.zeros_like(output) for _ in groups]
-        for whole, group in zip(wholes, groups, strict=True):
+        wholes = []
+        for group in groups:
+            whole: Tensor | None = None
             for term in group.terms:
-                if term.x is not None:
-                    whole.add_(run(term.x, term.weight, term.bias), alpha=term.factor)
+                if term.x is None:
+                    continue
+                found = run(term.x, term.weight, term.bias)
+                if whole is None:
+                    whole = found if term.factor == 1 else found.mul_(term.factor)
+                else:
+                    whole.add_(found, alpha=term.factor)
+            wholes.append(torch.zeros_like(output) if whole is None else whole)
         return wholes
 
     def form_of(self, call: Call) -> Form | None:
@@ -142,12 +149,15 @@ class LayerRule(Rule):
             parts, output = LayerParts(x(), w(), None if b is None else b(), nonnegative), z()
             groups = self.groups(parts)
             factors = []
+            largest = torch.finfo(output.dtype).max
             for group, whole in zip(groups, self.sums(groups, output, run), strict=True):
-                size = output.abs().clamp_(numerics.LEAST, torch.finfo(output.dtype).max)
-                factor = size.mul_(group.factor).div_(stabilized(whole, self.stabilizer))
-                if group.sign:
-                    numerics.rectify_in_place(factor, output, negative=group.sign < 0)
-                factors.append(factor)
+                if group.sign:  # and nothing elsewhere
+                    factor = (output if group.sign > 0 else -output).clamp(0, largest)
+                else:
+                    factor = output.abs().clamp_(numerics.LEAST, largest)
+                if group.factor != 1:
+                    factor.mul_(group.factor)
+                factors.append(factor.div_(stabilized(whole, self.stabilizer)))
             return parts, [
                 (group.terms, factor) for group, factor in zip(groups, factors, strict=True)
             ]

@@ -111,7 +111,7 @@ class GammaRule(LayerRule):
 
     def groups(self, parts: LayerParts) -> list[Group]:
         def more(x: Tensor, **limit: float) -> Tensor:
-            return x + self.gamma * x.clamp(**limit)
+            return torch.add(x, x.clamp(**limit), alpha=self.gamma)
 
         w, b = parts.weight, parts.bias
         plus, minus = more(w, min=0), more(w, max=0)
@@ -130,7 +130,7 @@ class GammaRule(LayerRule):
         # The contributions of one sign, p, and of the other, n, add up to z: (z + gamma p) + (z + gamma n) is
         # (2 + gamma) z. Where z is negative, as it is where the second sum counts, nothing cancels.
         (positive,) = super().sums(groups[:1], output, run)
-        return [positive, (2 + self.gamma) * output - positive]
+        return [positive, torch.sub((2 + self.gamma) * output, positive)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma})"

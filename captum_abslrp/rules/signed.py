@@ -34,6 +34,7 @@ from captum_abslrp.rules.recurrent import RECURRENT
 from captum_abslrp.rules.signed_forms import (
     PRODUCTS,
     record_layer_norm,
+    record_weighted_sum,
     suits,
     with_sign,
     with_sign_of,
@@ -48,7 +49,8 @@ def stabilized(z: Tensor, epsilon: float) -> Tensor:
         >>> stabilized(torch.tensor([2.0, -2.0, 0.0]), 0.5)
         tensor([ 2.5000, -2.5000,  0.5000])
     """
-    return z + torch.full_like(z, epsilon).copysign_(z + 0.0)
+    result = z + 0.0  # zeros lose their sign
+    return result.add_(torch.full((), epsilon, dtype=z.dtype, device=z.device).copysign(result))
 
 
 def record_gradient(
@@ -240,24 +242,8 @@ class SumRule(EpsilonRule):
     def form_of(self, call: Call) -> Form | None:
         both = len(call.operands) == 2 and all(map(is_source, call.operands))
         if self.gamma and both and call.name in ("add", "sub"):
-            return self._record_sum
+            return partial(record_weighted_sum, gamma=self.gamma, epsilon=self.epsilon)
         return super().form_of(call)
-
-    def _record_sum(self, call: Call, input: Tensor, other: Tensor, *, alpha: float = 1) -> Record:
-        factor = -alpha if call.name == "sub" else alpha
-        output = call.run(lambda: torch.add(input, other, alpha=factor))
-        a, b, epsilon = call.save(input), call.save(other), self.epsilon
-
-        def propagate(s: Tensor) -> list[Tensor]:
-            summands = [a(), factor * b()]
-            z = summands[0] + summands[1]
-            weights = [1 + self.gamma * (x * z > 0).to(x.dtype) for x in summands]
-            whole = weights[0] * summands[0] + weights[1] * summands[1]
-            g = (s * z.abs() / stabilized(whole, epsilon)).nan_to_num_(0.0)
-            shares = [g * w * x.sign() for w, x in zip(weights, summands, strict=True)]
-            return [shares[0], shares[1] * abs(factor)]
-
-        return Record(output, [input, other], propagate, scaled=False, spares_zeros=True)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma})"

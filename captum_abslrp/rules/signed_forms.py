@@ -17,10 +17,10 @@ from torch import Tensor
 
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
-from captum_abslrp.engine.numerics import rectify_in_place
+from captum_abslrp.engine.numerics import rectify, rectify_in_place
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules import pooling
-from captum_abslrp.rules.base import Form
+from captum_abslrp.rules.base import Form, once
 from captum_abslrp.rules.normalization import rsigma
 from captum_abslrp.rules.sparse import is_sparse
 
@@ -73,14 +73,49 @@ def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon:
     def propagate(s: Tensor) -> list[Tensor]:
         g = with_sign(s, z(), epsilon)
         shares = []
-        for kept, factor, nonnegative in zip(saved, factors, known, strict=True):
+        for n, (kept, factor, nonnegative) in enumerate(zip(saved, factors, known, strict=True)):
             x = kept()
             share = (g if factor == 1 else g * factor).sum_to_size(x.shape)
-            share = share.clone() if share is g else share
-            shares.append(with_sign_of(share, x, nonnegative=nonnegative))
+            if share is g and n < len(saved) - 1:  # which is needed once more
+                shares.append(rectify(g, x) if nonnegative else x.sign().mul_(g))
+            else:
+                shares.append(with_sign_of(share, x, nonnegative=nonnegative))
         return shares
 
     return Record(output, inputs, propagate, scaled=False, spares_zeros=True)
+
+
+def record_weighted_sum(
+    call: Call, input: Tensor, other: Tensor, *, alpha: float = 1, gamma: float, epsilon: float
+) -> Record:
+    """The sum or difference of two tensors, whose summands of the sign of the sum count more."""
+    factor = -alpha if call.name == "sub" else alpha
+    output = call.run(lambda: torch.add(input, other, alpha=factor))
+    a, b = call.save(input), call.save(other)
+
+    @once
+    def factors() -> list[Tensor]:
+        """What relevance per magnitude of the sum is multiplied by, for each summand."""
+        x, y = a(), b()
+        z = torch.add(x, y, alpha=factor)
+        sign = z.sign()
+        # The summands, positive where they have the sign of the sum: there they count more.
+        summands = [x * sign, y * sign if factor == 1 else (y * sign).mul_(factor)]
+        more = summands[0].relu().add_(summands[1].relu())
+        size = z.abs_()
+        whole = torch.add(size, more, alpha=gamma).add_(epsilon)
+        ratio = size.mul_(1 + gamma).div_(whole).nan_to_num_(0.0, 0.0)
+        found = [x.sign_() for x in summands]
+        for of_summand in found:  # 1 + gamma, 0 or -1, times the ratio
+            F.leaky_relu_(of_summand, 1 / (1 + gamma)).mul_(ratio)
+        if abs(factor) != 1:
+            found[1].mul_(abs(factor))
+        return found
+
+    def propagate(s: Tensor) -> list[Tensor]:
+        return [s * of_summand for of_summand in factors()]
+
+    return Record(output, [input, other], propagate, scaled=False, spares_zeros=True)
 
 
 def record_product(call: Call, input: Any, other: Any, *, epsilon: float) -> Record:
