@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from captum_abslrp import AbsLRP
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.engine.recording import Recording
@@ -116,6 +117,29 @@ def test_a_large_weight_is_used_piece_by_piece(
     at_once = found()
     monkeypatch.setattr(affine, "LARGE", 8)
     torch.testing.assert_close(found(), at_once)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_large_weight_is_read_once_for_all_seeds(
+    kind: str, signed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(24, 5)] if kind == "linear" else [nn.Conv2d(6, 5, 2)]
+    activation = nn.Tanh() if signed else nn.Sigmoid()
+    model = nn.Sequential(activation, *layers, nn.Flatten(), nn.Linear(5, 3)).eval()
+    model[-1].weight.data.abs_()
+    x = draw_tensor(0, 2, 6, 2, 2).float()
+    at_once = AbsLRP(model).attribute(x, 1)
+    monkeypatch.setattr(affine, "LARGE", 60)
+    pieces = []
+    clamp = Tensor.clamp
+    monkeypatch.setattr(
+        Tensor, "clamp", lambda w, *a, **k: (pieces.append(w.shape), clamp(w, *a, **k))[1]
+    )
+    torch.testing.assert_close(AbsLRP(model).attribute(x, 1), at_once)
+    # Three pieces of five rows, of which one has one row: for both maps together.
+    assert pieces.count(torch.Size([2, 24])) == (4 if signed else 2)
 
 
 @given(seeds, st.integers(1, 3), sizes, st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),

@@ -41,17 +41,30 @@ def linear(
     parts = signed_parts(weight)
     if parts.weight.numel() <= LARGE:
         return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
-    columns, step = s.flatten(0, -2), max(1, LARGE // x.shape[-1])
+    return linear_of_seeds(x, parts, [s], nonnegative=nonnegative)[0]
 
-    def product(**limit: float) -> Tensor:
-        result = columns.new_zeros(len(columns), x.shape[-1])
-        for few, rows in zip(columns.split(step, 1), parts.weight.split(step), strict=True):
-            result.addmm_(few, rows.to(parts.dtype).clamp(**limit))
-        return result.view(x.shape)
+
+def linear_of_seeds(
+    x: Tensor, parts: SignedParts, seeds: Sequence[Tensor], *, nonnegative: bool = False
+) -> list[Tensor]:
+    """:func:`linear` with a large weight, of which each piece is read once for all seeds.
+
+    Example:
+        >>> x, weight = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]])
+        >>> linear_of_seeds(x, SignedParts(weight), [torch.ones(1, 1), torch.zeros(1, 1)])
+        [tensor([[3., 4.]]), tensor([[0., 0.]])]
+    """
+    rows, step = torch.cat([s.flatten(0, -2) for s in seeds]), max(1, LARGE // x.shape[-1])
+
+    def products(**limit: float) -> list[Tensor]:
+        result = rows.new_zeros(len(rows), x.shape[-1])
+        for few, piece in zip(rows.split(step, 1), parts.weight.split(step), strict=True):
+            result.addmm_(few, piece.to(parts.dtype).clamp(**limit))
+        return [*result.view(len(seeds), *x.shape)]
 
     if nonnegative:
-        return rectify_in_place(product(min=0), x)
-    return chosen([product(min=0), product(max=0)], x)
+        return [rectify_in_place(product, x) for product in products(min=0)]
+    return [chosen(pair, x) for pair in zip(products(min=0), products(max=0), strict=True)]
 
 
 def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Record:
@@ -66,6 +79,8 @@ def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
         full = torch.promote_types(output.dtype, torch.float32)
         parts = SignedParts(w.as_given(), dtype=full)  # of a large weight, one piece at a time
         masked = without_noise(call, output, input, weight, F.linear)
+        if weight.numel() > LARGE:
+            return _record_large(call, output, input, parts, masked)
         return Record(
             output,
             [input],
@@ -80,6 +95,33 @@ def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
         return list(compress([of_input.view_as(x()), of_weight.mT], wanted))
 
     return Record(output, list(compress([input, weight], wanted)), propagate)
+
+
+def _record_large(
+    call: Call, output: Tensor, input: Tensor, parts: SignedParts, masked: Function
+) -> Record:
+    """A linear layer with a large weight, or a convolution that sees its input once, as a whole."""
+    x, nonnegative = call.save(input), call.is_nonnegative(input)
+    trailing = parts.weight.dim() - 1  # that a product goes over
+
+    def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+        values = x()
+        flat = SignedParts(parts.weight.flatten(1), dtype=parts.dtype)
+        found = linear_of_seeds(
+            values.flatten(-trailing),
+            flat,
+            [masked(s).flatten(-trailing) for s in seeds],
+            nonnegative=nonnegative,
+        )
+        return [[of_seed.view_as(values)] for of_seed in found]
+
+    return Record(
+        output,
+        [input],
+        propagate,  # type: ignore[arg-type]  # of all seeds
+        keeps_sign=True,
+        all_seeds=True,
+    )
 
 
 FEW = 8
@@ -278,6 +320,11 @@ def record_convolution(call: Call, *args: Any, **kwargs: Any) -> Record:
         masked = without_noise(
             call, output, input, affine.weight, lambda x, w: affine.run(x, w, None)
         )
+
+    large = affine.weight.numel() > LARGE
+    if large and options and _is_linear(affine.weight, input, **options):
+        full = torch.promote_types(output.dtype, torch.float32)
+        return _record_large(call, output, input, SignedParts(w.as_given(), dtype=full), masked)
 
     def propagate(s: Tensor) -> list[Tensor]:
         if options:

@@ -106,14 +106,17 @@ def transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor
     return torch.autograd.grad(output, leaf, s, allow_unused=True, materialize_grads=True)[0]
 
 
-def diagonal(x: Tensor, weight: Tensor) -> Tensor:
+def diagonal(x: Tensor, weight: Tensor, *, positive: bool = False) -> Tensor:
     r"""The factor of ``s`` where each element has a weight ``c`` of its own: batch norm, a product.
 
     :math:`R_{in} = 2 (x c)^+ s`, per magnitude and without the 2: :math:`|c|` where :math:`x c > 0`.
+    ``positive`` says that all weights are known to be positive.
 
     Example:
         >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]))
         tensor([2., 0.])
     """
+    if positive:
+        return rectify(weight.expand_as(x), x)
     product = x * weight
     return rectify(weight.abs().expand_as(product), product)
