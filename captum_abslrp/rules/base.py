@@ -155,11 +155,10 @@ def record_passed(call: Call, *_: Any, **__: Any) -> Any:
         relevance = numerics.relevance(z().abs().clamp(min=numerics.LEAST), s)
         return [numerics.per_magnitude(relevance, x(), dtype) for x, dtype in saved]
 
+    ratio = once(lambda: (z() / saved[0][0]()).abs_().nan_to_num_(0.0, 0.0, 0.0))
+
     def without_zeros(s: Tensor) -> list[Tensor]:
-        if call.name == "relu":
-            return [s]
-        ratio = (z() / saved[0][0]()).abs_().nan_to_num_(0.0, 0.0, 0.0)
-        return [s.mul_(ratio)]
+        return [s if call.name == "relu" else s.mul_(ratio())]
 
     tail = None
     if len(inputs) == 1:

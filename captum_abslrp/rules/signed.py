@@ -33,11 +33,11 @@ from captum_abslrp.rules.normalization import reordered
 from captum_abslrp.rules.recurrent import RECURRENT
 from captum_abslrp.rules.signed_forms import (
     PRODUCTS,
+    per_magnitude_of,
+    per_output,
     record_layer_norm,
     record_weighted_sum,
     suits,
-    with_sign,
-    with_sign_of,
 )
 from captum_abslrp.rules.twin import Again, record_again, refuse_without_gradient
 
@@ -102,6 +102,8 @@ def _by_gradient(
     alone: bool,
     halves: bool,
 ) -> Propagate:
+    divide = per_output(z, epsilon * len(again.at) if halves else epsilon)
+
     def propagate(s: Tensor) -> list[Tensor]:
         values = again.values()
         with torch.enable_grad():
@@ -113,7 +115,7 @@ def _by_gradient(
             if alone:
                 refuse_without_gradient(again, "epsilon")
             return [torch.zeros_like(x) for x in leaves]
-        g = with_sign(s, z(), epsilon * len(leaves) if halves else epsilon)
+        g = divide(s)
         found = torch.autograd.grad(
             result, leaves, g.to(result.dtype), allow_unused=True, materialize_grads=True
         )
@@ -169,14 +171,12 @@ class EpsilonRule(Rule):
 
     def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
         """Record a layer by its parts."""
-        x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
-        nonnegative = call.is_nonnegative(affine.input)
+        x, w, transposed = call.save(affine.input), call.save(affine.weight), affine.transposed
+        divide = per_output(call.save(output), self.epsilon, finite=True)
+        signed = per_magnitude_of(x, nonnegative=call.is_nonnegative(affine.input))
 
         def propagate(s: Tensor) -> list[Tensor]:
-            values = x()
-            g = with_sign(s, z(), self.epsilon, finite=True)
-            gradient = affine.transposed(g, w(), values)
-            return [with_sign_of(gradient, values, nonnegative=nonnegative)]
+            return [signed(transposed(divide(s), w(), x()))]
 
         return Record(
             output,

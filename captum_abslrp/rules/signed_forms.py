@@ -20,44 +20,59 @@ from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import rectify, rectify_in_place
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules import pooling
-from captum_abslrp.rules.base import Form, once
+from captum_abslrp.rules.base import Form, Function, once
 from captum_abslrp.rules.normalization import rsigma
 from captum_abslrp.rules.sparse import is_sparse
 
 
-def with_sign(s: Tensor, z: Tensor, epsilon: float, *, finite: bool = False) -> Tensor:
-    r"""From :math:`R / |z|` to :math:`R / (z + \epsilon \, \mathrm{sign} z)`; 0 where ``z`` is 0 or infinite.
+def per_output(z: Callable[[], Tensor], epsilon: float, *, finite: bool = False) -> Function:
+    r"""Takes :math:`R / |z|` to :math:`R / (z + \epsilon \, \mathrm{sign} z)`, in new memory.
+
+    The result is 0 where ``z`` is 0 or infinite. What does not depend on relevance is computed once.
 
     Args:
-        s: relevance per magnitude, shaped like ``z``.
-        z: the output of a call.
+        z: returns the output of a call.
         epsilon: the stabilizer.
         finite: whether no value of ``z`` is a mask, that is infinite.
 
     Example:
-        >>> with_sign(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, -2.0, 0.0]), 2.0)
+        >>> divide = per_output(lambda: torch.tensor([2.0, -2.0, 0.0]), 2.0)
+        >>> divide(torch.tensor([1.0, 1.0, 1.0]))
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    sign = z.abs().add_(epsilon)
-    torch.div(z, sign, out=sign)
-    if not finite or epsilon == 0:
-        sign.nan_to_num_(0.0)
-    return sign.mul_(s)
+
+    @once
+    def ratio() -> Tensor:
+        output = z()
+        result = output.abs().add_(epsilon)
+        torch.div(output, result, out=result)
+        if not finite or epsilon == 0:
+            result.nan_to_num_(0.0)
+        return result
+
+    return lambda s: ratio() * s
 
 
-def with_sign_of(gradient: Tensor, x: Tensor, *, nonnegative: bool = False) -> Tensor:
-    r"""From :math:`R / x` to :math:`R / |x|`; 0 where ``x`` is 0. Overwrites the first.
+def per_magnitude_of(
+    x: Callable[[], Tensor], *, nonnegative: bool = False, overwrites: bool = True
+) -> Function:
+    r"""Takes :math:`R / x` to :math:`R / |x|`; 0 where ``x`` is 0.
 
     Args:
-        gradient: a new tensor.
-        x: of the same shape.
+        x: returns the input of a call.
         nonnegative: whether it is known that no negative entry of ``x`` takes part.
+        overwrites: whether the result is in the memory of :math:`R / x`.
 
     Example:
-        >>> with_sign_of(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, -2.0, 0.0]))
+        >>> signed = per_magnitude_of(lambda: torch.tensor([2.0, -2.0, 0.0]))
+        >>> signed(torch.tensor([1.0, 2.0, 3.0]))
         tensor([ 1., -2.,  0.])
     """
-    return rectify_in_place(gradient, x) if nonnegative else gradient.mul_(x.sign())
+    if nonnegative:
+        mask = rectify_in_place if overwrites else rectify
+        return lambda gradient: mask(gradient, x())
+    sign = once(lambda: x().sign())
+    return lambda gradient: gradient.mul_(sign()) if overwrites else gradient * sign()
 
 
 def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon: float) -> Record:
@@ -67,20 +82,22 @@ def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon:
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     wanted = [is_source(t) for t in given]
     inputs, factors = list(compress(given, wanted)), list(compress(factors, wanted))
-    saved, z = [call.save(x) for x in inputs], call.save(output)
-    known = [call.is_nonnegative(x) for x in inputs]
+    divide = per_output(call.save(output), epsilon)
+    signed = [
+        per_magnitude_of(
+            call.save(x), nonnegative=call.is_nonnegative(x), overwrites=n == len(inputs) - 1
+        )
+        for n, x in enumerate(inputs)
+    ]
+    shapes = [x.shape for x in inputs]
 
     def propagate(s: Tensor) -> list[Tensor]:
-        g = with_sign(s, z(), epsilon)
-        shares = []
-        for n, (kept, factor, nonnegative) in enumerate(zip(saved, factors, known, strict=True)):
-            x = kept()
-            share = (g if factor == 1 else g * factor).sum_to_size(x.shape)
-            if share is g and n < len(saved) - 1:  # which is needed once more
-                shares.append(rectify(g, x) if nonnegative else x.sign().mul_(g))
-            else:
-                shares.append(with_sign_of(share, x, nonnegative=nonnegative))
-        return shares
+        g = divide(s)
+        shares = [
+            (g if factor == 1 else g * factor).sum_to_size(shape)
+            for factor, shape in zip(factors, shapes, strict=True)
+        ]
+        return [of(share) for of, share in zip(signed, shares, strict=True)]
 
     return Record(output, inputs, propagate, scaled=False, spares_zeros=True)
 
@@ -148,19 +165,20 @@ def _record_bilinear(
     output = call.run(run)
     given = [input, other]
     wanted = [is_source(t) for t in given]
-    z = call.save(output)
+    parts = sum(wanted)
+    divide = per_output(call.save(output), epsilon * parts)
     kept: list[Callable[[], Any]] = [
         call.save(t) if isinstance(t, Tensor) else partial(float, t) for t in given
     ]
-    parts = sum(wanted)
+    signed = [per_magnitude_of(value) for value in kept]
 
     def propagate(s: Tensor) -> list[Tensor]:
-        g = with_sign(s, z(), epsilon * parts)
+        g = divide(s)
         values = [value() for value in kept]
         found = back(g if parts == 1 else g.div_(parts), *values)
         return [
-            with_sign_of(share.nan_to_num_(0.0).sum_to_size(x.shape), x)  # masks are infinite
-            for share, x in compress(zip(found, values, strict=True), wanted)
+            of(share.nan_to_num_(0.0).sum_to_size(x.shape))  # masks are infinite
+            for of, share, x in compress(zip(signed, found, values, strict=True), wanted)
         ]
 
     return Record(output, list(compress(given, wanted)), propagate, scaled=False, spares_zeros=True)
@@ -178,13 +196,14 @@ def record_softmax(
     """Softmax by its gradient, as in AttnLRP."""
     dtype = next((o for o in options if isinstance(o, torch.dtype)), dtype)
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
-    x, p = call.save(input), call.save(output)
+    p = call.save(output)
+    divide, signed = per_output(p, epsilon), per_magnitude_of(call.save(input))
 
     def propagate(s: Tensor) -> list[Tensor]:
         probabilities = p()
-        g = with_sign(s, probabilities, epsilon)
+        g = divide(s)
         gradient = torch._softmax_backward_data(g, probabilities, dim, probabilities.dtype)
-        return [with_sign_of(gradient, x()).nan_to_num_(0.0)]
+        return [signed(gradient).nan_to_num_(0.0)]
 
     return Record(output, [input], propagate, scaled=False, spares_zeros=True)
 
@@ -202,14 +221,16 @@ def record_layer_norm(
     """Layer norm, with the standard deviation as a constant."""
     output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
     dims = list(range(-len(normalized_shape), 0))
-    x, z, w = call.save(input), call.save(output), None if weight is None else call.save(weight)
+    x, w = call.save(input), None if weight is None else call.save(weight)
+    divide, signed = per_output(call.save(output), epsilon, finite=True), per_magnitude_of(x)
+    scale = once(lambda: rsigma(x(), dims, eps))
 
     def propagate(s: Tensor) -> list[Tensor]:
-        values, g = x(), with_sign(s, z(), epsilon, finite=True)
+        g = divide(s)
         if w is not None:
             g.mul_(w())
         g -= g.mean(dims, keepdim=True)
-        return [with_sign_of(g.mul_(rsigma(values, dims, eps)), values)]
+        return [signed(g.mul_(scale()))]
 
     return Record(output, [input], propagate, scaled=False, spares_zeros=True)
 
@@ -218,10 +239,11 @@ def record_max_pool(call: Call, input: Tensor, *args: Any, epsilon: float, **kwa
     """Max pooling: relevance goes to the maximum."""
     record = pooling.record_max_pool(call, input, *args, **kwargs)
     z, to_maximum = call.save(record.output), record.tail
+    divide, signed = per_output(z, epsilon), per_magnitude_of(z)
 
     def propagate(s: Tensor) -> Sequence[Tensor]:
         assert to_maximum is not None
-        return to_maximum.propagate(with_sign(s, z(), epsilon).mul_(z().sign()))
+        return to_maximum.propagate(signed(divide(s)))
 
     return Record(
         record.output,
