@@ -76,7 +76,8 @@ class _Maps(NamedTuple):
     """Relevance from one forward pass and one backward pass."""
 
     relevances: list[Tensor]
-    """Relevance of each explained tensor, (S, ...), for each of S seeds."""
+    """Relevance of each explained tensor, (S, ...), for each of S seeds; with a guide, of the inputs that of
+    the target alone."""
     totals: list[Tensor]
     """The sum of each seed and sample, (S, B), and by how much it changed on the tail of the score."""
     of_inputs: bool
@@ -86,7 +87,7 @@ class _Maps(NamedTuple):
 
     def combined(self, combine: str) -> list[Tensor]:
         """The map of each explained tensor, from those of target and contrast."""
-        if len(self.relevances[0]) == 1:  # of a guided map the layer is left out
+        if len(self.relevances[-1]) == 1:  # of a guided map the layer is left out
             explained = self.relevances[:1] if combine == "guided" else self.relevances
             return [r[0] for r in explained]
         if combine == "guided":
@@ -600,11 +601,17 @@ class AbsLRP(GradientAttribution):
         elif contrasted is not None:
             seeds.append(contrasted)
         changes: list[Tensor] = []
+        counts = None
+        if (
+            combine == "guided" and observer is None
+        ):  # of the inputs, the map of the target is wanted
+            counts = [*[1] * len(leaves), *[len(seeds)] * (len(explained) - len(leaves))]
         relevances = propagate(
             output,
             explained,
             torch.stack(seeds),
             positive=not signed,
+            counts=counts,
             changes=changes,
             chains=chains,
         )

@@ -27,7 +27,9 @@ def zero_maps(relevances: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor 
     batch_size = len(inputs[0])
     in_order = all(r.dim() > 1 and r.shape[1] % batch_size == 0 for r in relevances)
     rows = batch_size if in_order else 1  # else nothing can be said of one sample
-    found = torch.stack([r.reshape(len(r), rows, -1).any(2) for r in relevances]).any(0)
+    found = torch.zeros(max(map(len, relevances)), rows, dtype=torch.bool)
+    for r in relevances:  # of the inputs of a guided map there is one seed
+        found[: len(r)] |= r.reshape(len(r), rows, -1).any(2)
     given = torch.stack([x.reshape(batch_size, -1).any(1) for x in inputs]).any(0)
     zero = ~found & given
     return zero if bool(zero.any().numpy()) else None

@@ -14,6 +14,7 @@ from captum.attr import NoiseTunnel
 from torch import Tensor, nn
 
 from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, demo
+from captum_abslrp.engine.steps import Step
 from captum_abslrp.guide import find_guide, grid_of, guided
 from captum_abslrp.recommendation import OTHER, recommend
 from tests.conftest import relative_error
@@ -332,3 +333,21 @@ def test_the_model_is_left_alone_when_a_guide_fails() -> None:
     with pytest.raises(RuntimeError, match="half way"):
         AbsLRP(model).attribute(images(8), 1, combine="guided")
     assert not model.conv._forward_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize("mapping", [None, "recommended"], ids=str)
+def test_the_contrast_ends_at_the_guide(mapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = vit(), scenes()
+    counts: list[int] = []
+    run = Step.__call__
+
+    def counted(step: Step, seeds: Any, arrived: Any = None) -> Any:
+        counts.append(len(seeds))
+        return run(step, seeds, arrived)
+
+    monkeypatch.setattr(Step, "__call__", counted)
+    AbsLRP(model, mapping).attribute(x, LABELS[:2], contrast="others", combine="guided")
+    before, behind = counts.count(1), counts.count(2)
+    assert counts == [2] * behind + [1] * before
+    assert before > 10
+    assert behind > 10

@@ -42,6 +42,7 @@ def propagate(
     seeds: Tensor,
     *,
     positive: bool = False,
+    counts: Sequence[int] | None = None,
     changes: list[Tensor] | None = None,
     chains: bool = True,
 ) -> list[Tensor]:
@@ -55,6 +56,8 @@ def propagate(
         explained: the tensors; zeros where the output does not depend on one.
         seeds: relevance of the output, (S, ``*output.shape``).
         positive: whether the seeds are known to be nowhere negative.
+        counts: for how many of the seeds, from the first one, relevance of each tensor is wanted; None for
+            all of them. The others are left where they lead to nothing that is wanted.
         changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
             score, where signs do.
         chains: whether steps that follow each other may leave the scale of relevance as it is. A sample is
@@ -64,12 +67,15 @@ def propagate(
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
-        parts together, in the dtype of the parts.
+        parts together, in the dtype of the parts. Where fewer seeds are wanted, S is their number.
     """
     if output.grad_fn is None:
         raise ValueError("Expected `output` to depend on the inputs, but got one without history.")
     last = output.grad_fn
-    explained_at = {_place(tensor) for tensor in explained}
+    counts = [len(seeds)] * len(explained) if counts is None else counts
+    explained_at: dict[Place, int] = {}
+    for tensor, count in zip(explained, counts, strict=True):
+        explained_at[_place(tensor)] = max(count, explained_at.get(_place(tensor), 0))
     order, arriving = _in_order(last)
     first, tail = _mark_tail(order, arriving)
     _prepare(order, arriving, explained_at, UNSCALED_STEPS if chains else 0)
@@ -87,19 +93,19 @@ def propagate(
         steps = [node.step for node in order if is_recorded(node)]
         changes += [torch.stack(step.changes) / TOTAL for step in steps if step.changes]
     results = []
-    for tensor in explained:
+    for tensor, count in zip(explained, counts, strict=True):
         place = _place(tensor)
         if place not in found:
-            results.append(
-                tensor.new_zeros((len(seeds), *tensor.shape), dtype=tensor.dtype.to_real())
-            )
+            results.append(tensor.new_zeros((count, *tensor.shape), dtype=tensor.dtype.to_real()))
             continue
         values = in_full_precision(as_parts(tensor.detach()))
         if first and place[0] in tail:  # was divided by this as well
             values = values.abs() + EPS
         else:  # a rule may give relevance to a zero
             values = values.abs().clamp(min=LEAST)
-        shares = [numerics.relevance(values, in_full_precision(as_parts(s))) for s in found[place]]
+        shares = [
+            numerics.relevance(values, in_full_precision(as_parts(s))) for s in found[place][:count]
+        ]
         relevance = torch.stack(shares) / TOTAL
         if tensor.is_complex():
             relevance = relevance.sum(-1)
@@ -140,13 +146,16 @@ def _run_back(
     order: Sequence[Any],
     start: Place,
     seeds: list[Tensor],
-    explained_at: Collection[Place],
+    explained_at: Mapping[Place, int],
     positive: bool,
     *,
     exact: bool,
 ) -> dict[Place, list[Tensor]]:
     """Relevance per magnitude, for each seed, at the places that are explained."""
-    needed = _leading_to(order, {node for node, _ in explained_at})
+    needed: dict[Any, int] = {}  # for how many of the seeds
+    for count in sorted(set(explained_at.values())):
+        wanting = {node for (node, _), wanted in explained_at.items() if wanted >= count}
+        needed |= dict.fromkeys(_leading_to(order, wanting), count)
     pending: dict[Any, dict[int, _Arrived]] = {start[0]: {start[1]: _Arrived(seeds, None)}}
     found: dict[Place, list[Tensor]] = {}
     signed: set[Any] = set() if positive else {start[0]}
@@ -163,6 +172,8 @@ def _run_back(
                 found[node, number] = [s.clone() for s in of_seeds] if following else of_seeds
         if not following:
             continue
+        count = max(needed[target] for _, (target, _) in following)
+        arrived = {number: of.first(count) for number, of in arrived.items()}
         hands_on_signed = node in signed
         if is_recorded(node):
             step: Step = node.step
@@ -175,7 +186,7 @@ def _run_back(
             results, totals = step(*arrived.pop(0))
         else:
             spares_zeros = node not in to_zeros
-            results, totals = _move_back(node, arrived, len(seeds))
+            results, totals = _move_back(node, arrived, count)
         if exact and hands_on_signed and node not in signed:
             hands_on_signed = _may_be_negative(results)
         del arrived
@@ -194,7 +205,7 @@ def _run_back(
                 ]
                 if shares[0].is_complex() and not expected.dtype.is_complex:
                     shares = [s.real for s in shares]
-                more = _Arrived(shares, totals[i])
+                more = _Arrived(shares, totals[i]).first(needed[target])
                 _add(pending.setdefault(target, {}), number, more, positive=target not in signed)
         del results
     return found
@@ -205,6 +216,10 @@ class _Arrived(NamedTuple):
 
     seeds: list[Tensor]
     totals: Totals
+
+    def first(self, count: int) -> _Arrived:
+        """That of the first seeds."""
+        return _Arrived(self.seeds[:count], None if self.totals is None else self.totals[:count])
 
 
 CONSERVING = frozenset(

@@ -41,6 +41,24 @@ class Group(NamedTuple):
     """The sign of the outputs that the group is for; 0 for all."""
 
 
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A layer as a function of input, weight and bias."""
+
+
+def total(group: Group, output: Tensor, run: Run) -> Tensor:
+    """What the contributions of a group add up to, in new memory; shaped like the output of the layer."""
+    whole: Tensor | None = None
+    for term in group.terms:
+        if term.x is None:
+            continue
+        found = run(term.x, term.weight, term.bias)
+        if whole is None:
+            whole = found if term.factor == 1 else found.mul_(term.factor)
+        else:
+            whole.add_(found, alpha=term.factor)
+    return torch.zeros_like(output) if whole is None else whole
+
+
 @dataclass
 class LayerParts:
     """Input, weight and bias of a layer."""
@@ -94,32 +112,24 @@ class LayerRule(Rule):
         """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
         raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
 
-    def sums(
-        self,
-        groups: Sequence[Group],
-        output: Tensor,
-        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    ) -> list[Tensor]:
-        """What the contributions of each group add up to.
+    def factors(self, groups: Sequence[Group], output: Tensor, run: Run) -> list[Tensor]:
+        """What relevance per magnitude of the output of a layer is multiplied by, for each group.
 
         Args:
             groups: of the layer.
             output: ``z`` of the layer.
             run: the layer as a function of input, weight and bias.
         """
-        wholes = []
+        found, largest = [], torch.finfo(output.dtype).max
         for group in groups:
-            whole: Tensor | None = None
-            for term in group.terms:
-                if term.x is None:
-                    continue
-                found = run(term.x, term.weight, term.bias)
-                if whole is None:
-                    whole = found if term.factor == 1 else found.mul_(term.factor)
-                else:
-                    whole.add_(found, alpha=term.factor)
-            wholes.append(torch.zeros_like(output) if whole is None else whole)
-        return wholes
+            if group.sign:  # and nothing elsewhere
+                factor = (output if group.sign > 0 else -output).clamp(0, largest)
+            else:
+                factor = output.abs().clamp_(numerics.LEAST, largest)
+            if group.factor != 1:
+                factor.mul_(group.factor)
+            found.append(factor.div_(stabilized(total(group, output, run), self.stabilizer)))
+        return found
 
     def form_of(self, call: Call) -> Form | None:
         return self._record if call.name in LAYERS else None
@@ -148,19 +158,8 @@ class LayerRule(Rule):
             """The terms of each group, and what relevance per magnitude of ``z`` is multiplied by."""
             parts, output = LayerParts(x(), w(), None if b is None else b(), nonnegative), z()
             groups = self.groups(parts)
-            factors = []
-            largest = torch.finfo(output.dtype).max
-            for group, whole in zip(groups, self.sums(groups, output, run), strict=True):
-                if group.sign:  # and nothing elsewhere
-                    factor = (output if group.sign > 0 else -output).clamp(0, largest)
-                else:
-                    factor = output.abs().clamp_(numerics.LEAST, largest)
-                if group.factor != 1:
-                    factor.mul_(group.factor)
-                factors.append(factor.div_(stabilized(whole, self.stabilizer)))
-            return parts, [
-                (group.terms, factor) for group, factor in zip(groups, factors, strict=True)
-            ]
+            factors = self.factors(groups, output, run)
+            return parts, [(group.terms, f) for group, f in zip(groups, factors, strict=True)]
 
         def propagate(s: Tensor) -> list[Tensor]:
             parts, groups = shared()

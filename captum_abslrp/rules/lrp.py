@@ -7,19 +7,21 @@ inputs of both signs, contributions count by their own sign.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from captum_abslrp.engine import numerics
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import carries_relevance
 from captum_abslrp.engine.nodes import history, is_recorded
 from captum_abslrp.engine.numerics import EPS
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules.base import Rule
-from captum_abslrp.rules.groups import Group, LayerParts, LayerRule, Term
+from captum_abslrp.rules.groups import Group, LayerParts, LayerRule, Run, Term, total
 
 
 class ZPlusRule(LayerRule):
@@ -110,27 +112,29 @@ class GammaRule(LayerRule):
         self.gamma = gamma
 
     def groups(self, parts: LayerParts) -> list[Group]:
-        def more(x: Tensor, **limit: float) -> Tensor:
-            return torch.add(x, x.clamp(**limit), alpha=self.gamma)
+        def more_positive(x: Tensor) -> Tensor:
+            return torch.add(x, x.clamp(min=0), alpha=self.gamma)
+
+        def more_negative(x: Tensor) -> Tensor:
+            return F.leaky_relu(x, 1 + self.gamma)
 
         w, b = parts.weight, parts.bias
-        plus, minus = more(w, min=0), more(w, max=0)
-        bias_plus, bias_minus = (None, None) if b is None else (more(b, min=0), more(b, max=0))
+        plus, minus = more_positive(w), more_negative(w)
+        biases = (None, None) if b is None else (more_positive(b), more_negative(b))
         return [
-            Group(parts.positive(plus, minus, bias_plus), sign=1),
-            Group(parts.positive(minus, plus, bias_minus), sign=-1),
+            Group(parts.positive(plus, minus, biases[0]), sign=1),
+            Group(parts.positive(minus, plus, biases[1]), sign=-1),
         ]
 
-    def sums(
-        self,
-        groups: Sequence[Group],
-        output: Tensor,
-        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    ) -> list[Tensor]:
+    def factors(self, groups: Sequence[Group], output: Tensor, run: Run) -> list[Tensor]:
         # The contributions of one sign, p, and of the other, n, add up to z: (z + gamma p) + (z + gamma n) is
-        # (2 + gamma) z. Where z is negative, as it is where the second sum counts, nothing cancels.
-        (positive,) = super().sums(groups[:1], output, run)
-        return [positive, torch.sub((2 + self.gamma) * output, positive)]
+        # (2 + gamma) z. So the size of the first sum, where z is positive, and of the second, where it is
+        # negative, is that of the first, less (2 + gamma) times the negative part of z. Nothing cancels.
+        size = total(groups[0], output, run)
+        size.sub_(output.clamp(max=0), alpha=2 + self.gamma).add_(self.stabilizer)
+        ratio = output.abs().div_(size)
+        of_positive = numerics.rectify(ratio, output)
+        return [of_positive, numerics.rectify_in_place(ratio, output, negative=True).neg_()]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma})"
