@@ -7,6 +7,7 @@ The literal definition is written out here once more, independent of the package
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,14 @@ def test_convolution_with_a_stride(seed: int, dims: int, data: st.DataObject, si
     assert_literal(
         lambda x, w: convolve(x, w, None, stride, padding, 1, groups), [x], [weight], seed=seed
     )
+
+
+@pytest.mark.parametrize("stride", [1, 2, (2, 3)])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("signed", [True, False])
+def test_convolution_of_points(stride: Any, padding: int, signed: bool) -> None:
+    x, w = draw_tensor(0, 2, 9, 5, 6, signed=signed), draw_tensor(1, 4, 9, 1, 1)
+    assert_literal(lambda x, w: F.conv2d(x, w, None, stride, padding), [x], [w])
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

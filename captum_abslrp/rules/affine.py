@@ -204,11 +204,26 @@ def transposed_convolution(
     plain = groups == 1 and not is_transposed and set(dilation) == {1}
     if plain and weight.shape[1] <= FEW and max(stride) > 1:
         return _by_phases(s, weight, like, stride, padding)
+    of_points = plain and set(weight.shape[2:]) == {1} and not any(padding)
+    # On a GPU a convolution may be of lower precision, and faster, than a product.
+    if of_points and s.device.type == "cpu" and s.is_contiguous() and like.is_contiguous():
+        return _of_points(s, weight, like, stride)
     grad_input: Tensor = torch.ops.aten.convolution_backward(
         s, like, weight, None, stride, padding, dilation, is_transposed,
         output_padding or [0] * len(stride), groups, [True, False, False],
     )[0]  # fmt: skip
     return grad_input
+
+
+def _of_points(s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int]) -> Tensor:
+    """The transposed product of a convolution whose kernel is one point, as a product of matrices."""
+    product = (weight.flatten(1).mT @ s.flatten(2)).view(len(s), weight.shape[1], *s.shape[2:])
+    if max(stride) == 1:
+        return product
+    result = product.new_zeros(like.shape)
+    places = [slice(None), slice(None), *(slice(None, None, step) for step in stride)]
+    result[tuple(places)] = product
+    return result
 
 
 def _by_phases(
