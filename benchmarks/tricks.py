@@ -26,7 +26,7 @@ from typing import Any
 import timm
 import torch
 
-from captum_abslrp import AbsLRP, demo
+from captum_abslrp import LRP, AbsLRP, demo
 
 PACKAGE = "captum_abslrp"
 
@@ -145,6 +145,18 @@ TRICKS = [
           "a.add_(b) if a.is_contiguous() else a + b", "a + b", ("resnet50", *VITS, "demo:vit")),
     Trick("signs of a weight by its first row first", "rules.base",
           "for w in (few, weight))", "for w in (weight,))", ALL),
+    Trick("1 x 1 convolutions transposed as products of matrices", "rules.affine",
+          "of_points = plain and set(weight.shape[2:]) == {1} and not any(padding)",
+          "of_points = False", (*CNNS, "resnet50 epsilon")),
+    Trick("a large weight read once for both seeds", "rules.affine",
+          "if large and options and _is_linear(", "if False and _is_linear(", ("vgg16",)),
+    Trick("no product for positive factors of batch norm", "rules.contributions",
+          "if positive:", "if False:", CNNS),
+    Trick("the memory of a result handed over, not copied", "engine.saved",
+          "traced = torch._C._len_torch_dispatch_stack() > 0", "traced = True", ("resnet50 epsilon",), True),
+    Trick("the contrast of a guided map ends at the guide", "attribution",
+          'combine == "guided" and observer is None', "False",
+          ("resnet50 recommended", "vit_small_patch16_224 recommended")),
 ]  # fmt: skip
 
 
@@ -208,10 +220,13 @@ def _code_of(code: CodeType, name: str) -> CodeType:
 
 
 def make(name: str, batch_size: int) -> Callable[[], object]:
-    """A function that explains a batch by a model of timm's or the demo's; ``NAME joint`` chooses the
-    normalization."""
+    """A function that explains a batch by a model of timm's or the demo's.
+
+    ``NAME joint`` chooses the normalization, ``NAME epsilon`` a composite, and ``NAME recommended`` what is
+    recommended.
+    """
     torch.manual_seed(0)
-    name, _, normalization = name.partition(" ")
+    name, _, option = name.partition(" ")
     if name.startswith("demo:"):
         model, x = (
             demo.load_model(name.removeprefix("demo:")),
@@ -219,7 +234,13 @@ def make(name: str, batch_size: int) -> Callable[[], object]:
         )
     else:
         model, x = timm.create_model(name).eval(), torch.randn(batch_size, 3, 224, 224)
-    attributor = AbsLRP(model, normalization=normalization or "separate")
+    attributor: AbsLRP
+    if option == "recommended":
+        attributor = AbsLRP.recommended(model)
+    elif option in ("", "joint"):
+        attributor = AbsLRP(model, normalization=option or "separate")
+    else:
+        attributor = LRP(model, option)
     return lambda: attributor.attribute(x, 0)
 
 
