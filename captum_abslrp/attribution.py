@@ -76,8 +76,8 @@ class _Maps(NamedTuple):
     """Relevance from one forward pass and one backward pass."""
 
     relevances: list[Tensor]
-    """Relevance of each explained tensor, (S, ...), for each of S seeds; with a guide, of the inputs that of
-    the target alone."""
+    """Relevance of each explained tensor, (S, ...), for each of S seeds; with a guide, of the inputs perhaps
+    that of the target alone."""
     totals: list[Tensor]
     """The sum of each seed and sample, (S, B), and by how much it changed on the tail of the score."""
     of_inputs: bool

@@ -351,3 +351,25 @@ def test_the_contrast_ends_at_the_guide(mapping: Any, monkeypatch: pytest.Monkey
     assert counts == [2] * behind + [1] * before
     assert before > 10
     assert behind > 10
+
+
+@pytest.mark.parametrize("contrast", ["others", 2])
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_a_score_that_goes_past_the_guide(contrast: Any, normalization: str) -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grid, self.head = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            past = torch.tanh(x.mean((2, 3)).neg())  # on the tail of the score, with a sign
+            return self.head(self.grid(x).relu().mean((2, 3))) + past
+
+    torch.manual_seed(0)
+    model, x = Past().double().eval(), images(16).double()
+    attributor = AbsLRP(model, normalization=normalization)
+    found = attributor.attribute(x, 0, contrast=contrast, combine="guided", guide=model.grid)
+    fine = attributor.attribute(x, 0, contrast=None)
+    layer = LayerAbsLRP(model, model.grid, normalization=normalization)
+    coarse = layer.attribute(x, 0, contrast=contrast)
+    assert relative_error(found, guided(fine, coarse)) < 1e-9

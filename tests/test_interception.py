@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -619,7 +620,7 @@ def test_memory_is_freed_without_the_garbage_collector() -> None:
 class _Overwriting(nn.Module):
     """Overwrites the output of a layer, which another tensor may look at."""
 
-    def __init__(self, look: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, look: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.look, self.layer, self.head = look, nn.Linear(6, 6), nn.Linear(6, 3)
         self.in_place = True
@@ -636,13 +637,24 @@ class _Overwriting(nn.Module):
         return self.head(h) + seen.detach().sum()
 
 
-LOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+class _Later:
+    """The memory of a tensor, which is looked at when it is asked for."""
+
+    def __init__(self, storage: torch.UntypedStorage, shape: torch.Size) -> None:
+        self.storage, self.shape = storage, shape
+
+    def detach(self) -> Tensor:
+        return torch.empty(0).set_(self.storage, 0, self.shape)
+
+
+LOOKS: dict[str, Callable[[Tensor], Any]] = {
     "at nothing": torch.zeros_like,
     "by detach": lambda h: h.detach(),
     "by data": lambda h: h.data,
     "by a view": lambda h: h.detach().view(-1),
     "by NumPy": lambda h: torch.from_numpy(h.detach().numpy()),
     "by its memory": lambda h: torch.empty(0).set_(h.detach().untyped_storage()),
+    "by its memory, later": lambda h: _Later(h.untyped_storage(), h.shape),
 }
 
 

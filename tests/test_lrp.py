@@ -33,6 +33,7 @@ from captum_abslrp.rules import (
     FlatRule,
     GammaRule,
     Group,
+    LayerParts,
     LayerRule,
     Rule,
     Term,
@@ -697,3 +698,37 @@ def test_groups_are_summed_once_for_all_seeds(name: str) -> None:
         counts.append((products.forward, products.transposed))
     sums = 1 if name == "gamma" else 2  # that of the other sign is known
     assert counts == [(1 + sums, 2), (1 + sums, 4)]
+
+
+def test_the_groups_of_a_gamma_rule_may_be_others() -> None:
+    class Half(GammaRule):
+        def groups(self, parts: LayerParts) -> list[Group]:
+            return [group._replace(factor=0.5) for group in super().groups(parts)]
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    maps = []
+    for rule in (GammaRule(0.5), Half(0.5)):
+        layer.rule = rule  # type: ignore[assignment]  # as users set it
+        maps.append(LRP(nn.Sequential(layer).eval()).attribute(x, 1))
+    torch.testing.assert_close(maps[1], maps[0] / 2)
+
+
+@pytest.mark.parametrize("rule", [GammaRule(0.5), ZPlusRule(), AlphaBetaRule(2, 1)], ids=str)
+def test_entries_that_take_no_part_contribute_nothing(rule: Rule) -> None:
+    """Under the mapping "vit", dropout passes nothing to what is negative."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)]
+    model, x = nn.Sequential(*layers).eval().double(), torch.randn(2, 6).double()
+    model[2].rule = rule  # type: ignore[assignment]  # as users set it
+    found = AbsLRP(model, "vit").attribute(x, 1, contrast=None)
+
+    class Hidden(type(rule)):  # type: ignore[misc]  # groups written out
+        def groups(self, parts: LayerParts) -> list[Group]:
+            parts = LayerParts(parts.x.clamp(min=0), parts.weight, parts.bias, False)
+            return super().groups(parts)
+
+    model[2].rule = copy.copy(rule)
+    model[2].rule.__class__ = Hidden
+    expected = AbsLRP(model, "vit").attribute(x, 1, contrast=None)
+    torch.testing.assert_close(found, expected)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, demo
 from captum_abslrp.graphs import LARGEST, simplify
-from captum_abslrp.rules import TwinRule
+from captum_abslrp.rules import EpsilonRule, TwinRule
 from tests.test_no_trace import no_trace
 
 pytestmark = [
@@ -399,3 +399,34 @@ def test_random_numbers_are_drawn_in_every_run() -> None:
     graph = make_fx(lambda x: x + torch.rand(3))(torch.zeros(3))
     simplify(graph)
     assert not torch.equal(graph(torch.zeros(3)), graph(torch.zeros(3)))
+
+
+class _Weak(nn.Module):
+    """A branch of which little is left, so that relevance is scaled at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(6, 6), nn.ReLU())])
+        self.middle, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.middle.rule = EpsilonRule()  # type: ignore[assignment]  # as users set it
+        with torch.no_grad():
+            for layer in self.branch[::2]:
+                layer.weight.abs_().mul_(1e-3)
+                layer.bias.fill_(1.0)
+            self.middle.weight.abs_()
+            self.middle.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(x * 1.0 + self.branch(x)))
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_signs_of_the_example_are_no_part_of_a_program(normalization: str) -> None:
+    torch.manual_seed(0)
+    model = _Weak().eval()
+    attributor = AbsLRP(model, normalization=normalization)
+    program = attributor.trace(torch.rand(1, 6), 1, contrast=None)
+    for _ in range(4):
+        x = torch.randn(1, 6) * 3
+        expected = attributor.attribute(x, 1, contrast=None)
+        torch.testing.assert_close(program(x, 1)[1], expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_abslrp import AbsLRP, demo
 from captum_abslrp.engine import propagation
 from captum_abslrp.engine.steps import Step
+from captum_abslrp.rules import EpsilonRule
 from tests.conftest import relative_error
 
 
@@ -112,3 +113,34 @@ def test_little_relevance_is_not_taken_for_rounding(normalization: str, scale: f
     found = attributor.attribute(x, 1, contrast=None)
     exact = AbsLRP(model.double(), normalization=normalization)
     assert relative_error(found, exact.attribute(x.double(), 1, contrast=None)) < 1e-4
+
+
+class Little(nn.Module):
+    """A branch that is next to nothing behind a layer whose rule may make relevance negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
+        self.middle, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.middle.rule = EpsilonRule()  # type: ignore[assignment]  # as users set it
+        with torch.no_grad():
+            self.middle.weight.abs_()
+            self.middle.bias.zero_()
+            for layer in (self.branch[0], self.branch[2]):
+                layer.weight.abs_().mul_(1e-7)
+                layer.bias.fill_(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.branch(x)
+        return self.head(self.middle(torch.cat([h[:, :3], (h * x * 0.9)[:, 3:]], 1)))
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_samples_do_not_matter_to_each_other_where_little_is_left(normalization: str) -> None:
+    torch.manual_seed(0)
+    model, x = Little().eval(), torch.cat([torch.rand(1, 6), torch.randn(4, 6)])
+    attributor = AbsLRP(model, normalization=normalization)
+    alone = attributor.attribute(x[:1], 1, contrast=None)
+    for other in range(1, 5):
+        both = attributor.attribute(x[[0, other]], 1, contrast=None)
+        torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-6)

@@ -25,6 +25,8 @@ class Recorder(Protocol):
     """Whether the relevance of all inputs of a call is scaled together."""
     batch_size: int
     """Number of samples."""
+    hides_negatives: bool
+    """Whether a rule has marked an output as nonnegative because it passes nothing to negative entries."""
 
     def save(self, tensor: Tensor) -> SavedTensor: ...
     def release(self, tensor: Tensor) -> None: ...

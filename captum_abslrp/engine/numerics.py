@@ -131,7 +131,7 @@ def scale(
     joint: bool = False,
     whole: Tensor | None = None,
     positive: Sequence[bool] | None = None,
-    signed: bool = True,
+    signed: bool | Tensor = True,
     unscaled: bool = False,
     kept: Collection[int] = (),
 ) -> list[Tensor]:
@@ -150,7 +150,7 @@ def scale(
         joint: scale all inputs together to ``totals``; by default each is scaled on its own.
         whole: with ``joint``, what all inputs together stand for, (B,); None for the sum of them.
         positive: for each input whether it and its relevance are known to be nowhere negative.
-        signed: whether relevance may be of both signs, so that it may cancel.
+        signed: whether relevance may be of both signs, so that it may cancel: for all samples, or (B,).
         unscaled: whether what arrived had another scale than the total, so that nobody knows whether little
             relevance of both signs is a rounding error: it becomes NaN then.
         kept: the inputs whose shares stay as they are, because their scale does not matter.
@@ -183,10 +183,12 @@ def scale(
     for i, (s, total) in enumerate(zip(shares, of_each, strict=True)):
         # A sum that is infinite leaves NaN, not zeros that look like a map.
         factor = totals / total.clamp(min=LEAST) + (total - total)
-        least = totals * rounding(s.dtype) if signed else LEAST
-        little = total < least
+        if isinstance(signed, Tensor):
+            little = total < (totals * signed * rounding(s.dtype)).clamp(min=LEAST)
+        else:
+            little = total < (totals * rounding(s.dtype) if signed else LEAST)
         factor = factor.masked_fill(little, 0)
-        if unscaled and signed:
+        if unscaled and signed is True:
             factor = factor.masked_fill(little & (total > 0), torch.nan)
         if joint:
             scaled.append(found[i] * factor)
@@ -197,6 +199,20 @@ def scale(
             factor = factor.repeat_interleave(len(rows) // batch_size)
         rows *= factor.view(-1, *[1] * (rows.dim() - 1))
     return scaled
+
+
+def negative_rows(s: Tensor, batch_size: int) -> Tensor:
+    """Whether relevance of each sample is negative somewhere, (B,).
+
+    Args:
+        s: relevance, (B, ...); a leading dimension of k B holds k parts of every sample.
+        batch_size: B.
+
+    Example:
+        >>> negative_rows(torch.tensor([[1.0, -2.0], [1.0, 2.0]]), 2)
+        tensor([ True, False])
+    """
+    return (s < 0).reshape(batch_size, -1).any(1)
 
 
 def rounding(dtype: torch.dtype) -> float:

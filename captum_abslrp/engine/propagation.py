@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from captum_abslrp.engine import numerics
-from captum_abslrp.engine.arguments import on_host
 from captum_abslrp.engine.complex import as_parts
 from captum_abslrp.engine.nodes import is_hook, is_recorded
 from captum_abslrp.engine.numerics import EPS, LEAST
@@ -62,8 +61,8 @@ def propagate(
             score, where signs do.
         chains: whether steps that follow each other may leave the scale of relevance as it is. A sample is
             NaN then if relevance of both signs becomes so little that it may be a rounding error. Without
-            chains, each step is scaled, and whether relevance has both signs is read from its values (on
-            the host).
+            chains, each step is scaled, and whether relevance of a sample has both signs is read from its
+            values.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
@@ -91,7 +90,11 @@ def propagate(
         found = _run_back(order, start_at, list(start), explained_at, positive, exact=not chains)
     if changes is not None:
         steps = [node.step for node in order if is_recorded(node)]
-        changes += [torch.stack(step.changes) / TOTAL for step in steps if step.changes]
+        for step in steps:
+            if step.changes:  # of fewer seeds where the others lead to nothing that is wanted
+                of_seeds = torch.stack(step.changes) / TOTAL
+                left = of_seeds.new_zeros(len(seeds) - len(of_seeds), of_seeds.shape[1])
+                changes.append(torch.cat([of_seeds, left]))
     results = []
     for tensor, count in zip(explained, counts, strict=True):
         place = _place(tensor)
@@ -159,6 +162,10 @@ def _run_back(
     pending: dict[Any, dict[int, _Arrived]] = {start[0]: {start[1]: _Arrived(seeds, None)}}
     found: dict[Place, list[Tensor]] = {}
     signed: set[Any] = set() if positive else {start[0]}
+    cancels: dict[Any, list[Tensor]] | None = None
+    # A program is for whatever values come, so it does not look at them.
+    if exact and torch._C._len_torch_dispatch_stack() == 0:
+        cancels = {start[0]: [numerics.negative_rows(s, len(s)) for s in seeds]}
     to_zeros = {start[0]}  # nodes of which entries that are zero may have relevance
     for node in order:
         arrived = pending.pop(node, None)
@@ -175,9 +182,11 @@ def _run_back(
         count = max(needed[target] for _, (target, _) in following)
         arrived = {number: of.first(count) for number, of in arrived.items()}
         hands_on_signed = node in signed
+        mixed = None if cancels is None else cancels.pop(node)[:count]
         if is_recorded(node):
             step: Step = node.step
             step.positive = not hands_on_signed
+            step.cancels = mixed
             if node not in to_zeros:
                 step.expect_no_zeros()
             keeps_sign = step.tail is not None and step.tail.keeps_sign
@@ -187,8 +196,9 @@ def _run_back(
         else:
             spares_zeros = node not in to_zeros
             results, totals = _move_back(node, arrived, count)
-        if exact and hands_on_signed and node not in signed:
-            hands_on_signed = _may_be_negative(results)
+        if mixed is not None and is_recorded(node):
+            found_negative = step.negative_rows(results)
+            mixed = [a | b for a, b in zip(mixed, found_negative, strict=True)]
         del arrived
         for i, (target, number) in following:
             if results[i][0] is not None:
@@ -196,6 +206,9 @@ def _run_back(
                     signed.add(target)
                 if not spares_zeros:
                     to_zeros.add(target)
+                if cancels is not None and mixed is not None:
+                    known = cancels.get(target, mixed)
+                    cancels[target] = [a | b for a, b in zip(known, mixed, strict=False)]
                 # Nodes of autograd's leave it to the engine to add up what was broadcast, and to take the
                 # real part where `where` made a real tensor complex.
                 expected = target._input_metadata[number]
@@ -280,12 +293,6 @@ def _add(
     if positive and totals is not None and more.totals is not None:
         whole = [a + b for a, b in zip(totals, more.totals, strict=True)]
     pending[number] = _Arrived(together, whole)
-
-
-def _may_be_negative(results: Sequence[Sequence[Tensor | None]]) -> bool:
-    """Whether relevance is negative somewhere, or may be: it is not looked at on a device."""
-    found = [s for of_input in results for s in of_input if s is not None]
-    return any(on_host((s < 0).any()) is not False for s in found)
 
 
 def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:

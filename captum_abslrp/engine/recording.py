@@ -47,11 +47,7 @@ from captum_abslrp.engine.complex import (
 from captum_abslrp.engine.dependence import Dependence, carries_relevance, is_source, untracked
 from captum_abslrp.engine.detached import DetachedParts
 from captum_abslrp.engine.in_place import run_in_place
-from captum_abslrp.engine.layers import (
-    LeftStates,
-    from_its_state,
-    with_magnitudes,
-)
+from captum_abslrp.engine.layers import LeftStates, from_its_state, with_magnitudes
 from captum_abslrp.engine.modules import Frame, ModuleStack, run_inside_layer
 from captum_abslrp.engine.moves import move
 from captum_abslrp.engine.names import (
@@ -86,6 +82,7 @@ class Recording(TorchFunctionMode):
     Attributes:
         fuses: whether a call that is made of others may be recorded as one, where it makes no difference.
         joint: as given.
+        hides_negatives: whether an output that is marked as nonnegative may have negative entries.
         depends: whether a node of the autograd graph comes from one of the explained inputs.
         detached: the values that leave the history.
         before_change: a function that gets each tensor that a call is about to overwrite, or None.
@@ -106,6 +103,7 @@ class Recording(TorchFunctionMode):
         super().__init__()
         self.batch_size = batch_size
         self.fuses = True
+        self.hides_negatives = False
         self.joint = joint
         self.depends = Dependence(inputs)
         self.detached = DetachedParts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -127,10 +128,10 @@ class SavedTensors:
         traced = torch._C._len_torch_dispatch_stack() > 0
         if traced or not (is_ours and alike and self._is_alone(target) and self._is_alone(result)):
             return False
-        count = (
-            max(self._count(target), self._count(result)) + 1
-        )  # no mark of either holds any more
+        # No mark of either holds any more.
+        count = max(self._count(target), self._count(result)) + 1
         self._saved.pop(storage_of(target), None)
+        self._aliases.pop(storage_of(target), None)
         target.data = result.detach()
         self._overwritten[storage_of(target)] = count
         setattr(target, _HANDED, True)
@@ -141,12 +142,13 @@ class SavedTensors:
         if type(tensor) is not Tensor or tensor._is_view():
             return False
         storage = tensor.untyped_storage()
+        if _references(tensor) > _references(torch.empty(1)) + 1:  # `storage`, and somebody else's
+            return False
         saved = [cell.storage() for _, cell in self._saved.get(storage._cdata, [])]
         known = sum(s is not None and s._cdata == storage._cdata for s in saved)
         del saved
-        return bool(
-            torch._C._storage_Use_Count(storage._cdata) == known + 2
-        )  # itself, and `storage`
+        # The tensor itself, and `storage`.
+        return bool(torch._C._storage_Use_Count(storage._cdata) == known + 2)
 
     def note_aliases(self, output: Tensor, inputs: Sequence[Tensor]) -> bool:
         """Note which inputs of a call share memory with its output; returns whether any does."""
@@ -186,6 +188,11 @@ class SavedTensors:
 
     def _count(self, tensor: Tensor) -> int:
         return self._overwritten.get(storage_of(tensor), 0)
+
+
+def _references(tensor: Tensor) -> int:
+    """How often Python refers to the memory of a tensor."""
+    return sys.getrefcount(tensor.untyped_storage())
 
 
 _SAVED = "_abslrp_saved"

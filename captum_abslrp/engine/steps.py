@@ -49,6 +49,9 @@ class Step:
     """Whether it is the first step behind the tail of the score, or behind the score itself."""
     positive: bool = False
     """Whether what arrives is known to be nowhere negative."""
+    cancels: Sequence[Tensor] | None = None
+    """For each seed, which samples have had relevance of both signs on the way, (B,), where it was looked
+    at; None where only what the rules say is known."""
     shared: bool = True
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
@@ -125,6 +128,14 @@ class Step:
     def joint(self) -> bool:
         """Whether all inputs together are scaled to what arrived."""
         return self.output is not None
+
+    def negative_rows(self, results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """For each seed, which samples have negative relevance, (B,), in what the sources get."""
+        of_seeds = zip(*results, strict=True)
+        return [
+            torch.stack([numerics.negative_rows(s, self.batch_size) for s in shares]).any(0)
+            for shares in of_seeds
+        ]
 
     def expect_no_zeros(self) -> None:
         """Note that no relevance arrives at entries of zero: all of it comes from steps that spare them."""
@@ -244,6 +255,11 @@ class Step:
         if chosen:
             inputs = [_laid_out_as(of_seeds[0][i], self.inputs[i]()) for i in chosen]
             known = self.positive and self.keeps_sign
+            signed: list[Any] = [not known] * len(of_seeds)
+            if self.cancels is not None:
+                results = [*zip(*of_seeds, strict=True)]
+                own = self.negative_rows(results)
+                signed = [a | b for a, b in zip(self.cancels, own, strict=True)]
             found = [
                 numerics.scale(
                     inputs,
@@ -252,12 +268,14 @@ class Step:
                     totals=total,
                     joint=joint,
                     whole=whole,
-                    signed=not known,
+                    signed=of_seed,
                     unscaled=self.arrives_unscaled,
                     positive=[known and self.nonnegative[i] for i in chosen],
                     kept=[n for n, i in enumerate(chosen) if i in unscaled],
                 )
-                for shares, total, whole in zip(of_seeds, totals, wholes, strict=True)
+                for shares, total, whole, of_seed in zip(
+                    of_seeds, totals, wholes, signed, strict=True
+                )
             ]
             for n, i in enumerate(chosen if joint else ()):
                 passed[i] = None if self.adds_total else [of_inputs[n] for of_inputs in found]

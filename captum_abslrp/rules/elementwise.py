@@ -145,6 +145,7 @@ def record_dropout(
     z = call.save(output)
     # Relevance of attention of next to nothing is divided by `EPS` once more.
     attends = call.is_nonnegative(input)
+    call.recording.hides_negatives |= not attends
     return Record(
         output,
         [input],

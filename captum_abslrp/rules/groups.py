@@ -67,12 +67,14 @@ class LayerParts:
     weight: Tensor
     bias: Tensor | None
     is_nonnegative: bool
-    """Whether the input is known to have no negative entry."""
+    """Whether it is known that no negative entry of the input takes part."""
+    is_whole: bool = True
+    """Whether all entries take part, so that ``z`` is the sum of all contributions."""
 
     @cached_property
     def plus(self) -> Tensor:
         """The positive part of the input."""
-        return self.x if self.is_nonnegative else self.x.clamp(min=0)
+        return self.x if self.is_nonnegative and self.is_whole else self.x.clamp(min=0)
 
     @cached_property
     def minus(self) -> Tensor | None:
@@ -112,10 +114,13 @@ class LayerRule(Rule):
         """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
         raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
 
-    def factors(self, groups: Sequence[Group], output: Tensor, run: Run) -> list[Tensor]:
+    def factors(
+        self, parts: LayerParts, groups: Sequence[Group], output: Tensor, run: Run
+    ) -> list[Tensor]:
         """What relevance per magnitude of the output of a layer is multiplied by, for each group.
 
         Args:
+            parts: of the layer.
             groups: of the layer.
             output: ``z`` of the layer.
             run: the layer as a function of input, weight and bias.
@@ -150,15 +155,17 @@ class LayerRule(Rule):
         x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
         b = None if affine.bias is None else call.save(affine.bias)
         nonnegative = call.is_nonnegative(affine.input)
+        whole = not (nonnegative and call.recording.hides_negatives)
 
         run, transposed = affine.run, affine.transposed
 
         @once
         def shared() -> tuple[LayerParts, list[tuple[list[Term], Tensor]]]:
             """The terms of each group, and what relevance per magnitude of ``z`` is multiplied by."""
-            parts, output = LayerParts(x(), w(), None if b is None else b(), nonnegative), z()
+            bias, output = None if b is None else b(), z()
+            parts = LayerParts(x(), w(), bias, nonnegative, whole)
             groups = self.groups(parts)
-            factors = self.factors(groups, output, run)
+            factors = self.factors(parts, groups, output, run)
             return parts, [(group.terms, f) for group, f in zip(groups, factors, strict=True)]
 
         def propagate(s: Tensor) -> list[Tensor]:

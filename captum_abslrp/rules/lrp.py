@@ -126,7 +126,11 @@ class GammaRule(LayerRule):
             Group(parts.positive(minus, plus, biases[1]), sign=-1),
         ]
 
-    def factors(self, groups: Sequence[Group], output: Tensor, run: Run) -> list[Tensor]:
+    def factors(
+        self, parts: LayerParts, groups: Sequence[Group], output: Tensor, run: Run
+    ) -> list[Tensor]:
+        if not parts.is_whole or type(self).groups is not GammaRule.groups:
+            return super().factors(parts, groups, output, run)
         # The contributions of one sign, p, and of the other, n, add up to z: (z + gamma p) + (z + gamma n) is
         # (2 + gamma) z. So the size of the first sum, where z is positive, and of the second, where it is
         # negative, is that of the first, less (2 + gamma) times the negative part of z. Nothing cancels.
