@@ -95,7 +95,8 @@ TRICKS = [
         ("vgg16",),
     ),
     Trick(
-        "parts of a large weight piece by piece", "rules.affine", "LARGE = 2**22", "LARGE = 2147483648",
+        "large weights piece by piece, once for both seeds", "rules.affine",
+        "LARGE = 2**22", "LARGE = 2147483648",
         ("vgg16",), True,
     ),
     Trick(
@@ -148,14 +149,12 @@ TRICKS = [
     Trick("1 x 1 convolutions transposed as products of matrices", "rules.affine",
           "of_points = plain and set(weight.shape[2:]) == {1} and not any(padding)",
           "of_points = False", (*CNNS, "resnet50 epsilon")),
-    Trick("a large weight read once for both seeds", "rules.affine",
-          "if large and options and _is_linear(", "if False and _is_linear(", ("vgg16",)),
     Trick("no product for positive factors of batch norm", "rules.contributions",
           "if positive:", "if False:", CNNS),
     Trick("the memory of a result handed over, not copied", "engine.saved",
-          "traced = torch._C._len_torch_dispatch_stack() > 0", "traced = True", ("resnet50 epsilon",), True),
+          "if is_traced() or not (is_ours and alike):", "if True:", ("resnet50 epsilon",), True),
     Trick("the contrast of a guided map ends at the guide", "attribution",
-          'combine == "guided" and observer is None', "False",
+          'if combine == "guided" and observer is None:', "if False:",
           ("resnet50 recommended", "vit_small_patch16_224 recommended")),
 ]  # fmt: skip
 

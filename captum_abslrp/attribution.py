@@ -602,9 +602,8 @@ class AbsLRP(GradientAttribution):
             seeds.append(contrasted)
         changes: list[Tensor] = []
         counts = None
-        if (
-            combine == "guided" and observer is None
-        ):  # of the inputs, the map of the target is wanted
+        # Of the inputs of a guided map, relevance of the target alone is wanted.
+        if combine == "guided" and observer is None:
             counts = [*[1] * len(leaves), *[len(seeds)] * (len(explained) - len(leaves))]
         relevances = propagate(
             output,

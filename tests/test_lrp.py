@@ -732,3 +732,19 @@ def test_entries_that_take_no_part_contribute_nothing(rule: Rule) -> None:
     model[2].rule.__class__ = Hidden
     expected = AbsLRP(model, "vit").attribute(x, 1, contrast=None)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_rule_with_groups_of_its_own_does_not_spare_zeros_unasked() -> None:
+    class Even(GammaRule):
+        def groups(self, parts: LayerParts) -> list[Group]:
+            return [Group([Term(torch.ones_like(parts.x), torch.ones_like(parts.weight))])]
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 2), torch.rand(1, 4)
+    maps = []
+    for rule in (Even(0.5), FlatRule()):
+        layer.rule = rule  # type: ignore[assignment]  # as users set it
+        model = nn.Sequential(nn.Hardtanh(0.5, 1.0), nn.ReLU(), layer).eval()
+        maps.append(LRP(model).attribute(x - 0.5, 1))
+    assert not Even.spares_zeros
+    torch.testing.assert_close(maps[0], maps[1])

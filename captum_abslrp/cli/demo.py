@@ -85,8 +85,7 @@ def _demo(args: argparse.Namespace) -> int:
         for method, build in _demo_methods().items():
             try:
                 maps = build(model)(demo.normalize(images), labels)
-            except Exception as error:
-                # Captum's methods fail in many ways on layers that they do not know.
+            except Exception as error:  # Captum's methods fail in many ways on unknown layers
                 if method.startswith("AbsLRP"):
                     raise
                 columns[method] = note = f"not supported: {short_reason(error)}"

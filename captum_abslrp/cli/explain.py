@@ -291,8 +291,7 @@ def _explain_image(
         try:
             attribute = get_method(name)(subject.model)
             maps[name] = [attribute(inputs, target)[0].detach().cpu() for target in targets]
-        except Exception as error:
-            # Captum's methods fail in many ways on layers that they do not know.
+        except Exception as error:  # Captum's methods fail in many ways on unknown layers
             reason = " ".join(str(error).split())
             trouble.append(f"{name} does not run on {args.model}: {type(error).__name__}: {reason}")
 

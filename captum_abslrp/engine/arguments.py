@@ -100,6 +100,11 @@ def on_host(condition: Tensor) -> bool | None:
     return bool(condition.numpy()) if condition.device.type == "cpu" else None
 
 
+def is_traced() -> bool:
+    """Whether operators are recorded, so that nothing may be decided by values."""
+    return bool(torch._C._len_torch_dispatch_stack() > 0)
+
+
 def cast_constants(
     args: tuple[Any, ...], kwargs: dict[str, Any], is_source: Callable[[Tensor], bool]
 ) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[Tensor, Tensor]]]:

@@ -163,8 +163,7 @@ def _run_back(
     found: dict[Place, list[Tensor]] = {}
     signed: set[Any] = set() if positive else {start[0]}
     cancels: dict[Any, list[Tensor]] | None = None
-    # A program is for whatever values come, so it does not look at them.
-    if exact and torch._C._len_torch_dispatch_stack() == 0:
+    if exact:
         cancels = {start[0]: [numerics.negative_rows(s, len(s)) for s in seeds]}
     to_zeros = {start[0]}  # nodes of which entries that are zero may have relevance
     for node in order:
@@ -197,8 +196,7 @@ def _run_back(
             spares_zeros = node not in to_zeros
             results, totals = _move_back(node, arrived, count)
         if mixed is not None and is_recorded(node):
-            found_negative = step.negative_rows(results)
-            mixed = [a | b for a, b in zip(mixed, found_negative, strict=True)]
+            mixed = step.cancels
         del arrived
         for i, (target, number) in following:
             if results[i][0] is not None:
@@ -207,7 +205,7 @@ def _run_back(
                 if not spares_zeros:
                     to_zeros.add(target)
                 if cancels is not None and mixed is not None:
-                    known = cancels.get(target, mixed)
+                    known = cancels.get(target, mixed)  # perhaps of fewer seeds
                     cancels[target] = [a | b for a, b in zip(known, mixed, strict=False)]
                 # Nodes of autograd's leave it to the engine to add up what was broadcast, and to take the
                 # real part where `where` made a real tensor complex.

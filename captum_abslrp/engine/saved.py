@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from captum_abslrp.engine.arguments import is_traced
+
 
 class SavedTensor:
     """A tensor saved for the backward pass, or a function that makes it again.
@@ -125,8 +127,9 @@ class SavedTensors:
         """
         is_ours |= hasattr(target, _HANDED)
         alike = _layout(target) == _layout(result) and target.dtype == result.dtype
-        traced = torch._C._len_torch_dispatch_stack() > 0
-        if traced or not (is_ours and alike and self._is_alone(target) and self._is_alone(result)):
+        if is_traced() or not (is_ours and alike):
+            return False
+        if not (self._is_alone(target) and self._is_alone(result)):
             return False
         # No mark of either holds any more.
         count = max(self._count(target), self._count(result)) + 1

@@ -49,7 +49,7 @@ class Step:
     """Whether it is the first step behind the tail of the score, or behind the score itself."""
     positive: bool = False
     """Whether what arrives is known to be nowhere negative."""
-    cancels: Sequence[Tensor] | None = None
+    cancels: list[Tensor] | None = None
     """For each seed, which samples have had relevance of both signs on the way, (B,), where it was looked
     at; None where only what the rules say is known."""
     shared: bool = True
@@ -129,12 +129,17 @@ class Step:
         """Whether all inputs together are scaled to what arrived."""
         return self.output is not None
 
-    def negative_rows(self, results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """For each seed, which samples have negative relevance, (B,), in what the sources get."""
-        of_seeds = zip(*results, strict=True)
-        return [
-            torch.stack([numerics.negative_rows(s, self.batch_size) for s in shares]).any(0)
+    def _note_signs(self, of_seeds: Sequence[Sequence[Tensor]]) -> None:
+        """Note which samples have negative relevance in what the sources get, where it is looked at."""
+        if self.cancels is None:
+            return
+        found = [
+            [numerics.negative_rows(share, self.batch_size) for share in shares]
             for shares in of_seeds
+        ]
+        self.cancels = [
+            torch.stack([before, *rows]).any(0)
+            for before, rows in zip(self.cancels, found, strict=True)
         ]
 
     def expect_no_zeros(self) -> None:
@@ -186,6 +191,7 @@ class Step:
             wholes.append(whole)
         del found, shares, of_inputs, pairs
         del rule, seeds
+        self._note_signs(of_seeds)
         if self.scaled:
             passed = self._scale(of_seeds, totals, wholes)
         else:
@@ -213,6 +219,7 @@ class Step:
             ]
             for s in full
         ]
+        self._note_signs(of_seeds)
         if not tail.keeps_sign:
             self.changes = [
                 tail.change(s, shares, self.batch_size)
@@ -255,11 +262,7 @@ class Step:
         if chosen:
             inputs = [_laid_out_as(of_seeds[0][i], self.inputs[i]()) for i in chosen]
             known = self.positive and self.keeps_sign
-            signed: list[Any] = [not known] * len(of_seeds)
-            if self.cancels is not None:
-                results = [*zip(*of_seeds, strict=True)]
-                own = self.negative_rows(results)
-                signed = [a | b for a, b in zip(self.cancels, own, strict=True)]
+            signed: Sequence[Any] = self.cancels or [not known] * len(of_seeds)
             found = [
                 numerics.scale(
                     inputs,

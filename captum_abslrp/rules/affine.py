@@ -39,9 +39,7 @@ def linear(
         tensor([[3., 4.]])
     """
     parts = signed_parts(weight)
-    if parts.weight.numel() <= LARGE:
-        return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
-    return linear_of_seeds(x, parts, [s], nonnegative=nonnegative)[0]
+    return positive_contributions(x, parts, lambda w: s @ w, nonnegative=nonnegative)
 
 
 def linear_of_seeds(
@@ -145,7 +143,7 @@ def convolution(
         tensor([2., 2., 2., 2.])
     """
     parts = signed_parts(weight)
-    if _is_linear(parts.weight, x, **options):  # perhaps with a very large weight
+    if _is_linear(parts.weight, x, **options):
         flat = SignedParts(parts.weight.flatten(1), dtype=s.dtype)
         return linear(x.flatten(1), flat, s.flatten(1), nonnegative=nonnegative).view_as(x)
 

@@ -105,7 +105,13 @@ class LayerRule(Rule):
     """
 
     spares_zeros: ClassVar[bool] = False
-    """Whether all terms are of the positive or the negative part of the input, so that zeros get nothing."""
+    """Whether all terms are of the positive or the negative part of the input, so that zeros get nothing. A
+    subclass with groups of its own says so anew."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "groups" in vars(cls) and "spares_zeros" not in vars(cls):
+            cls.spares_zeros = False
 
     def __init__(self, stabilizer: float = EPS) -> None:
         self.stabilizer = stabilizer

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_abslrp.engine.arguments import on_host
+from captum_abslrp.engine.arguments import is_traced, on_host
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.numerics import rectify
 from captum_abslrp.engine.tape import Record
@@ -181,8 +181,7 @@ def record_batch_norm(
 
 def _is_positive(scale: Tensor) -> bool:
     """Whether it is known that all of a scale is positive. A program is for whatever weights come."""
-    traced = torch._C._len_torch_dispatch_stack() > 0
-    return not traced and on_host((scale > 0).all()) is True
+    return not is_traced() and on_host((scale > 0).all()) is True
 
 
 def record_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
