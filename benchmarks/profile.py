@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.profile --model vit_base_patch16_224`` prints the time of the forward pass, plain and
 recorded, and the time of each kind of rule in the backward pass, in milliseconds and as multiples of the
-plain forward pass. The share of the transposed products is printed, too: no implementation can do without
-them. (Run it as a module: a script in a folder with a file of this name would take that file for the one of
+plain forward pass. The time of the operators is printed, too: the products, which no implementation can do
+without, and the elementwise ones, the most expensive first. (Run it as a module: a script in a folder with a file of this name would take that file for the one of
 the standard library.)
 """
 
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from captum_abslrp import AbsLRP, demo
 from captum_abslrp.engine.steps import Step
+from captum_abslrp.engine.tape import Totals
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution_backward",
             "aten::mkldnn_convolution", "aten::cudnn_convolution")  # fmt: skip
@@ -43,10 +44,11 @@ def main() -> None:
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--normalization", choices=["separate", "joint"], default="separate")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     model, x = load(args.model, args.batch_size)
-    attributor = AbsLRP(model)
+    attributor = AbsLRP(model, normalization=args.normalization)
     attributor.attribute(x, 0)
 
     plain, watched, whole = [], [], []
@@ -54,10 +56,12 @@ def main() -> None:
     count: Counter[str] = Counter()
     run_step = Step.__call__
 
-    def timed(step: Step, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
+    def timed(
+        step: Step, seeds: Sequence[Tensor], arrived: Totals = None
+    ) -> tuple[list[list[Tensor]], list[Totals]]:
         kind = step.propagate.__qualname__.split(".<locals>")[0].lstrip("_")
         start = time.perf_counter()
-        shares = run_step(step, seeds)
+        shares = run_step(step, seeds, arrived)
         spent[kind] += time.perf_counter() - start
         count[kind] += 1
         return shares
@@ -97,6 +101,15 @@ def main() -> None:
     print(
         f"\nProducts, forward and back: {1e3 * products:.0f} ms, {products / forward:.2f} forward passes."
     )
+    others = sorted(
+        (e for e in events if e.key not in PRODUCTS), key=lambda e: -e.self_cpu_time_total
+    )
+    longest = [
+        f"`{e.key.removeprefix('aten::')}` {e.self_cpu_time_total / 1e6 / forward:.2f}"
+        for e in others[:10]
+    ]
+    rest = sum(e.self_cpu_time_total for e in others) / 1e6 / forward
+    print(f"Other operators: {rest:.2f} forward passes, the longest {', '.join(longest)}.")
 
     with torch.no_grad():
         one = x[:1]

@@ -1,0 +1,23 @@
+"""The script that says where the time of an attribution goes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks import profile
+
+
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_every_kind_of_call_and_operator_has_a_time(
+    normalization: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "demo:resnet", "--batch-size", "1", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["profile", *options, "--normalization", normalization])
+    profile.main()
+    out = capsys.readouterr().out
+    rows = dict(line.strip("| ").split(" | ", 1) for line in out.splitlines() if "|" in line)
+    calls, milliseconds, passes = rows["record_convolution"].split(" | ")
+    assert int(calls) > 10 and float(milliseconds) > 0 and float(passes) > 0
+    assert "Products, forward and back: " in out and "`threshold_backward` " in out
