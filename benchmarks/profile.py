@@ -3,8 +3,8 @@
 ``python -m benchmarks.profile --model vit_base_patch16_224`` prints the time of the forward pass, plain and
 recorded, and the time of each kind of rule in the backward pass, in milliseconds and as multiples of the
 plain forward pass. The time of the operators is printed, too: the products, which no implementation can do
-without, and the elementwise ones, the most expensive first. (Run it as a module: a script in a folder with a file of this name would take that file for the one of
-the standard library.)
+without, and the others, the longest first. (Run it as a module: a script in a folder with a file of this
+name would take that file for the one of the standard library.)
 """
 
 from __future__ import annotations
