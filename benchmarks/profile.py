@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from captum_abslrp import AbsLRP, demo
+from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.steps import Step
 from captum_abslrp.engine.tape import Totals
 
@@ -75,7 +76,7 @@ def main() -> None:
         attributor.attribute(x, 0)
         whole.append(time.perf_counter() - start)
         start = time.perf_counter()
-        attributor._forward([x.clone().requires_grad_()], ())
+        attributor._forward([x.clone().requires_grad_()], Samples((x,), None, None, ()))
         watched.append(time.perf_counter() - start)
         with mock.patch.object(Step, "__call__", timed):
             attributor.attribute(x, 0)

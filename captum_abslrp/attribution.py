@@ -48,6 +48,7 @@ from captum_abslrp.memory import fitting
 from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.program import Program, trace
 from captum_abslrp.recommendation import OTHER, Recommendation, recommend
+from captum_abslrp.scores import Scores, scores_of
 from captum_abslrp.seeds import (
     DEFAULT,
     Contrast,
@@ -63,10 +64,8 @@ from captum_abslrp.seeds import (
 
 __all__ = ["AbsLRP"]
 
-Forward = Callable[
-    [Sequence[Tensor], tuple[Any, ...], Observer | None], tuple[Tensor, Sequence[Tensor]]
-]
-"""From inputs, further arguments and an observer to the output and the tensors that are explained."""
+Forward = Callable[[Sequence[Tensor], Samples, Observer | None], tuple[Tensor, Sequence[Tensor]]]
+"""From inputs as leaves, the samples and an observer to the output and the tensors that are explained."""
 
 Chunk = tuple[list[Tensor], Tensor]
 """Relevance of the explained tensors, and the sum that the relevance of each sample started with, (B,)."""
@@ -229,14 +228,18 @@ class AbsLRP(GradientAttribution):
                 than two dimensions a tuple, or a list of B tuples. With fewer indices than the output
                 has dimensions, the sum over the other dimensions is explained: ``k`` is class k of all
                 positions of an output (B, K, H, W). None explains the predicted class, or the only
-                output.
+                output. Or a function from what the model returns (or from what ``output`` picks of it) to one
+                score per sample, (B,), or to scores of classes, (B, K), of which the predicted one is
+                explained; :mod:`captum_abslrp.targets` has such functions for segments, boxes and
+                similarities. It sees the samples that are run together.
             additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
             contrast: what the target is compared with: ``"others"``, all other classes alike (as
                 published, and the default); ``"softmax"``, the other classes by their probability;
                 classes in any form of ``target``: why this rather than that? None returns the map of the
                 target alone. With one output per sample there is nothing to hold it against. Classes are
-                compared at the position of the target, or as sums where the target is one. In Captum's
-                ``NoiseTunnel`` one class per sample is taken for all of the sample's copies.
+                compared at the position of the target, or as sums where the target is one. Where the target
+                is a function, another function of the output, too: why more of this score than of that? In
+                Captum's ``NoiseTunnel`` one class per sample is taken for all of the sample's copies.
             combine: how the maps of the target and of the contrast are combined: ``"difference"`` (as
                 published, and the default); ``"gated"``: the target's map where it exceeds the contrast's,
                 and 0 elsewhere; or ``"guided"``, for images: the target's map times the positive part of
@@ -269,7 +272,7 @@ class AbsLRP(GradientAttribution):
 
         Raises:
             TypeError: if inputs or target are not of a type that is listed here, or the model does
-                not return a tensor.
+                not return a tensor; or if the contrast is a function, and the target is none.
             ValueError: if inputs are not finite (on the host; elsewhere their maps are not either) or
                 have no batch dimension, or the target does not fit the output; if classes are to be
                 compared, but the target is a sum over them; if a lazy layer of the model has not run yet.
@@ -290,6 +293,12 @@ class AbsLRP(GradientAttribution):
             >>> x = torch.rand(2, 3, 8, 8)
             >>> class_2_in_the_corner = AbsLRP(model).attribute(x, target=(2, 0, 0))
             >>> class_2_anywhere = AbsLRP(model).attribute(x, target=2)
+
+            Of any score: why there is more of class 2 on the right than on the left:
+
+            >>> def left(out): return out[:, 2, :, :4].mean((1, 2))
+            >>> def right(out): return out[:, 2, :, 4:].mean((1, 2))
+            >>> relevance = AbsLRP(model).attribute(x, target=right, contrast=left)
         """
         contrast = self.contrast if isinstance(contrast, Default) else contrast
         combine = self.combine if isinstance(combine, Default) else combine
@@ -365,8 +374,9 @@ class AbsLRP(GradientAttribution):
         if is_guided and guide is None:
             given = plain(inputs if isinstance(inputs, tuple) else (inputs,))
             extra = _format_additional_forward_args(additional_forward_args) or ()
-            check_inputs(given, self.model)
-            guide = self._find_guide([_leaf(x) for x in given], extra)
+            scores = scores_of(target, contrast, check_inputs(given, self.model))
+            samples = Samples(given, None, None, extra, scores)
+            guide = self._find_guide([_leaf(x) for x in given], samples)
         if guide is not None:
             options["guide"] = guide
         expected = self.attribute(inputs, target, additional_forward_args, **options)
@@ -374,7 +384,8 @@ class AbsLRP(GradientAttribution):
 
         def explain(samples: Samples, chains: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
             maps = self._maps(samples, combine, class_dim, forward, checked=False, chains=chains)
-            fits = fitting_targets(maps.output, samples.target, samples.contrast, class_dim)
+            target = samples.target_in(maps.output)
+            fits = fitting_targets(maps.output, target, samples.contrast, class_dim)
             return maps.output, fits, maps.combined(combine)
 
         return trace(
@@ -437,22 +448,22 @@ class AbsLRP(GradientAttribution):
         )
 
     def _to_inputs(
-        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
+        self, leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self._forward(leaves, extra, observer), leaves
+        return self._forward(leaves, samples, observer), leaves
 
     def _to_guide(self, guide: nn.Module | None) -> Forward:
         """The forward pass that explains the output of a layer, too."""
         guide = None if guide is None else part_of_model(self.model, guide, "guide")
 
         def forward(
-            leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
+            leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
         ) -> tuple[Tensor, Sequence[Tensor]]:
             nonlocal guide
             if guide is None:
-                guide = self._find_guide(leaves, extra)
+                guide = self._find_guide(leaves, samples)
             with captured([guide], of_input=False, integers=None) as (calls,):
-                output = self._forward(leaves, extra, observer)
+                output = self._forward(leaves, samples, observer)
             if len(calls) != 1 or len(calls[0]) != 1:
                 raise ValueError(
                     f"Expected `guide` to be a module that the model calls once and that returns one tensor "
@@ -463,13 +474,11 @@ class AbsLRP(GradientAttribution):
 
         return forward
 
-    def _find_guide(self, leaves: Sequence[Tensor], extra: tuple[Any, ...]) -> nn.Module:
-        first = Samples(tuple(leaves), None, None, extra).rows(0, 1)
+    def _find_guide(self, leaves: Sequence[Tensor], samples: Samples) -> nn.Module:
+        first = samples._replace(inputs=tuple(leaves)).rows(0, 1)
 
         def run(image: Tensor) -> Tensor:
-            output = self.model(image, *first.extra)
-            found: Tensor = logits_of(output) if self.output is None else self.output(output)
-            return found
+            return self._explained(self.model(image, *first.extra), first.scores, 1)
 
         with eager(self.model):
             return find_guide(self.model, first.inputs, run)
@@ -493,6 +502,9 @@ class AbsLRP(GradientAttribution):
         check_contrast(contrast)
         check_class_dim(class_dim)
         check_combine(combine, signed=self.signed)
+        scores = scores_of(target, contrast, batch_size)
+        if scores is not None:
+            target, contrast = scores.index, contrast if scores.contrast is None else 1
         targets = expand_target(target, batch_size)
         contrasts = (
             contrast
@@ -504,7 +516,7 @@ class AbsLRP(GradientAttribution):
         size = chunk_size(internal_batch_size, batch_size)
         automatic = internal_batch_size == "auto"
         check_model(self.model)
-        samples = Samples(given, targets, contrasts, extra)
+        samples = Samples(given, targets, contrasts, extra, scores)
         if automatic and batch_size > 1:
             size = self._fitting(samples, forward)
         zeros = ZeroMaps(batch_size)
@@ -524,7 +536,7 @@ class AbsLRP(GradientAttribution):
         """How many samples fit into memory together, by the first of them."""
         first = samples.rows(0, 1)
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-            output, _ = forward([_leaf(x) for x in first.inputs], first.extra, None)
+            output, _ = forward([_leaf(x) for x in first.inputs], first, None)
             return fitting(output, len(samples.inputs[0]))
 
     def _explain_chunk(
@@ -589,12 +601,13 @@ class AbsLRP(GradientAttribution):
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
-        output, explained = forward(leaves, samples.extra, observer)
+        output, explained = forward(leaves, samples, observer)
         values, signed = output.detach(), self.signed
         options: dict[str, Any] = {"class_dim": class_dim, "signed": signed, "checked": checked}
-        seeds = [target_seed(values, samples.target, **options)]
+        target = samples.target_in(values)
+        seeds = [target_seed(values, target, **options)]
         contrasted = contrast_seed(
-            values, samples.target, samples.contrast, logits=logits(output), **options
+            values, target, samples.contrast, logits=logits(output), **options
         )
         if contrasted is not None and signed and combine == "difference":  # which is linear
             seeds = [seeds[0] - contrasted]
@@ -618,7 +631,7 @@ class AbsLRP(GradientAttribution):
         return _Maps(relevances, [started, *changes], explained is leaves, values)
 
     def _forward(
-        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None = None
+        self, leaves: Sequence[Tensor], samples: Samples, observer: Observer | None = None
     ) -> Tensor:
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
         recording = Recording(
@@ -630,9 +643,21 @@ class AbsLRP(GradientAttribution):
             total=TOTAL,
             observer=observer,
         )
-        return self.run(leaves, extra, recording)
+        return self.run(leaves, samples.extra, recording, samples.scores)
 
-    def run(self, leaves: Sequence[Tensor], extra: tuple[Any, ...], recording: Recording) -> Tensor:
+    def _explained(self, output: Any, scores: Scores | None, batch_size: int) -> Any:
+        """The tensor to explain, of what the model returns."""
+        if scores is not None:
+            return scores(output if self.output is None else self.output(output), batch_size)
+        return logits_of(output) if self.output is None else self.output(output)
+
+    def run(
+        self,
+        leaves: Sequence[Tensor],
+        extra: tuple[Any, ...],
+        recording: Recording,
+        scores: Scores | None = None,
+    ) -> Tensor:
         """Output of the model, (B, ...), as it depends on the leaves under a recording."""
         batch_size = len(leaves[0])
         # Clones, because a leaf cannot be changed in place, which the model may do.
@@ -645,7 +670,7 @@ class AbsLRP(GradientAttribution):
             except Exception as error:  # raised again, explained where it can be
                 explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
-            output = logits_of(output) if self.output is None else self.output(output)
+            output = self._explained(output, scores, batch_size)
             with torch._C.DisableTorchFunction():
                 recording.check_visible(output)
                 output = checked_output(output, batch_size)

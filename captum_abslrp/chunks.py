@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_abslrp.engine.samples import Misaligned
 from captum_abslrp.memory import is_out_of_memory
+from captum_abslrp.scores import Scores
 
 __all__ = ["Samples", "in_chunks"]
 
@@ -30,6 +31,12 @@ class Samples(NamedTuple):
     """Indices, (B, I), or the contrast by its name."""
     extra: tuple[Any, ...]
     """Further arguments of the model; tensors of B rows are of the samples."""
+    scores: Scores | None = None
+    """What is explained, where it is given by functions."""
+
+    def target_in(self, output: Tensor) -> Tensor | None:
+        """Indices of the target in the explained output; None of a function that returned one score each."""
+        return None if self.scores is not None and output.dim() == 1 else self.target
 
     def rows(self, start: int, stop: int) -> Samples:
         """Samples number `start` to `stop - 1`."""
@@ -44,6 +51,7 @@ class Samples(NamedTuple):
             rows_of(self.target),
             rows_of(self.contrast),
             tuple(map(rows_of, self.extra)),
+            None if self.scores is None else self.scores.rows(start, stop),
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_abslrp.attribution import AbsLRP, delta_of
 from captum_abslrp.captures import captured
 from captum_abslrp.checks import IndependentOutput, part_of_model
+from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.samples import Misaligned, check_aligned
 from captum_abslrp.integers import IntegerInputs
@@ -167,7 +168,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         in_order: list[tuple[int, list[bool]]] = []
 
         def forward(
-            leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
+            leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
         ) -> tuple[Tensor, Sequence[Tensor]]:
             tokens = not all(leaf.is_floating_point() for leaf in leaves)
             integers = IntegerInputs(leaves) if tokens else None
@@ -183,7 +184,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                 captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
             ):
                 try:
-                    output = self._forward(leaves, extra, observer)
+                    output = self._forward(leaves, samples, observer)
                 except IndependentOutput as error:
                     choose()  # raises if that is why
                     if not tokens:

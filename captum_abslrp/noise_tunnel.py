@@ -16,14 +16,18 @@ def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an ``attribute`` method as Captum expects it: calls are logged, unless Captum makes them.
 
     Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, and
-    passes all other arguments as they are. There, and only there, a contrast per sample is repeated, too.
+    passes all other arguments as they are. There, and only there, a contrast per sample is repeated, too, and
+    so are functions as targets that know of samples.
     """
 
     @wraps(attribute)
     def unlogged(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
-        if "contrast" in kwargs and isinstance(first, Tensor) and first.dim() > 0:
-            kwargs["contrast"] = repeated(kwargs["contrast"], len(first))
+        if isinstance(first, Tensor) and first.dim() > 0:
+            if "contrast" in kwargs:
+                kwargs["contrast"] = repeated(kwargs["contrast"], len(first))
+            if callable(kwargs.get("target")):
+                kwargs["target"] = repeated(kwargs["target"], len(first))
         return attribute(self, inputs, *args, **kwargs)
 
     logged = log_usage()(attribute)
@@ -35,7 +39,7 @@ def repeated(classes: Any, batch_size: int) -> Any:
     """Classes for samples that Captum has repeated, one behind the other, for noise to be added to each.
 
     Args:
-        classes: a contrast as ``attribute`` takes it.
+        classes: a target or contrast as ``attribute`` takes it.
         batch_size: how many samples there are now.
 
     Returns:
@@ -48,6 +52,10 @@ def repeated(classes: Any, batch_size: int) -> Any:
         'others'
     """
     count = 1
+    if callable(classes):
+        count = getattr(classes, "samples", 1)
+        times = batch_size // count
+        return classes if count == 1 or batch_size % count else classes.repeated(times)
     if isinstance(classes, list) or (isinstance(classes, Tensor) and classes.dim() == 1):
         count = len(classes)
     # A tensor of one element is for all samples.

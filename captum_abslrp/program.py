@@ -24,6 +24,7 @@ from captum_abslrp.engine.samples import Misaligned
 from captum_abslrp.engine.saved import storage_of
 from captum_abslrp.engine.state import unchanged
 from captum_abslrp.graphs import simplify
+from captum_abslrp.scores import scores_of
 from captum_abslrp.seeds import Contrast, Target, expand_target
 
 __all__ = ["Program", "trace"]
@@ -92,8 +93,8 @@ class Program(nn.Module):
             tensors.append(_rows(target, batch_size, tensors[0].device))
         elif target is not None:
             raise ValueError(
-                "Expected no `target`, because the program was traced without one and explains the predicted "
-                "class, but got one. Trace it with an example: `trace(inputs, target=0)`."
+                "Expected no `target`, because the program was traced without one, or with a function, and "
+                "what it explains is fixed, but got one. Trace it with a class: `trace(inputs, target=0)`."
             )
         found = [_layout(x) for x in tensors]
         if spec != self._spec or found != self._expected:
@@ -144,20 +145,26 @@ def trace(
     count = len(inputs) if isinstance(inputs, tuple) else 1
     batch_size = len(tensors[0])
     others: Any = contrast
-    if not (contrast is None or isinstance(contrast, str)):
-        others = expand_target(contrast, batch_size, name="contrast")
+    scores = scores_of(target, contrast, batch_size)
+    fixed = None
+    if scores is not None:
+        fixed, target = expand_target(scores.index, batch_size), None
+        others = contrast if scores.contrast is None else 1
+    if not (others is None or isinstance(others, str)):
+        others = expand_target(others, batch_size, name="contrast")
     if target is not None:
         tensors.append(_rows(target, batch_size, tensors[0].device))
     extra = _format_additional_forward_args(additional_forward_args) or ()
     leaves_of_extra, of_extra = tree_flatten(extra)
 
     def run(chains: bool, *given: Tensor) -> list[Tensor]:
-        values, rows = [*given], None
+        values, rows = [*given], fixed
         if target is not None:
             rows = values.pop()
         leaves, further = values[:count], iter(values[count:])
         arguments = [next(further) if isinstance(v, Tensor) else v for v in leaves_of_extra]
-        samples = Samples(tuple(leaves), rows, others, tuple(tree_unflatten(arguments, of_extra)))
+        further_arguments = tuple(tree_unflatten(arguments, of_extra))
+        samples = Samples(tuple(leaves), rows, others, further_arguments, scores)
         output, fits, relevances = explain(samples, chains)
         finite = [x.isfinite().view(batch_size, -1).all(1) for x in leaves]
         valid = torch.stack([fits, *finite]).all(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from captum_abslrp.engine.arguments import on_host
 from captum_abslrp.engine.messages import warn
 from captum_abslrp.engine.saved import in_full_precision
+from captum_abslrp.scores import Score
 
 __all__ = [
     "DEFAULT",
@@ -28,11 +29,11 @@ __all__ = [
     "target_seed",
 ]
 
-Target = None | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]]
-"""Target in every form that Captum takes."""
+Target = None | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | Score
+"""Target in every form that Captum takes, or a function of the output."""
 
-Contrast = None | str | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]]
-"""``"others"``, ``"softmax"``, None, or classes in every form of :data:`Target`."""
+Contrast = None | str | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | Score
+"""``"others"``, ``"softmax"``, None, classes in every form of :data:`Target`, or a function of the output."""
 
 
 class Default:

@@ -21,7 +21,9 @@ ORDER = (
     {
         "memory",
         "integers",
+        "scores",
         "seeds",
+        "targets",
         "eager",
         "noise_tunnel",
         "checks",

@@ -20,7 +20,7 @@ from captum_abslrp.engine.dependence import is_source
 from captum_abslrp.engine.numerics import rectify, rectify_in_place
 from captum_abslrp.engine.tape import Record
 from captum_abslrp.rules import pooling
-from captum_abslrp.rules.base import Form, Function, once
+from captum_abslrp.rules.base import Form, Function, once, passed
 from captum_abslrp.rules.normalization import rsigma
 from captum_abslrp.rules.sparse import is_sparse
 
@@ -140,6 +140,16 @@ def record_product(call: Call, input: Any, other: Any, *, epsilon: float) -> Rec
     return _record_bilinear(
         call, input, other, epsilon, lambda g, a, b: (g * b, g * a), lambda: input * other
     )
+
+
+def record_quotient(call: Call, input: Any, other: Any, *, epsilon: float) -> Any:
+    """The divisor is a constant of the call, as that of a norm is, so that the numerator gets everything."""
+    output = call.run(lambda: torch.div(input, other))
+    if not is_source(input):
+        return output
+    divisor = call.save(other) if isinstance(other, Tensor) else partial(float, other)
+    record = passed(call, output, [input], lambda: 1 / divisor())
+    return record._replace(constants=[other] if is_source(other) else [])
 
 
 def record_matmul(call: Call, input: Tensor, other: Tensor, *, epsilon: float) -> Record:
@@ -264,6 +274,8 @@ def suits(call: Call) -> Form | None:
         both = len(call.operands) == 2 and not call.kwargs
         if not both or (call.name != "mul" and any(t.dim() < 2 for t in given)):
             return None
+    if call.name == "div" and (len(call.operands) != 2 or call.kwargs):
+        return None
     if call.name == "softmax" and (len(call.operands) < 2 or call.operands[1] is None):
         return None
     if any(is_source(v) for v in call.kwargs.values()):
@@ -282,6 +294,7 @@ _FORMS: dict[str, Form] = {
     **PRODUCTS,
     "add": record_sum,
     "sub": record_sum,
+    "div": record_quotient,
     "softmax": record_softmax,
     **dict.fromkeys(pooling.MAX_POOLS, record_max_pool),
 }

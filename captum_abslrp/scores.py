@@ -1,0 +1,117 @@
+"""Scores of a model's output that a user asks about, where a class by its index does not say it.
+
+Axes: B samples, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Score", "Scores", "scores_of"]
+
+Score = Callable[[Any], Tensor]
+"""From what a model returns for B samples to one score per sample, (B,), or to scores of classes, (B, K)."""
+
+
+class Scores(NamedTuple):
+    """The score that is explained, and the score that it is compared with, if that is a function, too."""
+
+    target: Score
+    contrast: Score | None = None
+
+    @property
+    def index(self) -> Any:
+        """The class to explain where the function returns scores of classes; None for the predicted one."""
+        return 0 if self.contrast is not None else getattr(self.target, "index", None)
+
+    def rows(self, start: int, stop: int) -> Scores:
+        """The scores for samples number `start` to `stop - 1`; a function that knows of samples has rows."""
+
+        def rows_of(score: Any) -> Any:
+            own = getattr(score, "rows", None)
+            return score if own is None else own(start, stop)
+
+        return Scores(*map(rows_of, self))
+
+    def __call__(self, output: Any, batch_size: int) -> Tensor:
+        """The scores that an output holds, (B,) or (B, K); with a contrast (B, 2), the target first."""
+        of_target = _checked(self.target(output), batch_size, "target")
+        if self.contrast is None:
+            return of_target
+        of_contrast = _checked(self.contrast(output), batch_size, "contrast")
+        pair = [
+            _single(of_target, self.target, "target"),
+            _single(of_contrast, self.contrast, "contrast"),
+        ]
+        return torch.stack(pair, 1)
+
+
+def scores_of(target: Any, contrast: Any, batch_size: int) -> Scores | None:
+    """The scores where the target is a function, or None.
+
+    Args:
+        target, contrast: as ``attribute`` takes them.
+        batch_size: B.
+
+    Raises:
+        TypeError: if the contrast alone is a function.
+        ValueError: if a function knows of another number of samples.
+
+    Example:
+        >>> scores = scores_of(lambda out: out[:, 1], lambda out: out[:, 2:].mean(1), 2)
+        >>> scores(torch.tensor([[0.0, 1.0, 2.0, 4.0], [0.0, 5.0, 6.0, 8.0]]), 2)
+        tensor([[1., 3.],
+                [5., 7.]])
+    """
+    if not callable(target):
+        if callable(contrast):
+            raise TypeError(
+                f"Expected `target` to be a function of the output, too, where `contrast` is one, but got "
+                f"{target!r}. Pass `target=lambda out: out[:, {target if isinstance(target, int) else 0}]`."
+            )
+        return None
+    found = Scores(target, contrast if callable(contrast) else None)
+    for name, score in zip(("target", "contrast"), found):
+        known = getattr(score, "samples", None)
+        if known not in (None, 1, batch_size):
+            raise ValueError(
+                f"Expected `{name}` to be for one sample, or for all {batch_size} of `inputs`, but got "
+                f"{score!r}, which is for {known}."
+            )
+    return found
+
+
+def _checked(scores: Any, batch_size: int, name: str) -> Tensor:
+    """Scores as a tensor, (B,) or (B, K)."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(
+            f"Expected the function `{name}` to return a floating-point tensor of scores, but got {found}."
+        )
+    if scores.dim() == 0 and batch_size == 1:
+        return scores.reshape(1)
+    if scores.dim() not in (1, 2) or len(scores) != batch_size or scores.numel() == 0:
+        raise ValueError(
+            f"Expected the function `{name}` to return one score per sample, ({batch_size},), or scores of "
+            f"classes, ({batch_size}, K), but got shape {tuple(scores.shape)}. It sees the samples that are "
+            f"run together; all of them may be fewer than `inputs` has."
+        )
+    return scores
+
+
+def _single(scores: Tensor, score: Score, name: str) -> Tensor:
+    """One score per sample; of classes that of the function's own class."""
+    if scores.dim() == 1:
+        return scores
+    index = getattr(score, "index", None)
+    if index is None and scores.shape[1] > 1:
+        raise ValueError(
+            f"Expected the function `{name}` to return one score per sample where `contrast` is a function, "
+            f"but got shape {tuple(scores.shape)}. Choose one: `lambda out: ...[:, 0]`."
+        )
+    columns = torch.as_tensor(0 if index is None else index, device=scores.device)
+    return scores.gather(1, columns.reshape(-1, 1).expand(len(scores), 1)).squeeze(1)

@@ -1,0 +1,493 @@
+"""Scores to explain beyond a class: segments, boxes, similarities, attributes.
+
+Each is a function of what a model returns, and is passed as ``target`` of :meth:`AbsLRP.attribute
+<captum_abslrp.AbsLRP.attribute>`, or as its ``contrast``. A function of your own does as well:
+``target=lambda out: out["depth"].mean((1, 2))``.
+
+Axes: B samples, K classes, H height, W width, D features, N boxes, Q queries.
+
+Example:
+    >>> encoder = timm.create_model("test_vit", num_classes=0).eval()
+    >>> x = torch.rand(2, 3, 160, 160)
+    >>> reference = encoder(torch.rand(1, 3, 160, 160))[0].detach()
+    >>> AbsLRP(encoder).attribute(x, target=Similarity(reference)).shape
+    torch.Size([2, 3, 160, 160])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_abslrp.checks import logits_of
+from captum_abslrp.engine.arguments import on_host
+
+__all__ = [
+    "Attribute",
+    "Box",
+    "Distance",
+    "Pair",
+    "Segment",
+    "Similarity",
+    "WithKeywords",
+]
+
+
+class _PerSample:
+    """A score that holds tensors of one row for all samples, or of one row for each.
+
+    Attributes:
+        samples: how many samples it is for; 1 where it is the same for all.
+    """
+
+    _fields: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        return max((len(getattr(self, name)) for name in self._present()), default=1)
+
+    def _present(self) -> list[str]:
+        return [name for name in self._fields if getattr(self, name) is not None]
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Any:
+        if self.samples == 1:
+            return self
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        for name in self._present():
+            value = getattr(self, name)
+            setattr(copy, name, value if len(value) == 1 else change(value))
+        return copy
+
+    def rows(self, start: int, stop: int) -> Any:
+        """The score for samples number `start` to `stop - 1`."""
+        return self._with(lambda value: value[start:stop])
+
+    def repeated(self, times: int) -> Any:
+        """The score for samples of which each was repeated, one behind the other."""
+        return self._with(lambda value: value.repeat_interleave(times, 0))
+
+
+class Attribute:
+    """One of several attributes that a model scores independently of each other, as multi-label models do.
+
+    The map is that of the attribute alone. Other attributes do not compete with it, so that none of them is
+    a contrast.
+
+    Args:
+        index: the attribute.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
+        >>> x = torch.rand(2, 3, 2, 2)
+        >>> striped = AbsLRP(model).attribute(x, target=Attribute(3))
+        >>> torch.equal(striped, AbsLRP(model).attribute(x, target=3, contrast=None))
+        True
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __call__(self, output: Any) -> Tensor:
+        """The score of the attribute, (B,), of logits (B, K), or of an object that has them."""
+        scores: Tensor = logits_of(output)
+        return scores[:, self._index]
+
+    def __repr__(self) -> str:
+        return f"Attribute({self._index})"
+
+
+class Segment(_PerSample):
+    """A class of a segmentation, over a region: why are these pixels a cat?
+
+    The score of each class is the mean over the region, so that classes are compared there.
+
+    Args:
+        index: the class.
+        mask: the region: booleans or weights, (H, W) or (B, H, W), of any resolution. None is where the
+            model sees the class itself.
+
+    Raises:
+        ValueError: on a call, if the region of a sample is empty, or the output is no segmentation.
+
+    Example:
+        >>> model = nn.Conv2d(3, 5, 3, padding=1).eval()
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> mask = torch.zeros(8, 8)
+        >>> mask[:4, :4] = 1
+        >>> relevance = AbsLRP(model).attribute(x, target=Segment(2, mask))
+        >>> bool(relevance[:, :, 5:].any())  # what the region does not see
+        False
+    """
+
+    _fields = ("_mask",)
+
+    def __init__(self, index: int, mask: Tensor | None = None) -> None:
+        self.index = index
+        if mask is not None and mask.dim() not in (2, 3):
+            raise ValueError(
+                f"Expected `mask` to have shape (H, W) or (B, H, W), but got {tuple(mask.shape)}."
+            )
+        self._mask = None if mask is None else mask.detach().float().view(-1, *mask.shape[-2:])
+
+    def __call__(self, output: Any) -> Tensor:
+        """The mean score of each class over the region, (B, K).
+
+        Args:
+            output: scores (B, K, H, W); or an object or dict that has them as ``logits`` or ``out``; or
+                queries for masks and classes, as of Hugging Face's MaskFormer and Mask2Former.
+        """
+        scores = _pixel_scores(output)
+        if not -scores.shape[1] <= self.index < scores.shape[1]:
+            raise IndexError(
+                f"Expected the class of {self!r} to be one of {scores.shape[1]}, but got {self.index}."
+            )
+        if self._mask is None:
+            region = (scores.detach().argmax(1) == self.index % scores.shape[1]).to(scores.dtype)
+        else:
+            region = self._mask.to(scores)
+            if region.shape[1:] != scores.shape[2:]:
+                region = F.interpolate(region.unsqueeze(1), scores.shape[2:], mode="area")[:, 0]
+        size = region.sum((1, 2), keepdim=True)
+        empty = (size <= 0).flatten()
+        if on_host(empty.any()):
+            where = "the model sees the class nowhere" if self._mask is None else "`mask` is zero"
+            raise ValueError(
+                f"Expected a region for {self!r}, but {where} in sample {empty.tolist().index(True)}. Pass "
+                f"a `mask` of the pixels to explain."
+            )
+        return (scores * (region / size).unsqueeze(1)).sum((2, 3))
+
+    def __repr__(self) -> str:
+        mask = "" if self._mask is None else f", mask of {tuple(self._mask.shape)}"
+        return f"Segment({self.index}{mask})"
+
+
+def _pixel_scores(output: Any) -> Tensor:
+    """Scores of classes for each pixel, (B, K, H, W)."""
+    of_queries = [_entry(output, f"{name}_queries_logits") for name in ("class", "masks")]
+    if all(isinstance(part, Tensor) for part in of_queries):  # the last class is none
+        classes, masks = of_queries
+        return torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :-1], masks.sigmoid())
+    out = _entry(output, "out")
+    scores = out if isinstance(out, Tensor) else logits_of(output)
+    if not isinstance(scores, Tensor) or scores.dim() != 4:
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"Expected the model to return scores of classes for each pixel, (B, K, H, W), but got {found}. "
+            f'Pick them with `output=lambda out: out["..."]`.'
+        )
+    return scores
+
+
+def _entry(output: Any, name: str) -> Any:
+    """What an object or dict holds under a name, or None."""
+    if isinstance(output, Tensor):
+        return None
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+class Box(_PerSample):
+    """One box of a detector by the score of its class: why is this a dog?
+
+    In each run the detection of the class that overlaps the box most is taken, because the boxes of another
+    run (of other rules, of noise) may lie elsewhere. The score is that of the class; where the box lies is
+    not explained.
+
+    Args:
+        box: x1, y1, x2, y2: (4,), or (B, 4) for one box of each sample. In pixels, as torchvision's detectors
+            return them; of DETR and YOLOS in shares of width and height.
+        label: its class, or a list of B classes.
+        min_iou: how much a detection has to overlap the box at least (intersection over union).
+
+    Raises:
+        ValueError: on a call, if no detection of the class overlaps the box so much, or the output is none of
+            a detector.
+
+    Example:
+        >>> class Detector(nn.Module):
+        ...     def forward(self, x):
+        ...         left, right = x[..., :4].mean((1, 2, 3)), x[..., 4:].mean((1, 2, 3))
+        ...         boxes = torch.tensor([[0.0, 0, 4, 8], [4.0, 0, 8, 8]])
+        ...         labels = torch.tensor([1, 1])
+        ...         scores = torch.stack([left, right], 1)
+        ...         return [{"boxes": boxes, "labels": labels, "scores": s} for s in scores]
+        >>> x = torch.rand(1, 3, 8, 8)
+        >>> relevance = AbsLRP(Detector().eval()).attribute(x, target=Box([4, 0, 8, 8], 1))
+        >>> bool(relevance[..., :4].any()), bool(relevance[..., 4:].all())
+        (False, True)
+    """
+
+    _fields = ("_box", "_label")
+
+    def __init__(
+        self,
+        box: Tensor | Sequence[float] | Sequence[Sequence[float]],
+        label: int | Sequence[int] | Tensor,
+        *,
+        min_iou: float = 0.5,
+    ) -> None:
+        if isinstance(box, (list, tuple)) and box and isinstance(box[0], Tensor):
+            box = torch.stack([*map(torch.as_tensor, box)])
+        self._box = torch.as_tensor(box).detach().float().reshape(-1, 4)
+        self._label = torch.as_tensor(label).detach().long().reshape(-1)
+        self.min_iou = min_iou
+
+    @property
+    def index(self) -> list[int] | int:
+        """The class, or that of each sample."""
+        labels: list[int] = self._label.tolist()
+        return labels[0] if len(labels) == 1 else labels
+
+    def __call__(self, output: Any) -> Tensor:
+        """The score of the detection.
+
+        Args:
+            output: of torchvision's detectors: a list of B dicts with ``boxes`` (N, 4), ``labels`` (N,) and
+                ``scores`` (N,); or of Hugging Face's: ``logits`` (B, Q, K) and ``pred_boxes`` (B, Q, 4).
+
+        Returns:
+            (B,), or (B, K) where the detector tells the scores of other classes for the same box, too.
+        """
+        logits, boxes = _entry(output, "logits"), _entry(output, "pred_boxes")
+        if isinstance(logits, Tensor) and isinstance(boxes, Tensor):
+            return self._of_queries(logits, boxes.detach())
+        if isinstance(output, (list, tuple)) and all(isinstance(d, Mapping) for d in output):
+            found = [self._of_image(d, n) for n, d in enumerate(output)]
+            # One score behind the other is one row per sample again.
+            return torch.stack(found)
+        raise ValueError(
+            f"Expected the model to return what a detector does, a list of dicts with `boxes`, `labels` and "
+            f"`scores`, or an object with `logits` and `pred_boxes`, but got {type(output).__name__}."
+        )
+
+    def _of_queries(self, logits: Tensor, boxes: Tensor) -> Tensor:
+        center, size = boxes[..., :2], boxes[..., 2:]
+        corners = torch.cat([center - size / 2, center + size / 2], -1)
+        chosen = []
+        for n in range(len(boxes)):
+            overlap = self._overlap(corners[n], n)
+            # Of queries at the same place the one that is surest of the class.
+            sure = logits[n].detach().softmax(-1)[:, self._row(self._label, n)]
+            near = overlap >= self.min_iou
+            self._check(near, overlap, n)
+            chosen.append(int((sure + near).argmax()))
+        rows = torch.tensor(chosen, device=logits.device).view(-1, 1, 1)
+        return logits.gather(1, rows.expand(-1, 1, logits.shape[2])).squeeze(1)
+
+    def _of_image(self, detections: Mapping[str, Tensor], n: int) -> Tensor:
+        of_class = detections["labels"] == self._row(self._label, n).to(detections["labels"])
+        overlap = self._overlap(detections["boxes"].detach(), n).where(of_class, -1.0)
+        self._check(overlap >= self.min_iou, overlap, n)
+        return detections["scores"][int(overlap.argmax())]
+
+    def _check(self, near: Tensor, overlap: Tensor, n: int) -> None:
+        if near.any():
+            return
+        best = float(overlap.max()) if overlap.numel() else -1.0
+        found = "none of the class" if best < 0 else f"an IoU of {best:.2f} at most"
+        raise ValueError(
+            f"Expected a detection of class {int(self._row(self._label, n))} that overlaps the box "
+            f"{self._row(self._box, n).tolist()} by an IoU of at least {self.min_iou} in sample {n}, but got "
+            f"{found}. Take the box and the label from the detections of the model."
+        )
+
+    @staticmethod
+    def _row(values: Tensor, n: int) -> Tensor:
+        return values[0 if len(values) == 1 else n]
+
+    def _overlap(self, boxes: Tensor, n: int) -> Tensor:
+        """Intersection over union of the box with others (N, 4), (N,)."""
+        box = self._row(self._box, n).to(boxes)
+        low, high = torch.maximum(boxes[:, :2], box[:2]), torch.minimum(boxes[:, 2:], box[2:])
+        shared = (high - low).clamp(min=0).prod(1)
+        areas = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+        return shared / (areas + (box[2:] - box[:2]).prod() - shared).clamp(min=1e-12)
+
+    def __repr__(self) -> str:
+        return f"Box({self._box.tolist()}, {self._label.tolist()})"
+
+
+class _Reference(_PerSample):
+    """A score by an embedding that others are compared with."""
+
+    _fields = ("_reference",)
+
+    def __init__(
+        self, reference: Tensor | None = None, *, embedding: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        if reference is not None:
+            if reference.dim() not in (1, 2, 3) or not reference.is_floating_point():
+                raise ValueError(
+                    f"Expected `reference` to be embeddings, (D,), (B, D), (1, M, D) or (B, M, D), but got "
+                    f"{reference.dtype} of shape {tuple(reference.shape)}."
+                )
+            reference = reference.detach()
+            if reference.dim() < 3:
+                reference = reference.reshape(-1, 1, reference.shape[-1])
+        self._reference = reference
+        self._embedding = embedding
+
+    def _pair(self, output: Any) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D), and what they are compared with, (1 or B, M, D)."""
+        if self._reference is None:
+            if not isinstance(output, (list, tuple)) or len(output) != 2:
+                raise ValueError(
+                    f"Expected the model to return a pair of embeddings where no `reference` is given, but "
+                    f"got {type(output).__name__}. Explain `Pair(encoder)`, or pass the reference."
+                )
+            first, second = map(self._embedded, output)
+            return first, second.unsqueeze(1)
+        found = self._embedded(output)
+        if self._reference.shape[-1] != found.shape[-1]:
+            raise ValueError(
+                f"Expected embeddings of the model and the reference to have the same size, but got "
+                f"{found.shape[-1]} and {self._reference.shape[-1]}."
+            )
+        return found, self._reference.to(found)
+
+    def _embedded(self, output: Any) -> Tensor:
+        found = _embedding_of(output) if self._embedding is None else self._embedding(output)
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"Expected the model to return embeddings (B, D), but got {got}. Pick them, for example the "
+                f"class token: `{type(self).__name__}(..., embedding=lambda out: "
+                f"out.last_hidden_state[:, 0])`."
+            )
+        return found
+
+    def __repr__(self) -> str:
+        shape = "a pair" if self._reference is None else tuple(self._reference.shape)
+        return f"{type(self).__name__}({shape})"
+
+
+def _embedding_of(output: Any) -> Any:
+    for name in ("image_embeds", "text_embeds", "pooler_output"):
+        found = _entry(output, name)
+        if isinstance(found, Tensor):
+            return found
+    return output
+
+
+class Similarity(_Reference):
+    """Cosine similarity of embeddings: why does this image look like that one?
+
+    Args:
+        reference: the embedding to compare with, (D,), or one of each sample, (B, D), computed by the same
+            model, ``model(other_image)``. Several, (1, M, D) or (B, M, D), count as their mean: pass those of
+            other images as the contrast, ``contrast=Similarity(others[None])``. None: the model returns a
+            pair of embeddings, see :class:`Pair`.
+        embedding: picks the embedding (B, D) from what the model returns. None takes the tensor itself, or
+            ``image_embeds``, ``text_embeds`` or ``pooler_output`` of an object.
+
+    Raises:
+        ValueError: if the reference has another shape; on a call, if the output is none of embeddings.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+        >>> x, other = torch.randn(2, 3), torch.randn(3)
+        >>> like_other = Similarity(encoder(other))
+        >>> AbsLRP(encoder).attribute(x, target=like_other).shape
+        torch.Size([2, 3])
+        >>> rather_than_these = Similarity(encoder(torch.randn(1, 5, 3)))
+        >>> AbsLRP(encoder).attribute(x, target=like_other, contrast=rather_than_these).shape
+        torch.Size([2, 3])
+    """
+
+    def __call__(self, output: Any) -> Tensor:
+        """The similarity, (B,): the mean over the references."""
+        found, reference = self._pair(output)
+        # A linear layer whose weights are the references: its rule is that of such layers. Lengths come last,
+        # so that they only scale its output.
+        products = found.unsqueeze(1) @ reference.mT
+        lengths = found.norm(dim=-1)[:, None, None] * reference.norm(dim=-1).unsqueeze(1)
+        return (products / lengths.clamp(min=1e-12)).mean((1, 2))
+
+
+class Distance(_Reference):
+    """Euclidean distance of embeddings: why is this image far from that one?
+
+    Args:
+        reference, embedding: as for :class:`Similarity`.
+
+    Raises:
+        ValueError: as for :class:`Similarity`.
+
+    Example:
+        >>> encoder = nn.Linear(3, 4).eval()
+        >>> far = Distance(encoder(torch.rand(3)))
+        >>> AbsLRP(encoder).attribute(torch.rand(2, 3), target=far).shape
+        torch.Size([2, 3])
+    """
+
+    def __call__(self, output: Any) -> Tensor:
+        """The distance, (B,): the mean over the references."""
+        found, reference = self._pair(output)
+        apart = found.unsqueeze(1) - reference
+        return apart.pow(2).sum(-1).sqrt().mean(1)
+
+
+class Pair(nn.Module):
+    """A module that compares two inputs by one encoder: relevance of both sides of a similarity, in one call.
+
+    Args:
+        encoder: from inputs to embeddings, (B, D), or to an object that has them.
+
+    Example:
+        >>> encoder = nn.Linear(3, 4).eval()
+        >>> a, b = torch.rand(2, 3), torch.rand(2, 3)
+        >>> of_a, of_b = AbsLRP(Pair(encoder)).attribute((a, b), target=Similarity())
+        >>> of_a.shape, of_b.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.train(encoder.training)
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
+        """What the encoder returns for each of the two."""
+        return self.encoder(first), self.encoder(second)
+
+
+class WithKeywords(nn.Module):
+    """A module that passes its arguments to another one by keyword, with others that stay the same.
+
+    Explained inputs are the first arguments of a model. Many models of Hugging Face's have something else
+    there: CLIP takes texts before images.
+
+    Args:
+        model: the module.
+        names: the keywords that the arguments of this module are passed by, in their order.
+        fixed: keywords that are the same in each call, such as the texts that images are compared with.
+
+    Example:
+        >>> class Both(nn.Module):
+        ...     def forward(self, texts, images):
+        ...         return images @ texts.T
+        >>> images_first = WithKeywords(Both(), "images", texts=torch.rand(4, 3)).eval()
+        >>> AbsLRP(images_first).attribute(torch.rand(2, 3), target=1).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, model: nn.Module, *names: str, **fixed: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.fixed = fixed
+        self.train(model.training)
+
+    def forward(self, *args: Any) -> Any:
+        """What the module returns for these arguments."""
+        if len(args) > len(self.names):
+            raise TypeError(
+                f"Expected at most {len(self.names)} arguments, {', '.join(self.names)}, but got "
+                f"{len(args)}."
+            )
+        return self.model(**dict(zip(self.names, args)), **self.fixed)
