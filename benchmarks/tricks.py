@@ -142,7 +142,7 @@ TRICKS = [
     Trick("what is the same for both seeds computed once", "rules.base",
           "        if steps:\n            result.append(steps.pop()())\n        return result[0]",
           "        return compute()", ALL),
-    Trick("relevance of branches added in place", "engine.propagation",
+    Trick("relevance of branches added in place", "engine.arrivals",
           "a.add_(b) if a.is_contiguous() else a + b", "a + b", ("resnet50", *VITS, "demo:vit")),
     Trick("signs of a weight by its first row first", "rules.base",
           "for w in (few, weight))", "for w in (weight,))", ALL),

@@ -32,7 +32,7 @@ from captum_abslrp.chunks import Samples, in_chunks
 from captum_abslrp.eager import eager
 from captum_abslrp.engine.arguments import on_host
 from captum_abslrp.engine.observers import Observer
-from captum_abslrp.engine.propagation import TOTAL, logits, propagate
+from captum_abslrp.engine.propagation import TOTAL, Through, logits, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.engine.state import saver, unchanged
 from captum_abslrp.guide import find_guide, guided
@@ -64,8 +64,20 @@ from captum_abslrp.seeds import (
 
 __all__ = ["AbsLRP"]
 
-Forward = Callable[[Sequence[Tensor], Samples, Observer | None], tuple[Tensor, Sequence[Tensor]]]
-"""From inputs as leaves, the samples and an observer to the output and the tensors that are explained."""
+
+class Explained(NamedTuple):
+    """What a forward pass was recorded for."""
+
+    output: Tensor
+    """What is explained."""
+    tensors: Sequence[Tensor]
+    """What relevance is wanted of."""
+    through: Through | None = None
+    """Parts of the relevance of a tensor inside that are followed on their own."""
+
+
+Forward = Callable[[Sequence[Tensor], Samples, Observer | None], Explained]
+"""From inputs as leaves, the samples and an observer to what is explained."""
 
 Chunk = tuple[list[Tensor], Tensor]
 """Relevance of the explained tensors, and the sum that the relevance of each sample started with, (B,)."""
@@ -83,6 +95,8 @@ class _Maps(NamedTuple):
     """Whether the inputs are explained, not tensors inside."""
     output: Tensor
     """The output that is explained."""
+    parts: list[list[Tensor]]
+    """For each part of a tensor inside, what of the relevances goes through it."""
 
     def combined(self, combine: str) -> list[Tensor]:
         """The map of each explained tensor, from those of target and contrast."""
@@ -449,8 +463,8 @@ class AbsLRP(GradientAttribution):
 
     def _to_inputs(
         self, leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self._forward(leaves, samples, observer), leaves
+    ) -> Explained:
+        return Explained(self._forward(leaves, samples, observer), leaves)
 
     def _to_guide(self, guide: nn.Module | None) -> Forward:
         """The forward pass that explains the output of a layer, too."""
@@ -458,7 +472,7 @@ class AbsLRP(GradientAttribution):
 
         def forward(
             leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
-        ) -> tuple[Tensor, Sequence[Tensor]]:
+        ) -> Explained:
             nonlocal guide
             if guide is None:
                 guide = self._find_guide(leaves, samples)
@@ -470,7 +484,7 @@ class AbsLRP(GradientAttribution):
                     f"that depends on the inputs, but got {type(guide).__name__} with {len(calls)} calls "
                     f"that return {[len(tensors) for tensors in calls]} such tensors."
                 )
-            return output, [*leaves, calls[0][0]]
+            return Explained(output, [*leaves, calls[0][0]])
 
         return forward
 
@@ -536,8 +550,8 @@ class AbsLRP(GradientAttribution):
         """How many samples fit into memory together, by the first of them."""
         first = samples.rows(0, 1)
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
-            output, _ = forward([_leaf(x) for x in first.inputs], first, None)
-            return fitting(output, len(samples.inputs[0]))
+            explained = forward([_leaf(x) for x in first.inputs], first, None)
+            return fitting(explained.output, len(samples.inputs[0]))
 
     def _explain_chunk(
         self,
@@ -579,6 +593,9 @@ class AbsLRP(GradientAttribution):
             maps_seen_by(again)
             zeros.add(start, zero, again, maps.of_inputs)
         found = maps.combined(combine)
+        if maps.parts:
+            of_parts = [maps._replace(relevances=part).combined(combine) for part in maps.parts]
+            found = [relevance for of_part in of_parts for relevance in of_part]
         started = torch.stack(maps.totals).sum(0)
         if len(started) == 1:
             return found, started[0]
@@ -601,7 +618,7 @@ class AbsLRP(GradientAttribution):
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
-        output, explained = forward(leaves, samples, observer)
+        output, explained, through = forward(leaves, samples, observer)
         values, signed = output.detach(), self.signed
         options: dict[str, Any] = {"class_dim": class_dim, "signed": signed, "checked": checked}
         target = samples.target_in(values)
@@ -626,12 +643,26 @@ class AbsLRP(GradientAttribution):
             counts=counts,
             changes=changes,
             chains=chains,
+            through=through,
         )
+        parts: list[list[Tensor]] = []
+        if through is not None:
+            count = len(seeds)
+            parts = [
+                [r[start : start + count] for r in relevances]
+                for start in range(count, count * (1 + len(through.parts)), count)
+            ]
+            relevances = [r[:count] for r in relevances]
         started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
-        return _Maps(relevances, [started, *changes], explained is leaves, values)
+        return _Maps(relevances, [started, *changes], explained is leaves, values, parts)
 
     def _forward(
-        self, leaves: Sequence[Tensor], samples: Samples, observer: Observer | None = None
+        self,
+        leaves: Sequence[Tensor],
+        samples: Samples,
+        observer: Observer | None = None,
+        *,
+        fuses: bool = True,
     ) -> Tensor:
         """Output of the model, (B, ...), with a history whose backward pass is the rules."""
         recording = Recording(
@@ -643,6 +674,7 @@ class AbsLRP(GradientAttribution):
             total=TOTAL,
             observer=observer,
         )
+        recording.fuses = fuses
         return self.run(leaves, samples.extra, recording, samples.scores)
 
     def _explained(self, output: Any, scores: Scores | None, batch_size: int) -> Any:

@@ -10,16 +10,18 @@ import torch
 from captum.attr._utils.attribution import LayerAttribution
 from torch import Tensor, nn
 
-from captum_abslrp.attribution import AbsLRP, delta_of
+from captum_abslrp.attribution import AbsLRP, Explained, delta_of
 from captum_abslrp.captures import captured
 from captum_abslrp.checks import IndependentOutput, part_of_model
 from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.observers import Observer
+from captum_abslrp.engine.propagation import Through
 from captum_abslrp.engine.samples import Misaligned, check_aligned
 from captum_abslrp.integers import IntegerInputs
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.seeds import Contrast, Target
+from captum_abslrp.selection import Selection, parts_of
 
 __all__ = ["LayerAbsLRP"]
 
@@ -104,6 +106,8 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         class_dim: int | None = None,
         attribute_to_layer_input: bool = False,
         call_index: int | Sequence[int | None] | None = None,
+        select: Selection | None = None,
+        select_dim: int | None = None,
         internal_batch_size: int | str | None = None,
         return_convergence_delta: bool = False,
         check_finite: bool = False,
@@ -119,6 +123,13 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             call_index: which call of the layer to explain, counted from 0 in the order of the forward
                 pass (of the calls' ends for outputs), where the model calls it more than once. Of several
                 layers an int for all, or a list with an entry for each.
+            select: channels of the layer, by index; a list of them; or weights of the elements of a sample, a
+                tensor that broadcasts with it. What is returned then is not relevance of the layer, but the
+                part of the relevance of the *inputs* that goes through these channels: how a concept in
+                the middle of the model reaches the pixels (concept relevance propagation, Achtibat et al.
+                2023). Several such selections in a list, ``[[3], [7, 8]]``, take one pass together.
+            select_dim: the dimension of the channels: of tokens the last one, (B, L, D), otherwise
+                dimension 1. Pass -1 where channels come last, and 1 to select tokens of (B, L, D).
             return_convergence_delta: whether to return the delta, too.
 
         Returns:
@@ -129,7 +140,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             not depend on the tensor.
 
             For a list of layers a list with one entry for each, in its order, all from one forward and
-            one backward pass. With ``return_convergence_delta`` a pair of it and the delta, (B,), or a
+            one backward pass. With ``select`` relevance shaped like ``inputs``, or a list of it, one for each
+            selection. Parts add up: over all channels of a layer that everything goes through, to the map of
+            the model. With ``return_convergence_delta`` a pair of it and the delta, (B,), or a
             list of one for each layer: the sum of the relevance of the layer's tensors less that of the
             seeds (1, or 0 for a difference). It shows how much passes the layer by, or is counted twice.
 
@@ -155,7 +168,38 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> relevance = LayerAbsLRP(model, model[0]).attribute(tokens, target=2)
             >>> relevance.sum(-1).shape  # of each token
             torch.Size([2, 3])
+
+            What of the map of a class goes through the first two channels of a layer, and through the others:
+
+            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+            >>> x = torch.rand(2, 3, 8, 8)
+            >>> _ = model.eval()(x)
+            >>> layer = LayerAbsLRP(model, model[1])
+            >>> parts = layer.attribute(x, target=2, select=[[0, 1], [2, 3]])
+            >>> torch.allclose(parts[0] + parts[1], AbsLRP(model).attribute(x, target=2), atol=1e-6)
+            True
         """
+        if select is not None:
+            options: dict[str, Any] = {
+                "contrast": contrast,
+                "combine": combine,
+                "class_dim": class_dim,
+                "internal_batch_size": internal_batch_size,
+                "check_finite": check_finite,
+            }
+            if return_convergence_delta:
+                raise ValueError(
+                    "Expected no `return_convergence_delta` with `select`: a part of the relevance has no "
+                    "total of its own. Leave one of them out."
+                )
+            return self._attribute_through(
+                select,
+                select_dim,
+                (inputs, target, additional_forward_args),
+                of_input=attribute_to_layer_input,
+                call_index=call_index,
+                **options,
+            )
         if combine == "guided":
             raise ValueError(
                 'Expected `combine` to be "difference" or "gated" for the relevance of a layer, but got '
@@ -169,7 +213,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
         def forward(
             leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
-        ) -> tuple[Tensor, Sequence[Tensor]]:
+        ) -> Explained:
             tokens = not all(leaf.is_floating_point() for leaf in leaves)
             integers = IntegerInputs(leaves) if tokens else None
 
@@ -200,7 +244,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             in_order.append(
                 (count, [all(_in_order(t, count) for t in tensors) for tensors in chosen])
             )
-            return output, [tensor for tensors in chosen for tensor in tensors]
+            return Explained(output, [tensor for tensors in chosen for tensor in tensors])
 
         chunks = self._explain(
             inputs,
@@ -236,6 +280,71 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         if not return_convergence_delta:
             return attributions if several else attributions[0]
         return (attributions, deltas) if several else (attributions[0], deltas[0])
+
+    def _attribute_through(
+        self,
+        select: Selection,
+        select_dim: int | None,
+        arguments: tuple[Any, Target, Any],
+        *,
+        contrast: Contrast,
+        combine: str,
+        class_dim: int | None,
+        internal_batch_size: int | str | None,
+        check_finite: bool,
+        of_input: bool,
+        call_index: int | Sequence[int | None] | None,
+    ) -> Any:
+        """Relevance of the inputs that goes through parts of the layer."""
+        if isinstance(self.layer, list):
+            raise ValueError(
+                f"Expected one layer with `select`, but got {len(self.layer)}. Make a `LayerAbsLRP` of one."
+            )
+        if combine != "difference":
+            raise ValueError(
+                f'Expected `combine` to be "difference" with `select`, because parts add up, but got '
+                f"{combine!r}."
+            )
+        inputs = arguments[0]
+        (wanted,) = _call_indices(call_index, None)
+        several = False
+
+        def forward(
+            leaves: Sequence[Tensor], samples: Samples, observer: Observer | None
+        ) -> Explained:
+            nonlocal several
+            if not all(leaf.is_floating_point() for leaf in leaves):
+                raise TypeError(
+                    "Expected `inputs` to be of a floating-point dtype with `select`, because parts of their "
+                    "relevance are asked for, but got integers. Explain a model of embeddings."
+                )
+            # Attention that is recorded as one call scales relevance inside, by the seed.
+            fuses = self.normalization != "joint"
+            with captured([self.layer], of_input=of_input, integers=None) as (calls,):
+                output = self._forward(leaves, samples, observer, fuses=fuses)
+            found = self._choose(self.layer, calls, wanted, of_input=of_input, integers=False)
+            if len(found) != 1:
+                raise ValueError(
+                    f"Expected {self._name(self.layer)} to have one tensor with `select`, but got "
+                    f"{len(found)}. Choose a layer inside of it, or behind it."
+                )
+            parts, several = parts_of(select, found[0], select_dim)
+            return Explained(output, leaves, Through(found[0], parts))
+
+        chunks = self._explain(
+            *arguments,
+            contrast,
+            combine,
+            internal_batch_size,
+            class_dim=class_dim,
+            forward=forward,
+            observer=Observer(finite=True) if check_finite else None,
+        )
+        joined = [torch.cat(parts) for parts in zip(*(found for found, _ in chunks), strict=True)]
+        size = len(inputs) if isinstance(inputs, tuple) else 1
+        of_parts = [tuple(joined[i : i + size]) for i in range(0, len(joined), size)]
+        maps: list[Any] = [part if isinstance(inputs, tuple) else part[0] for part in of_parts]
+        return maps if several else maps[0]
 
     def trace(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: a program explains inputs.

@@ -53,6 +53,7 @@ nitpick_ignore = [
     ("py:class", name)  # types of the inside, and names of types
     for name in (
         "captum_abslrp.engine.recording.Recording",
+        "captum_abslrp.scores.Scores",
         "captum_abslrp.engine.observers.Observer",
         "captum_abslrp.engine.protocols.CallRule",
         "captum_abslrp.rules.base.DividingRule",

@@ -23,6 +23,7 @@ ORDER = (
         "integers",
         "scores",
         "seeds",
+        "selection",
         "targets",
         "eager",
         "noise_tunnel",

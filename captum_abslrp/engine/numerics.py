@@ -134,6 +134,7 @@ def scale(
     signed: bool | Tensor = True,
     unscaled: bool = False,
     kept: Collection[int] = (),
+    followers: Sequence[Sequence[Tensor]] = (),
 ) -> list[Tensor]:
     """Scale what one call hands to its inputs, sample by sample, in place.
 
@@ -154,6 +155,7 @@ def scale(
         unscaled: whether what arrived had another scale than the total, so that nobody knows whether little
             relevance of both signs is a rounding error: it becomes NaN then.
         kept: the inputs whose shares stay as they are, because their scale does not matter.
+        followers: other shares of the inputs, parts of these, which are scaled by the same factors.
 
     Returns:
         With ``joint``, what the magnitudes of the relevance of each input add up to now, (B,); otherwise
@@ -194,10 +196,12 @@ def scale(
             scaled.append(found[i] * factor)
         if i in kept:
             continue
-        rows = s if s.dim() else s.unsqueeze(0)  # one number of one sample
-        if len(rows) != batch_size:
-            factor = factor.repeat_interleave(len(rows) // batch_size)
-        rows *= factor.view(-1, *[1] * (rows.dim() - 1))
+        for part in (s, *(shares_of[i] for shares_of in followers)):
+            rows = part if part.dim() else part.unsqueeze(0)  # one number of one sample
+            by_row = factor
+            if len(rows) != batch_size:
+                by_row = factor.repeat_interleave(len(rows) // batch_size)
+            rows *= by_row.view(-1, *[1] * (rows.dim() - 1))
     return scaled
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from captum_abslrp.engine import numerics
+from captum_abslrp.engine.arrivals import Arrived, add, conserves, move_back
 from captum_abslrp.engine.complex import as_parts
-from captum_abslrp.engine.nodes import is_hook, is_recorded
+from captum_abslrp.engine.nodes import is_recorded
 from captum_abslrp.engine.numerics import EPS, LEAST
 from captum_abslrp.engine.saved import in_full_precision
 from captum_abslrp.engine.steps import Step
-from captum_abslrp.engine.tape import Totals
 
 TOTAL = 256.0
 """Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
@@ -44,6 +44,7 @@ def propagate(
     counts: Sequence[int] | None = None,
     changes: list[Tensor] | None = None,
     chains: bool = True,
+    through: Through | None = None,
 ) -> list[Tensor]:
     """Relevance of tensors for relevance of the output that depends on them.
 
@@ -63,21 +64,30 @@ def propagate(
             NaN then if relevance of both signs becomes so little that it may be a rounding error. Without
             chains, each step is scaled, and whether relevance of a sample has both signs is read from its
             values.
+        through: a tensor, and parts of its relevance that are followed on their own.
 
     Returns:
         Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
-        parts together, in the dtype of the parts. Where fewer seeds are wanted, S is their number.
+        parts together, in the dtype of the parts. Where fewer seeds are wanted, S is their number. With
+        P parts, what goes through the first of them follows the relevance of all seeds, and so on:
+        (S + P S, ``*tensor.shape``).
     """
     if output.grad_fn is None:
         raise ValueError("Expected `output` to depend on the inputs, but got one without history.")
     last = output.grad_fn
-    counts = [len(seeds)] * len(explained) if counts is None else counts
+    all_seeds = len(seeds) if through is None else len(seeds) * (1 + len(through.parts))
+    counts = [all_seeds] * len(explained) if counts is None else counts
     explained_at: dict[Place, int] = {}
     for tensor, count in zip(explained, counts, strict=True):
         explained_at[_place(tensor)] = max(count, explained_at.get(_place(tensor), 0))
     order, arriving = _in_order(last)
     first, tail = _mark_tail(order, arriving)
-    _prepare(order, arriving, explained_at, UNSCALED_STEPS if chains else 0)
+    parts_at = {} if through is None else {_place(through.tensor): through.parts}
+    if through is not None:
+        for node in order:
+            if is_recorded(node):
+                node.step.references = len(seeds)
+    _prepare(order, arriving, {**explained_at, **parts_at}, UNSCALED_STEPS if chains else 0)
     values = in_full_precision(output.detach()).abs()
     if first:  # the first rules divide by `|z| + EPS`, as in the definition
         values += EPS
@@ -87,12 +97,14 @@ def propagate(
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
         start_at = last, output.output_nr
-        found = _run_back(order, start_at, list(start), explained_at, positive, exact=not chains)
+        found = _run_back(
+            order, start_at, list(start), explained_at, parts_at, positive, exact=not chains
+        )
     if changes is not None:
         steps = [node.step for node in order if is_recorded(node)]
         for step in steps:
             if step.changes:  # of fewer seeds where the others lead to nothing that is wanted
-                of_seeds = torch.stack(step.changes) / TOTAL
+                of_seeds = torch.stack(step.changes[: len(seeds)]) / TOTAL
                 left = of_seeds.new_zeros(len(seeds) - len(of_seeds), of_seeds.shape[1])
                 changes.append(torch.cat([of_seeds, left]))
     results = []
@@ -109,11 +121,21 @@ def propagate(
         shares = [
             numerics.relevance(values, in_full_precision(as_parts(s))) for s in found[place][:count]
         ]
+        # What does not go through a tensor has no parts.
+        shares += [torch.zeros_like(shares[0])] * (count - len(shares))
         relevance = torch.stack(shares) / TOTAL
         if tensor.is_complex():
             relevance = relevance.sum(-1)
         results.append(relevance.to(tensor.dtype.to_real()))
     return results
+
+
+class Through(NamedTuple):
+    """Parts of the relevance of a tensor inside of a model."""
+
+    tensor: Tensor
+    parts: Sequence[Tensor]
+    """Weights of its elements, each of which broadcasts with it; 1 where an element belongs to a part."""
 
 
 def saved_bytes(output: Tensor) -> int:
@@ -150,6 +172,7 @@ def _run_back(
     start: Place,
     seeds: list[Tensor],
     explained_at: Mapping[Place, int],
+    parts_at: Mapping[Place, Sequence[Tensor]],
     positive: bool,
     *,
     exact: bool,
@@ -159,7 +182,7 @@ def _run_back(
     for count in sorted(set(explained_at.values())):
         wanting = {node for (node, _), wanted in explained_at.items() if wanted >= count}
         needed |= dict.fromkeys(_leading_to(order, wanting), count)
-    pending: dict[Any, dict[int, _Arrived]] = {start[0]: {start[1]: _Arrived(seeds, None)}}
+    pending: dict[Any, dict[int, Arrived]] = {start[0]: {start[1]: Arrived(seeds, None)}}
     found: dict[Place, list[Tensor]] = {}
     signed: set[Any] = set() if positive else {start[0]}
     cancels: dict[Any, list[Tensor]] | None = None
@@ -176,6 +199,10 @@ def _run_back(
         for number, (of_seeds, _) in arrived.items():
             if (node, number) in explained_at:
                 found[node, number] = [s.clone() for s in of_seeds] if following else of_seeds
+        for number in arrived:
+            if (node, number) in parts_at:
+                of_parts = parts_at[node, number]
+                arrived[number] = arrived[number].divided(of_parts)
         if not following:
             continue
         count = max(needed[target] for _, (target, _) in following)
@@ -194,7 +221,7 @@ def _run_back(
             results, totals = step(*arrived.pop(0))
         else:
             spares_zeros = node not in to_zeros
-            results, totals = _move_back(node, arrived, count)
+            results, totals = move_back(node, arrived, count)
         if mixed is not None and is_recorded(node):
             mixed = step.cancels
         del arrived
@@ -216,81 +243,10 @@ def _run_back(
                 ]
                 if shares[0].is_complex() and not expected.dtype.is_complex:
                     shares = [s.real for s in shares]
-                more = _Arrived(shares, totals[i]).first(needed[target])
-                _add(pending.setdefault(target, {}), number, more, positive=target not in signed)
+                more = Arrived(shares, totals[i]).first(needed[target])
+                add(pending.setdefault(target, {}), number, more, positive=target not in signed)
         del results
     return found
-
-
-class _Arrived(NamedTuple):
-    """Relevance per magnitude of a tensor, for each seed, and what its relevance adds up to."""
-
-    seeds: list[Tensor]
-    totals: Totals
-
-    def first(self, count: int) -> _Arrived:
-        """That of the first seeds."""
-        return _Arrived(self.seeds[:count], None if self.totals is None else self.totals[:count])
-
-
-CONSERVING = frozenset(
-    f"{name}Backward{overload}"
-    for name in "Alias Clone Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T ToCopy "
-    "Transpose Unbind UnsafeSplit UnsafeView Unsqueeze View".split()
-    for overload in range(4)
-)
-"""Nodes of autograd's that hand each element to a place of its own, and drop none."""
-
-
-def _move_back(
-    node: Any, arrived: Mapping[int, _Arrived], count: int
-) -> tuple[list[Any], list[Totals]]:
-    """What a node of autograd's hands to each that follows it, for each of so many seeds."""
-    outputs = len(node._input_metadata)  # some of which may not be used
-    of_seeds = [
-        _apply(node, [arrived[n].seeds[i] if n in arrived else None for n in range(outputs)])
-        for i in range(count)
-    ]
-    results = list(zip(*of_seeds, strict=True))
-    if is_hook(node):  # each output is the input of the same number
-        return results, [arrived[n].totals if n in arrived else None for n in range(outputs)]
-    known = [totals for _, totals in arrived.values() if totals is not None]
-    if len(known) < len(arrived) or type(node).__name__ not in CONSERVING:
-        return results, [None] * len(results)
-    # Its outputs have no element in common, so that magnitudes add up.
-    return results, [[torch.stack(parts).sum(0) for parts in zip(*known, strict=True)]]
-
-
-def _conserves(node: Any) -> bool:
-    """Whether a node passes on all of the relevance that arrives, and says how much it is."""
-    if is_recorded(node):
-        return bool(node.step.conserves)
-    return is_hook(node) or type(node).__name__ in CONSERVING
-
-
-def _apply(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """What a node of autograd's hands to each that follows it."""
-    if is_hook(node):  # the user's hooks are for gradients; relevance would mislead them
-        return gradients
-    result = node(*gradients)
-    return result if isinstance(result, tuple) else (result,)
-
-
-def _add(
-    pending: dict[int, _Arrived], number: int, more: _Arrived, *, positive: bool = False
-) -> None:
-    """Add relevance to what has arrived; magnitudes add up where none of it is negative."""
-    if number not in pending:
-        pending[number] = more
-        return
-    seeds, totals = pending[number]
-    together = [
-        a.add_(b) if a.is_contiguous() else a + b for a, b in zip(seeds, more.seeds, strict=True)
-    ]
-    whole: Totals = None
-    if positive and totals is not None and more.totals is not None:
-        whole = [a + b for a, b in zip(totals, more.totals, strict=True)]
-    pending[number] = _Arrived(together, whole)
 
 
 def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
@@ -364,7 +320,7 @@ def _prepare(
         while node is not None and node not in stops and arriving[node] == 1:
             if is_recorded(node) and node.step.scaled:
                 return node
-            if joint and not _conserves(node):
+            if joint and not conserves(node):
                 return None
             after = [following for following, _ in node.next_functions if following is not None]
             if len(after) != 1:

@@ -52,6 +52,9 @@ class Step:
     cancels: list[Tensor] | None = None
     """For each seed, which samples have had relevance of both signs on the way, (B,), where it was looked
     at; None where only what the rules say is known."""
+    references: int | None = None
+    """How many seeds, from the first one, the scale is chosen by; the others are parts of them, in the same
+    order, and are scaled as they are. None for all."""
     shared: bool = True
     """Whether something else may look at what arrives, so that it cannot be overwritten."""
     unscaled: frozenset[int] = frozenset()
@@ -139,7 +142,7 @@ class Step:
         ]
         self.cancels = [
             torch.stack([before, *rows]).any(0)
-            for before, rows in zip(self.cancels, found, strict=True)
+            for before, rows in zip(self.cancels, found[: self.references], strict=True)
         ]
 
     def expect_no_zeros(self) -> None:
@@ -174,9 +177,10 @@ class Step:
         seeds = [in_full_precision(s if own and _is_dense(s) else s.clone()) for s in seeds]
         joint = self.joint
         if joint:
-            totals: Sequence[Tensor | float] = arrived or [self._total(s) for s in seeds]
+            known = seeds[: self.references]
+            totals: Sequence[Tensor | float] = arrived or [self._total(s) for s in known]
         else:
-            totals = [self.total] * len(seeds)
+            totals = [self.total] * len(seeds[: self.references])
         if self.observed is not None:
             self.observed.arrives(seeds, stabilized=self.stabilized)
         if self.vanishing is not None:
@@ -262,7 +266,9 @@ class Step:
         if chosen:
             inputs = [_laid_out_as(of_seeds[0][i], self.inputs[i]()) for i in chosen]
             known = self.positive and self.keeps_sign
-            signed: Sequence[Any] = self.cancels or [not known] * len(of_seeds)
+            count = self.references or len(of_seeds)
+            leading = of_seeds[:count]
+            signed: Sequence[Any] = self.cancels or [not known] * len(leading)
             found = [
                 numerics.scale(
                     inputs,
@@ -275,9 +281,12 @@ class Step:
                     unscaled=self.arrives_unscaled,
                     positive=[known and self.nonnegative[i] for i in chosen],
                     kept=[n for n, i in enumerate(chosen) if i in unscaled],
+                    followers=[
+                        [part[i] for i in chosen] for part in of_seeds[count + number :: count]
+                    ],
                 )
-                for shares, total, whole, of_seed in zip(
-                    of_seeds, totals, wholes, signed, strict=True
+                for number, (shares, total, whole, of_seed) in enumerate(
+                    zip(leading, totals, wholes[:count], signed, strict=True)
                 )
             ]
             for n, i in enumerate(chosen if joint else ()):
