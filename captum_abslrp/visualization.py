@@ -36,6 +36,7 @@ __all__ = [
     "picture_array",
     "plot_attribution",
     "plot_grid",
+    "plot_overlays",
     "plot_rows",
     "relevance_image",
     "smooth_map",
@@ -345,6 +346,68 @@ def plot_grid(
         axes[0, column].set_title(_wrap(name, 20), fontsize=10, parse_math=False)
     _add_shared_color_bar(figure, axes)
     _note_smoothing(figure, smoothing)
+    return figure
+
+
+def plot_overlays(
+    images: Sequence[Sequence[Array]],
+    attributions: Sequence[Sequence[Array]],
+    *,
+    row_labels: Sequence[str] | None = None,
+    cell_labels: Sequence[Sequence[str]] | None = None,
+    title: str | None = None,
+    clip_percentile: float = 99.0,
+) -> Figure:
+    """Rows of overlays, each on an image of its own.
+
+    Every overlay has a symmetric color scale of its own, as in :func:`plot_grid`.
+
+    Args:
+        images: R rows of at most K images as in `plot_attribution`.
+        attributions: an attribution for each image.
+        row_labels: R texts for the left margin.
+        cell_labels: a text above each image.
+        title: heading of the figure.
+        clip_percentile: percentile of the magnitudes at which the colors end.
+
+    Raises:
+        ValueError: if the counts differ, or as in `plot_attribution`.
+
+    Example:
+        >>> import torch
+        >>> images = torch.rand(2, 3, 3, 8, 8)  # 2 rows of 3 images
+        >>> figure = plot_overlays(images, torch.randn(2, 3, 8, 8), row_labels=["a", "b"])
+        >>> len(figure.axes)  # and a color bar
+        7
+    """
+    rows = len(images)
+    _require_count("attributions", len(attributions), rows)
+    _require_labels("row_labels", row_labels, rows)
+    for given, maps in zip(images, attributions):
+        _require_count("attributions of every row", len(maps), len(given))
+    pictures = [[picture_array(image) for image in row] for row in images]
+    columns = max(map(len, pictures), default=0)
+    if columns == 0:
+        raise ValueError("Expected `images` to hold at least one image, but got none.")
+
+    tallness = _tallness([picture for row in pictures for picture in row])
+    extra = 0.25 if cell_labels is not None else 0.0
+    height = rows * (_GRID_CELL_INCHES * tallness + extra) + 0.3
+    figure = _figure(columns * _GRID_CELL_INCHES + 1.9, height, title)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column, cell in enumerate(axes[row]):
+            if column >= len(pictures[row]):
+                cell.set_axis_off()
+                continue
+            relevance = relevance_image(attributions[row][column])
+            _draw_overlay(cell, pictures[row][column], relevance, clip_percentile)
+            if cell_labels is not None:
+                text = _wrap(cell_labels[row][column], 24)
+                cell.set_title(text, fontsize=8, parse_math=False)
+        if row_labels is not None:
+            _label_row(axes[row, 0], row_labels[row], width=16, size=10)
+    _add_shared_color_bar(figure, axes)
     return figure
 
 

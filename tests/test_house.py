@@ -39,6 +39,7 @@ ORDER = (
     {"attribution", "layer", "lrp", "inspection", "tracing", "__init__"},
     {"visualization", "hookable", "operations", "methods"},
     {"metrics", "report", "demo"},
+    {"concepts"},
     {"cli", "__main__"},
 )
 """The floors of the house, from the bottom: a file imports from its own floor and those below it."""
