@@ -288,9 +288,9 @@ def concept_section(figures: Sequence[tuple[str, Figure]], *, title: str = "Conc
         figure.savefig(file, format="png")
         pngs[alt] = file.getvalue()
     note = (
-        "Each row is a channel of a layer, with its share of the relevance of the class. Pictures are cut out "
-        "of the images that the channel matters most for. Colors show what of the map of the image's class "
-        "goes through the channel."
+        "Each row is a channel of a layer, with its share of the relevance of the class. Pictures are cut "
+        "out of the images that the channel matters most for. Colors show what of the map of the image's "
+        "class goes through the channel."
     )
     return Section(title, figures=pngs, notes=[note])
 

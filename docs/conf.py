@@ -60,6 +60,7 @@ nitpick_ignore = [
         "captum_abslrp.engine.calls.Recorder",
         "captum_abslrp.seeds.Default",
         "Array",
+        "Contrast",
         "Key",
         "Propagate",
         "Tail",

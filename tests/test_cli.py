@@ -483,12 +483,20 @@ def test_pictures_are_turned_as_their_file_says(tmp_path: Path) -> None:
             "demo:vggg",
             "got 'demo:vggg' (did you mean demo:vgg?); there are demo:vgg, demo:resnet, demo:vit.",
         ),
-        ([], "resnt50", "a timm model or demo:NAME, but got 'resnt50' (did you mean resnet50 or"),
-        ([], "../model", "Expected `--model` to be a timm model or demo:NAME, but got '../model'"),
+        (
+            [],
+            "resnt50",
+            "a timm model, hf:ORG/NAME or demo:NAME, but got 'resnt50' (did you mean resnet50 or",
+        ),
+        (
+            [],
+            "../model",
+            "Expected `--model` to be a timm model, hf:ORG/NAME or demo:NAME, but got '../model'",
+        ),
         (
             ["--checkpoint", "x.pt"],
             "demo:vgg",
-            "`--checkpoint` to go with a timm model, but got the demo model 'demo:vgg'.",
+            "`--checkpoint` to go with a timm model, but got 'demo:vgg'.",
         ),
         (
             ["--device", "abacus"],

@@ -20,7 +20,6 @@ from captum_abslrp.cli.files import (
     html_file,
     image_files,
     positive_int,
-    read_image,
     save_figure,
     save_report,
     save_text,
@@ -32,8 +31,10 @@ from captum_abslrp.cli.models import (
     add_checkpoint,
     add_device,
     add_smoothing,
+    exact_name,
     find_device,
     load_subject,
+    model_names,
     smoothing_of,
 )
 from captum_abslrp.methods import get_method, list_methods
@@ -63,9 +64,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="a timm model, or one of "
-        + ", ".join(DEMO_PREFIX + name for name in demo.list_models())
-        + " (default with --demo: these, each in a folder of its own)",
+        help=model_names() + " (default with --demo: these, each in a folder of its own)",
     )
     add_checkpoint(parser)
     data = parser.add_mutually_exclusive_group(required=True)
@@ -207,7 +206,7 @@ def _evaluate_model(
             max_examples_per_batch=args.batch_size,
             device=device,
             description={
-                "model": name,
+                "model": exact_name(name),
                 "checkpoint": args.checkpoint and str(args.checkpoint.resolve()),
                 "data": found,
             },
@@ -352,6 +351,6 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            return self.subject.prepare(read_image(self.paths[index], self.subject.channels))
+            return self.subject.read(self.paths[index])
         except UserError as error:
             raise OSError(str(error)) from error

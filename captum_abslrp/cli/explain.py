@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from captum_abslrp import __version__, demo, processes
+from captum_abslrp import __version__, processes
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.checks import check_combine
 from captum_abslrp.cli.files import (
@@ -30,7 +30,6 @@ from captum_abslrp.cli.files import (
     output_names,
     positive_int,
     progress,
-    read_image,
     save_array,
     save_figure,
     save_report,
@@ -38,13 +37,14 @@ from captum_abslrp.cli.files import (
     with_suffix,
 )
 from captum_abslrp.cli.models import (
-    DEMO_PREFIX,
     Subject,
     add_checkpoint,
     add_device,
     add_smoothing,
+    exact_name,
     find_device,
     load_subject,
+    model_names,
     smoothing_of,
 )
 from captum_abslrp.engine.errors import UnsupportedCallError
@@ -83,13 +83,7 @@ def add_command(commands: Any) -> None:
         metavar="IMAGE",
         help="image files, or folders of them, whose structure the outputs keep",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="a timm model, e.g. resnet50 or vit_base_patch16_224, or without network one of "
-        + ", ".join(DEMO_PREFIX + name for name in demo.list_models()),
-    )
+    parser.add_argument("--model", required=True, metavar="NAME", help=model_names())
     add_checkpoint(parser)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument(
@@ -261,7 +255,7 @@ def _explain_image(
     Returns:
         What a report shows of it, if there is one, and what methods it is compared with have failed.
     """
-    image = subject.prepare(read_image(path, subject.channels))
+    image = subject.read(path)
     inputs = image[None].to(device)
     with torch.no_grad():
         probabilities = subject.model(inputs).softmax(dim=-1)[0]
@@ -327,12 +321,12 @@ def _note(path: Path, args: argparse.Namespace) -> str:
     asked = {
         name: getattr(args, name)
         for name in (
-            *("model", "mapping", "target", "top", "contrast", "combine", "normalization"),
+            *("mapping", "target", "top", "contrast", "combine", "normalization"),
             *("compare", "no_smoothing"),
         )
     }
-    checkpoint = args.checkpoint and str(args.checkpoint.resolve())
-    settings = {"image": str(path.resolve()), **asked, "checkpoint": checkpoint}
+    asked["checkpoint"] = args.checkpoint and str(args.checkpoint.resolve())
+    settings = {"image": str(path.resolve()), "model": exact_name(args.model), **asked}
     return json.dumps({**settings, "captum-abslrp": __version__})
 
 

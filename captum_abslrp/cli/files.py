@@ -218,6 +218,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
         "timm": timm.__version__,
         "Python": platform.python_version(),
     }
+    if args.model is not None and args.model.startswith("hf:"):
+        versions["transformers"] = sys.modules["transformers"].__version__
     return asked | versions
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from captum_abslrp import demo
 from captum_abslrp.cli.files import say
-from captum_abslrp.cli.models import DEMO_PREFIX, build_model
+from captum_abslrp.cli.models import build_model, model_names
 from captum_abslrp.inspection import MOVES, Inspection, inspect_rules
 from captum_abslrp.mappings import find_mapping
 from captum_abslrp.text import markdown_table
@@ -20,16 +19,11 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show the rule of each call of a model",
-        description="Runs a model once, with random weights (nothing is downloaded), and prints a table "
+        description="Runs a model once, with random weights (none are downloaded), and prints a table "
         "of its calls and their rules. Exit code 1 if a call has none.",
     )
     parser.set_defaults(command=_inspect)
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="a timm model or one of " + ", ".join(DEMO_PREFIX + n for n in demo.list_models()),
-    )
+    parser.add_argument("--model", required=True, metavar="NAME", help=model_names())
     parser.add_argument(
         "--each",
         action="store_true",
@@ -41,9 +35,8 @@ def add_command(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    model = build_model(args.model).eval()
-    config: Any = model.default_cfg
-    inspection = inspect_rules(model, torch.randn(1, *config["input_size"]))
+    model, input_size = build_model(args.model)
+    inspection = inspect_rules(model.eval(), torch.randn(1, *input_size))
     shown = [call for call in inspection.calls if args.all or call.rule != MOVES]
     if args.each:
         rows = [

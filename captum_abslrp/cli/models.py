@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_abslrp import demo, processes
-from captum_abslrp.cli.files import UserError, first_line, quiet
+from captum_abslrp.cli import huggingface
+from captum_abslrp.cli.files import UserError, first_line, quiet, read_image
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.inspection import stem_stride
 from captum_abslrp.text import did_you_mean
@@ -30,8 +31,8 @@ DEMO_PREFIX = "demo:"
 class Subject:
     """A model, the names of its classes and its preprocessing.
 
-    `prepare` turns a picture into model input (C, H, W), `show` turns that into values in [0, 1];
-    `input_size` is its shape.
+    `model` returns one score per class. `prepare` turns a picture into model input (C, H, W), `show` turns
+    that into values in [0, 1]; `input_size` is its shape.
     """
 
     model: nn.Module
@@ -44,9 +45,36 @@ class Subject:
     def channels(self) -> int:
         return self.input_size[0]
 
+    def read(self, path: Path) -> Tensor:
+        """The model's input for the picture in a file."""
+        image = self.prepare(read_image(path, self.channels))
+        if tuple(image.shape) != tuple(self.input_size):
+            raise UserError(
+                f"Expected the preprocessing of the model to make an input {self.input_size} of {path}, but "
+                f"got {tuple(image.shape)}: resize the picture."
+            )
+        return image
+
     def label(self, index: int) -> str:
         name = self.names[index].split(",")[0]
         return name if name in (str(index), f"class {index}") else f"{name} ({index})"
+
+
+def model_names() -> str:
+    """What ``--model`` takes, for the help of a command."""
+    demos = ", ".join(DEMO_PREFIX + name for name in demo.list_models())
+    return (
+        "a timm model, e.g. resnet50 or vit_base_patch16_224; an image classifier of Hugging Face, "
+        f"{huggingface.PREFIX}ORG/NAME or {huggingface.PREFIX}./FOLDER, which needs transformers; or without "
+        f"network one of {demos}"
+    )
+
+
+def exact_name(name: str) -> str:
+    """The name of a model, with the whole path where it is a folder."""
+    if name.startswith(huggingface.PREFIX):
+        return huggingface.PREFIX + huggingface.place_of(name)
+    return name
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -113,25 +141,39 @@ def find_device(name: str) -> torch.device:
 
 
 def load_subject(name: str, checkpoint: Path | None, device: torch.device) -> Subject:
+    of_timm = not name.startswith((DEMO_PREFIX, huggingface.PREFIX))
+    if checkpoint is not None and not of_timm:
+        raise UserError(f"Expected `--checkpoint` to go with a timm model, but got {name!r}.")
+    if name.startswith(huggingface.PREFIX):
+        subject = _huggingface_subject(name)
+    else:
+        subject = _timm_subject(name, checkpoint)
+    if not subject.names:
+        raise UserError(f"Expected `--model` to be a classifier, but got {name!r} without classes.")
+    subject.model.eval().requires_grad_(False).to(device)
+    return subject
+
+
+def _huggingface_subject(name: str) -> Subject:
+    model, names, pictures = huggingface.load(name)
+    return Subject(model, names, pictures.prepare, pictures.show, pictures.input_size)
+
+
+def _timm_subject(name: str, checkpoint: Path | None) -> Subject:
+    """A model of timm's or of the demo, which has the configuration of one."""
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
     if name.startswith(DEMO_PREFIX):
-        if checkpoint is not None:
-            raise UserError(
-                f"Expected `--checkpoint` to go with a timm model, but got the demo model {name!r}."
-            )
         model = _load_demo_model(name.removeprefix(DEMO_PREFIX))
         names: Sequence[str] = demo.CLASS_NAMES
     else:
         model = _load_timm_model(name, checkpoint)
         names = _class_names(model)
-    if not names:
-        raise UserError(f"Expected `--model` to be a classifier, but got {name!r} without classes.")
     config: dict[str, Any] = resolve_model_data_config(model)
     prepare: Callable[[Image], Tensor] = create_transform(**config, is_training=False)
     return Subject(
-        model=model.eval().requires_grad_(False).to(device),
+        model=model,
         names=names,
         prepare=prepare,
         show=lambda image: denormalize(image, config["mean"], config["std"]),
@@ -150,15 +192,18 @@ def _load_demo_model(name: str) -> nn.Module:
     return demo.load_model(name)
 
 
-def build_model(name: str) -> nn.Module:
-    """A demo model, or a timm model with random weights."""
+def build_model(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A demo model, or another one with random weights; and the shape of its input."""
     import timm
 
+    if name.startswith(huggingface.PREFIX):
+        return huggingface.build(name)
     if name.startswith(DEMO_PREFIX):
-        return _load_demo_model(name.removeprefix(DEMO_PREFIX))
-    _check_known(name)
-    model: nn.Module = timm.create_model(name, pretrained=False)
-    return model
+        model: Any = _load_demo_model(name.removeprefix(DEMO_PREFIX))
+    else:
+        _check_known(name)
+        model = timm.create_model(name, pretrained=False)
+    return model, model.default_cfg["input_size"]
 
 
 def _check_known(name: str) -> None:
@@ -166,9 +211,10 @@ def _check_known(name: str) -> None:
 
     elsewhere = ":" in name  # hf-hub:OWNER/NAME and local-dir:FOLDER are timm's to resolve
     if not elsewhere and not timm.is_model(name):
+        known = [huggingface.PREFIX + name] if "/" in name else timm.list_models()
         raise UserError(
-            f"Expected `--model` to be a timm model or {DEMO_PREFIX}NAME, but got {name!r}"
-            f"{did_you_mean(name, timm.list_models())}."
+            f"Expected `--model` to be a timm model, {huggingface.PREFIX}ORG/NAME or {DEMO_PREFIX}NAME, but "
+            f"got {name!r}{did_you_mean(name, known)}."
         )
 
 
