@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, inspect_rules
+from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, TextAbsLRP, inspect_rules
 from captum_abslrp.mappings import At, get_mapping
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # other workers have the other cores
@@ -26,6 +26,7 @@ def _names_for_doctests(doctest_namespace: dict[str, object]) -> None:
         F=F,
         LRP=LRP,
         LayerAbsLRP=LayerAbsLRP,
+        TextAbsLRP=TextAbsLRP,
         captum=captum,
         get_mapping=get_mapping,
         inspect_rules=inspect_rules,

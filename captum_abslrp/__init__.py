@@ -11,11 +11,13 @@ from captum_abslrp.layer import LayerAbsLRP
 from captum_abslrp.lrp import LRP
 from captum_abslrp.mappings import register_call_rule, register_mapping
 from captum_abslrp.tracing import trace_relevance
+from captum_abslrp.words import TextAbsLRP
 
 __all__ = [
     "LRP",
     "AbsLRP",
     "LayerAbsLRP",
+    "TextAbsLRP",
     "UnsupportedCallError",
     "inspect_rules",
     "register_call_rule",

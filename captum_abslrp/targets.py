@@ -30,6 +30,7 @@ __all__ = [
     "Attribute",
     "Box",
     "Distance",
+    "MeanPooling",
     "Pair",
     "Segment",
     "Similarity",
@@ -449,7 +450,7 @@ class Pair(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.train(encoder.training)
+        self.training = encoder.training  # `train()` would change modules inside
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
         """What the encoder returns for each of the two."""
@@ -481,7 +482,7 @@ class WithKeywords(nn.Module):
         self.model = model
         self.names = names
         self.fixed = fixed
-        self.train(model.training)
+        self.training = model.training  # `train()` would change modules inside
 
     def forward(self, *args: Any) -> Any:
         """What the module returns for these arguments."""
@@ -491,3 +492,61 @@ class WithKeywords(nn.Module):
                 f"{len(args)}."
             )
         return self.model(**dict(zip(self.names, args)), **self.fixed)
+
+
+class MeanPooling(nn.Module):
+    """A module that returns embeddings of sentences: the mean of the vectors of their tokens.
+
+    Most models of sentence-transformers are used in this way. Padding does not count, which is why the mean
+    belongs to the model: the attention mask is an argument of it.
+
+    Args:
+        model: from token ids (B, L) to vectors (B, L, D), or to an object or dict that has them as
+            ``last_hidden_state``.
+
+    Raises:
+        ValueError: on a call, if the model does not return one vector for each token.
+
+    Example:
+        >>> class Words(nn.Embedding):
+        ...     def forward(self, input_ids, attention_mask=None):
+        ...         return super().forward(input_ids).relu()
+        >>> encoder = MeanPooling(Words(9, 4)).eval()
+        >>> ids, mask = torch.tensor([[1, 5, 0], [8, 3, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+        >>> sentences = encoder(ids, mask)
+        >>> torch.allclose(sentences[0], encoder(ids[:1, :2])[0])
+        True
+        >>> like_the_other = Similarity(sentences.flip(0))
+        >>> LayerAbsLRP(encoder, encoder.model).attribute(ids, like_the_other, mask).shape
+        torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # `train()` would change modules inside
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        """Embeddings of sentences, (B, D).
+
+        Args:
+            input_ids: token ids, (B, L).
+            attention_mask: 1 for tokens, 0 for padding, (B, L). None: there is no padding.
+            others: keywords of the model.
+        """
+        if attention_mask is not None:
+            others["attention_mask"] = attention_mask
+        output = self.model(input_ids, **others)
+        found = output if isinstance(output, Tensor) else _entry(output, "last_hidden_state")
+        if not isinstance(found, Tensor) or found.shape[:-1] != input_ids.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+            raise ValueError(
+                f"Expected the model to return a vector for each of {tuple(input_ids.shape)} tokens, or "
+                f"`last_hidden_state`, but got {got}. Pass the encoder without its head."
+            )
+        if attention_mask is None:
+            return found.mean(1)
+        counts = attention_mask.to(found.dtype).unsqueeze(-1)
+        return (found * counts).sum(1) / counts.sum(1).clamp(min=1)

@@ -36,7 +36,7 @@ ORDER = (
         "graphs",
         "program",
     },
-    {"attribution", "layer", "lrp", "inspection", "tracing", "__init__"},
+    {"attribution", "layer", "lrp", "inspection", "tracing", "words", "__init__"},
     {"visualization", "hookable", "operations", "methods"},
     {"metrics", "report", "demo"},
     {"concepts"},

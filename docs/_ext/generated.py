@@ -22,6 +22,8 @@ PUBLIC = [
     "captum_abslrp.rules",
     "captum_abslrp.mappings",
     "captum_abslrp.functional",
+    "captum_abslrp.targets",
+    "captum_abslrp.words",
     "captum_abslrp.methods",
     "captum_abslrp.metrics",
     "captum_abslrp.metrics.functional",
