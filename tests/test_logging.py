@@ -1,7 +1,7 @@
 """The code of ``docs/logging.md`` as it stands there, with TensorBoard, Weights & Biases and Lightning.
 
-All three are the real packages. W&B runs offline and writes to the temporary folder of the test; it brings many
-packages, so that it is not among those that the tests install.
+All three are the real packages. W&B runs offline and writes to the temporary folder of the test. It brings
+many packages, so that it is not among those that the tests install.
 """
 
 from __future__ import annotations
