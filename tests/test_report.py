@@ -430,3 +430,23 @@ def test_every_picture_has_a_text_and_nothing_is_cut_off(opened: Any) -> None:
         opened.emulate_media(color_scheme=scheme)
         grounds.add(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert grounds == {"rgb(255, 255, 255)", "rgb(20, 23, 26)"}
+
+
+def test_a_report_has_the_channels_of_a_layer(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "r.html"
+    words = ["--model", "demo:resnet", "--html", page, "--out", tmp_path / "out"]
+    command = ["explain", *map(str, [*pictures, *words])]
+    assert main([*command, "--concepts", "layer3"]) == 0
+    _, section = data_of(page.read_text(encoding="utf-8"))["sections"]
+    assert section["title"] == "Concepts: channels of layer3"
+    assert 1 <= len(section["figures"]) <= 3
+    for figure in section["figures"]:
+        assert figure["alt"].startswith("channels of layer3 that matter for ")
+        assert figure["src"].startswith("data:image/png;base64,")
+    assert main([*command, "--concepts", "layer33"]) == 2
+    message = "the path of a layer of the model, but got 'layer33' (did you mean layer3"
+    assert message in capsys.readouterr().err
+    assert main(["explain", *map(str, [pictures[0], *words[:2]]), "--concepts", "layer3"]) == 2
+    assert "Expected `--html` with `--concepts`" in capsys.readouterr().err
