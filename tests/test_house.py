@@ -28,6 +28,7 @@ ORDER = (
         "chunks",
         "captures",
         "guide",
+        "tokens",
         "map_checks",
         "recommendation",
         "graphs",
