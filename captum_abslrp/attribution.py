@@ -84,6 +84,9 @@ class _Maps(NamedTuple):
     """Whether the inputs are explained, not tensors inside."""
     output: Tensor
     """The output that is explained."""
+    model: nn.Module
+    """The model, and the layer that guides, if one does."""
+    guide: nn.Module | None = None
 
     def combined(self, combine: str) -> list[Tensor]:
         """The map of each explained tensor, from those of target and contrast."""
@@ -92,7 +95,7 @@ class _Maps(NamedTuple):
             return [r[0] for r in explained]
         if combine == "guided":
             fine, coarse = self.relevances
-            return [guided(fine[0], coarse[0] - coarse[1])]
+            return [guided(fine[0], coarse[0] - coarse[1], self.model, self.guide)]
         if combine == "difference":
             return [r[0] - r[1] for r in self.relevances]
         return [r[0].where(r[0] > r[1], 0) for r in self.relevances]
@@ -443,25 +446,7 @@ class AbsLRP(GradientAttribution):
 
     def _to_guide(self, guide: nn.Module | None) -> Forward:
         """The forward pass that explains the output of a layer, too."""
-        guide = None if guide is None else part_of_model(self.model, guide, "guide")
-
-        def forward(
-            leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
-        ) -> tuple[Tensor, Sequence[Tensor]]:
-            nonlocal guide
-            if guide is None:
-                guide = self._find_guide(leaves, extra)
-            with captured([guide], of_input=False, integers=None) as (calls,):
-                output = self._forward(leaves, extra, observer)
-            if len(calls) != 1 or len(calls[0]) != 1:
-                raise ValueError(
-                    f"Expected `guide` to be a module that the model calls once and that returns one tensor "
-                    f"that depends on the inputs, but got {type(guide).__name__} with {len(calls)} calls "
-                    f"that return {[len(tensors) for tensors in calls]} such tensors."
-                )
-            return output, [*leaves, calls[0][0]]
-
-        return forward
+        return _ToGuide(self, None if guide is None else part_of_model(self.model, guide, "guide"))
 
     def _find_guide(self, leaves: Sequence[Tensor], extra: tuple[Any, ...]) -> nn.Module:
         first = Samples(tuple(leaves), None, None, extra).rows(0, 1)
@@ -615,7 +600,9 @@ class AbsLRP(GradientAttribution):
             chains=chains,
         )
         started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
-        return _Maps(relevances, [started, *changes], explained is leaves, values)
+        guide = forward.guide if isinstance(forward, _ToGuide) else None
+        of_inputs = explained is leaves
+        return _Maps(relevances, [started, *changes], of_inputs, values, self.model, guide)
 
     def _forward(
         self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None = None
@@ -652,6 +639,28 @@ class AbsLRP(GradientAttribution):
                 if recording.observer is None or not recording.observer.repeated:
                     warn_of_detached(recording.detached.reaching(output))
                 return output
+
+
+class _ToGuide:
+    """The forward pass that explains the output of a layer, too."""
+
+    def __init__(self, attributor: AbsLRP, guide: nn.Module | None) -> None:
+        self.attributor, self.guide = attributor, guide
+
+    def __call__(
+        self, leaves: Sequence[Tensor], extra: tuple[Any, ...], observer: Observer | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        if self.guide is None:
+            self.guide = self.attributor._find_guide(leaves, extra)
+        with captured([self.guide], of_input=False, integers=None) as (calls,):
+            output = self.attributor._forward(leaves, extra, observer)
+        if len(calls) != 1 or len(calls[0]) != 1:
+            raise ValueError(
+                f"Expected `guide` to be a module that the model calls once and that returns one tensor "
+                f"that depends on the inputs, but got {type(self.guide).__name__} with {len(calls)} calls "
+                f"that return {[len(tensors) for tensors in calls]} such tensors."
+            )
+        return output, [*leaves, calls[0][0]]
 
 
 def _leaf(x: Tensor) -> Tensor:
