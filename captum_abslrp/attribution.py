@@ -74,6 +74,8 @@ class Explained(NamedTuple):
     """What relevance is wanted of."""
     through: Through | None = None
     """Parts of the relevance of a tensor inside that are followed on their own."""
+    guide: nn.Module | None = None
+    """The layer that guides, the last of the tensors being its output."""
 
 
 Forward = Callable[[Sequence[Tensor], Samples, Observer | None], Explained]
@@ -97,6 +99,9 @@ class _Maps(NamedTuple):
     """The output that is explained."""
     parts: list[list[Tensor]]
     """For each part of a tensor inside, what of the relevances goes through it."""
+    model: nn.Module
+    """The model, and the layer that guides, if one does."""
+    guide: nn.Module | None = None
 
     def combined(self, combine: str) -> list[Tensor]:
         """The map of each explained tensor, from those of target and contrast."""
@@ -105,7 +110,7 @@ class _Maps(NamedTuple):
             return [r[0] for r in explained]
         if combine == "guided":
             fine, coarse = self.relevances
-            return [guided(fine[0], coarse[0] - coarse[1])]
+            return [guided(fine[0], coarse[0] - coarse[1], self.model, self.guide)]
         if combine == "difference":
             return [r[0] - r[1] for r in self.relevances]
         return [r[0].where(r[0] > r[1], 0) for r in self.relevances]
@@ -484,7 +489,7 @@ class AbsLRP(GradientAttribution):
                     f"that depends on the inputs, but got {type(guide).__name__} with {len(calls)} calls "
                     f"that return {[len(tensors) for tensors in calls]} such tensors."
                 )
-            return Explained(output, [*leaves, calls[0][0]])
+            return Explained(output, [*leaves, calls[0][0]], guide=guide)
 
         return forward
 
@@ -618,7 +623,7 @@ class AbsLRP(GradientAttribution):
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
-        output, explained, through = forward(leaves, samples, observer)
+        output, explained, through, guide = forward(leaves, samples, observer)
         values, signed = output.detach(), self.signed
         options: dict[str, Any] = {"class_dim": class_dim, "signed": signed, "checked": checked}
         target = samples.target_in(values)
@@ -654,7 +659,8 @@ class AbsLRP(GradientAttribution):
             ]
             relevances = [r[:count] for r in relevances]
         started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
-        return _Maps(relevances, [started, *changes], explained is leaves, values, parts)
+        of_inputs = explained is leaves
+        return _Maps(relevances, [started, *changes], of_inputs, values, parts, self.model, guide)
 
     def _forward(
         self,
