@@ -23,7 +23,7 @@ from torch import Tensor
 from captum_abslrp.layer import LayerAbsLRP
 from captum_abslrp.report import Section
 from captum_abslrp.seeds import Contrast
-from captum_abslrp.visualization import plot_overlays, smooth_map
+from captum_abslrp.visualization import SMOOTHED, plot_overlays, smooth_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,9 +260,12 @@ def plot_concepts(
     return plot_overlays(
         pictures,
         maps,
-        row_labels=[f"channel {c}\n{max(top[c], 0.0) / max(total, 1e-30):.0%}" for c in chosen],
+        row_labels=[
+            f"channel {c}\n{max(top[c], 0.0) / max(total, 1e-30):.0%} of relevance" for c in chosen
+        ],
         cell_labels=above,
         title=f"What matters for {of_class}, and the images that each channel matters most for",
+        note=SMOOTHED.format(smoothing) if smoothing > 1 else None,
     )
 
 

@@ -385,6 +385,27 @@ def test_a_missing_map_has_no_scale(browser: Any, tmp_path: Path) -> None:
     page.close()
 
 
+def test_the_foot_tells_what_there_is(browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page()
+    feet = {}
+    for command in (None, "captum-abslrp explain"):
+        for sections in ([], [Section("model", [panel()])]):
+            text = render(sections, title="Why?", settings={"seed": 3}, command=command)
+            (tmp_path / "r.html").write_text(text, encoding="utf-8")
+            page.goto((tmp_path / "r.html").as_uri())
+            feet[command, len(sections)] = page.locator("footer").inner_text()
+    assert all("How to reproduce" in foot and "null" not in foot for foot in feet.values())
+    assert [key for key, foot in feet.items() if "captum-abslrp explain" in foot] == [
+        ("captum-abslrp explain", 0),
+        ("captum-abslrp explain", 1),
+    ]
+    assert [key for key, foot in feet.items() if "Keys" in foot] == [
+        (None, 1),
+        ("captum-abslrp explain", 1),
+    ]
+    page.close()
+
+
 def test_what_is_chosen_is_seen_in_forced_colors(browser: Any, report: Path) -> None:
     page = browser.new_page(forced_colors="active")
     page.goto(report.as_uri())
