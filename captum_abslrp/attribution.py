@@ -481,7 +481,7 @@ class AbsLRP(GradientAttribution):
             nonlocal guide
             if guide is None:
                 guide = self._find_guide(leaves, samples)
-            with captured([guide], of_input=False, integers=None) as (calls,):
+            with captured([guide], of_input=False, integers=None, goes_on=True) as (calls,):
                 output = self._forward(leaves, samples, observer)
             if len(calls) != 1 or len(calls[0]) != 1:
                 raise ValueError(
@@ -539,6 +539,13 @@ class AbsLRP(GradientAttribution):
         if automatic and batch_size > 1:
             size = self._fitting(samples, forward)
         zeros = ZeroMaps(batch_size)
+
+        def restart() -> None:  # one sample at a time
+            zeros.clear()
+            self._check_rows(samples)
+
+        if size < batch_size:
+            self._check_rows(samples)
         explain = partial(
             self._explain_chunk,
             combine=combine,
@@ -547,9 +554,32 @@ class AbsLRP(GradientAttribution):
             observer=observer,
             zeros=zeros,
         )
-        chunks = in_chunks(samples, size, explain, shrinks=automatic, restart=zeros.clear)
+        chunks = in_chunks(samples, size, explain, shrinks=automatic, restart=restart)
         zeros.warn()
         return chunks
+
+    def _check_rows(self, samples: Samples) -> None:
+        """Raise where a function that is explained gives a sample another score when it is run alone."""
+        if samples.scores is None or samples.scores.has_rows:
+            return
+        several = samples.rows(0, _COMPARED)
+        with torch.no_grad(), eager(self.model), unchanged(self.model):
+
+            def scores_in(part: Samples) -> Tensor:
+                output = self.model(*part.inputs, *part.extra)
+                found: Tensor = self._explained(output, part.scores, len(part.inputs[0]))
+                return found
+
+            together = scores_in(several)
+            alone = torch.cat([scores_in(several.rows(i, i + 1)) for i in range(len(together))])
+        least = 1e-2 * together.abs().max()
+        if not torch.allclose(together, alone, rtol=1e-2, atol=float(least)):
+            raise ValueError(
+                "Expected the functions in `target` and `contrast` to give a sample the same score whichever "
+                "samples are run with it, because samples are run in parts, but got other scores. Does a "
+                "function hold a value for each sample? Give it a method `rows(start, stop)` that returns "
+                "the function for these samples, as those of `captum_abslrp.targets` have it."
+            )
 
     def _fitting(self, samples: Samples, forward: Forward) -> int:
         """How many samples fit into memory together, by the first of them."""
@@ -627,6 +657,15 @@ class AbsLRP(GradientAttribution):
         values, signed = output.detach(), self.signed
         options: dict[str, Any] = {"class_dim": class_dim, "signed": signed, "checked": checked}
         target = samples.target_in(values)
+        if (
+            samples.scores is not None
+            and values.dim() == 1
+            and isinstance(samples.contrast, Tensor)
+        ):
+            raise ValueError(
+                "Expected `contrast` to be a function, too, where the function `target` returns one score "
+                "per sample, but got classes. Pass `contrast=lambda out: ...`, or None."
+            )
         seeds = [target_seed(values, target, **options)]
         contrasted = contrast_seed(
             values, target, samples.contrast, logits=logits(output), **options
@@ -708,6 +747,7 @@ class AbsLRP(GradientAttribution):
             except Exception as error:  # raised again, explained where it can be
                 explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
+            recording.in_score = True
             output = self._explained(output, scores, batch_size)
             with torch._C.DisableTorchFunction():
                 recording.check_visible(output)
@@ -715,6 +755,10 @@ class AbsLRP(GradientAttribution):
                 if recording.observer is None or not recording.observer.repeated:
                     warn_of_detached(recording.detached.reaching(output))
                 return output
+
+
+_COMPARED = 4
+"""Samples that the scores of functions are compared on, when samples are run in parts."""
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from captum_abslrp.layer import LayerAbsLRP
 from captum_abslrp.report import Section
 from captum_abslrp.seeds import Contrast
+from captum_abslrp.selection import channel_dimension
 from captum_abslrp.visualization import SMOOTHED, plot_overlays, smooth_map
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def find_concepts(
         batches: pairs of images (B, ...) and targets: a class for each image, (B,) or a list; such as a
             ``DataLoader``.
         contrast: as for :meth:`AbsLRP.attribute <captum_abslrp.AbsLRP.attribute>`.
-        channel_dim: the dimension of the channels; None is the last one of tokens (B, L, D), otherwise 1.
+        channel_dim: the dimension of the channels; None as for ``select_dim`` of :meth:`LayerAbsLRP.attribute
+            <captum_abslrp.LayerAbsLRP.attribute>`.
 
     Returns:
         The relevance of all images, in the order of the batches.
@@ -171,7 +173,9 @@ def find_concepts(
             raise ValueError(
                 f"Expected the layer to return one tensor, but got {len(relevance)}. Choose a layer inside."
             )
-        at = (-1 if relevance.dim() == 3 else 1) if channel_dim is None else channel_dim
+        at = channel_dim
+        if at is None:
+            at = channel_dimension(attributor.layer, relevance)
         channels = relevance.movedim(at, 1).flatten(2) if relevance.dim() > 2 else relevance
         found.append((channels.sum(2) if channels.dim() > 2 else channels).cpu())
         targets.append(of_batch)

@@ -76,6 +76,8 @@ def find_guide(
 
     with own_hooks(register):
         output = run(image)
+    folded = _before_batch_norm(output.grad_fn)
+    finished = [(module, node) for module, node in finished if node not in folded]
     place = (len(finished) - 1) * position
     for index in sorted(range(len(finished)), key=lambda i: abs(i - place)):
         module, node = finished[index]
@@ -86,6 +88,21 @@ def find_guide(
         f'or tokens (B, L, D), and that everything goes through, for `combine="guided"`, but found none. '
         f"Choose one, `guide=model.layer`, or another way to combine maps."
     )
+
+
+def _before_batch_norm(start: Any) -> set[Any]:
+    """The nodes whose output goes into a batch norm, which rules fold into the layer."""
+    seen, rest, found = set(), [start], set()
+    while rest:
+        node = rest.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        after = [following for following, _ in node.next_functions]
+        if "BatchNorm" in type(node).__name__:
+            found.add(after[0])
+        rest += after
+    return found
 
 
 def _goes_around(start: Any, node: Any, leaf: Tensor) -> bool:
