@@ -10,6 +10,7 @@ from captum_abslrp.inspection import inspect_rules, stem_stride
 from captum_abslrp.layer import LayerAbsLRP
 from captum_abslrp.lrp import LRP
 from captum_abslrp.mappings import register_call_rule, register_mapping
+from captum_abslrp.tokens import token_map
 from captum_abslrp.tracing import trace_relevance
 from captum_abslrp.words import TextAbsLRP
 
@@ -23,6 +24,7 @@ __all__ = [
     "register_call_rule",
     "register_mapping",
     "stem_stride",
+    "token_map",
     "trace_relevance",
     "__version__",
 ]

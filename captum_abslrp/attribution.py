@@ -74,6 +74,8 @@ class Explained(NamedTuple):
     """What relevance is wanted of."""
     through: Through | None = None
     """Parts of the relevance of a tensor inside that are followed on their own."""
+    guide: nn.Module | None = None
+    """The layer that guides, the last of the tensors being its output."""
 
 
 Forward = Callable[[Sequence[Tensor], Samples, Observer | None], Explained]
@@ -97,6 +99,9 @@ class _Maps(NamedTuple):
     """The output that is explained."""
     parts: list[list[Tensor]]
     """For each part of a tensor inside, what of the relevances goes through it."""
+    model: nn.Module
+    """The model, and the layer that guides, if one does."""
+    guide: nn.Module | None = None
 
     def combined(self, combine: str) -> list[Tensor]:
         """The map of each explained tensor, from those of target and contrast."""
@@ -105,7 +110,7 @@ class _Maps(NamedTuple):
             return [r[0] for r in explained]
         if combine == "guided":
             fine, coarse = self.relevances
-            return [guided(fine[0], coarse[0] - coarse[1])]
+            return [guided(fine[0], coarse[0] - coarse[1], self.model, self.guide)]
         if combine == "difference":
             return [r[0] - r[1] for r in self.relevances]
         return [r[0].where(r[0] > r[1], 0) for r in self.relevances]
@@ -476,7 +481,7 @@ class AbsLRP(GradientAttribution):
             nonlocal guide
             if guide is None:
                 guide = self._find_guide(leaves, samples)
-            with captured([guide], of_input=False, integers=None) as (calls,):
+            with captured([guide], of_input=False, integers=None, goes_on=True) as (calls,):
                 output = self._forward(leaves, samples, observer)
             if len(calls) != 1 or len(calls[0]) != 1:
                 raise ValueError(
@@ -484,7 +489,7 @@ class AbsLRP(GradientAttribution):
                     f"that depends on the inputs, but got {type(guide).__name__} with {len(calls)} calls "
                     f"that return {[len(tensors) for tensors in calls]} such tensors."
                 )
-            return Explained(output, [*leaves, calls[0][0]])
+            return Explained(output, [*leaves, calls[0][0]], guide=guide)
 
         return forward
 
@@ -534,6 +539,13 @@ class AbsLRP(GradientAttribution):
         if automatic and batch_size > 1:
             size = self._fitting(samples, forward)
         zeros = ZeroMaps(batch_size)
+
+        def restart() -> None:  # one sample at a time
+            zeros.clear()
+            self._check_rows(samples)
+
+        if size < batch_size:
+            self._check_rows(samples)
         explain = partial(
             self._explain_chunk,
             combine=combine,
@@ -542,9 +554,32 @@ class AbsLRP(GradientAttribution):
             observer=observer,
             zeros=zeros,
         )
-        chunks = in_chunks(samples, size, explain, shrinks=automatic, restart=zeros.clear)
+        chunks = in_chunks(samples, size, explain, shrinks=automatic, restart=restart)
         zeros.warn()
         return chunks
+
+    def _check_rows(self, samples: Samples) -> None:
+        """Raise where a function that is explained gives a sample another score when it is run alone."""
+        if samples.scores is None or samples.scores.has_rows:
+            return
+        several = samples.rows(0, _COMPARED)
+        with torch.no_grad(), eager(self.model), unchanged(self.model):
+
+            def scores_in(part: Samples) -> Tensor:
+                output = self.model(*part.inputs, *part.extra)
+                found: Tensor = self._explained(output, part.scores, len(part.inputs[0]))
+                return found
+
+            together = scores_in(several)
+            alone = torch.cat([scores_in(several.rows(i, i + 1)) for i in range(len(together))])
+        least = 1e-2 * together.abs().max()
+        if not torch.allclose(together, alone, rtol=1e-2, atol=float(least)):
+            raise ValueError(
+                "Expected the functions in `target` and `contrast` to give a sample the same score whichever "
+                "samples are run with it, because samples are run in parts, but got other scores. Does a "
+                "function hold a value for each sample? Give it a method `rows(start, stop)` that returns "
+                "the function for these samples, as those of `captum_abslrp.targets` have it."
+            )
 
     def _fitting(self, samples: Samples, forward: Forward) -> int:
         """How many samples fit into memory together, by the first of them."""
@@ -618,10 +653,19 @@ class AbsLRP(GradientAttribution):
     ) -> _Maps:
         """One forward pass, and relevance of the target and of the contrast, if there is one."""
         leaves = [_leaf(x) for x in samples.inputs]
-        output, explained, through = forward(leaves, samples, observer)
+        output, explained, through, guide = forward(leaves, samples, observer)
         values, signed = output.detach(), self.signed
         options: dict[str, Any] = {"class_dim": class_dim, "signed": signed, "checked": checked}
         target = samples.target_in(values)
+        if (
+            samples.scores is not None
+            and values.dim() == 1
+            and isinstance(samples.contrast, Tensor)
+        ):
+            raise ValueError(
+                "Expected `contrast` to be a function, too, where the function `target` returns one score "
+                "per sample, but got classes. Pass `contrast=lambda out: ...`, or None."
+            )
         seeds = [target_seed(values, target, **options)]
         contrasted = contrast_seed(
             values, target, samples.contrast, logits=logits(output), **options
@@ -654,7 +698,8 @@ class AbsLRP(GradientAttribution):
             ]
             relevances = [r[:count] for r in relevances]
         started = torch.stack([seed.reshape(len(seed), -1).sum(1) for seed in seeds])
-        return _Maps(relevances, [started, *changes], explained is leaves, values, parts)
+        of_inputs = explained is leaves
+        return _Maps(relevances, [started, *changes], of_inputs, values, parts, self.model, guide)
 
     def _forward(
         self,
@@ -702,6 +747,7 @@ class AbsLRP(GradientAttribution):
             except Exception as error:  # raised again, explained where it can be
                 explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
+            recording.in_score = True
             output = self._explained(output, scores, batch_size)
             with torch._C.DisableTorchFunction():
                 recording.check_visible(output)
@@ -709,6 +755,10 @@ class AbsLRP(GradientAttribution):
                 if recording.observer is None or not recording.observer.repeated:
                     warn_of_detached(recording.detached.reaching(output))
                 return output
+
+
+_COMPARED = 4
+"""Samples that the scores of functions are compared on, when samples are run in parts."""
 
 
 def _leaf(x: Tensor) -> Tensor:

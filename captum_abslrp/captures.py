@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from captum_abslrp.engine.arguments import instances_in, map_instances, tensors_in
 from captum_abslrp.engine.dependence import carries_relevance, mark_seen
 from captum_abslrp.engine.samples import copy_samples
+from captum_abslrp.engine.saved import hide_layer
 from captum_abslrp.engine.state import own_hooks
 from captum_abslrp.integers import IntegerInputs, new_leaf
 from captum_abslrp.rules.captum import rule_of_layer
@@ -23,12 +24,18 @@ __all__ = ["captured"]
 
 @contextmanager
 def captured(
-    layers: Sequence[nn.Module], *, of_input: bool, integers: IntegerInputs | None
+    layers: Sequence[nn.Module],
+    *,
+    of_input: bool,
+    integers: IntegerInputs | None,
+    goes_on: bool = False,
 ) -> Iterator[list[list[list[Tensor]]]]:
     """Capture the tensors of the calls of each layer; arguments as for :func:`_captured_of`."""
     with ExitStack() as stack:
         of_layer = {
-            layer: stack.enter_context(_captured_of(layer, of_input=of_input, integers=integers))
+            layer: stack.enter_context(
+                _captured_of(layer, of_input=of_input, integers=integers, goes_on=goes_on)
+            )
             for layer in dict.fromkeys(layers)
         }
         yield [of_layer[layer] for layer in layers]
@@ -36,9 +43,11 @@ def captured(
 
 @contextmanager
 def _captured_of(
-    layer: nn.Module, *, of_input: bool, integers: IntegerInputs | None
+    layer: nn.Module, *, of_input: bool, integers: IntegerInputs | None, goes_on: bool
 ) -> Iterator[list[list[Tensor]]]:
     """Capture the tensors with relevance that each call of the layer in this thread returns or gets.
+
+    Where relevance goes on behind the layer, a rule that would fold a later call into it raises.
 
     What is captured is a clone, and the model goes on with another clone, so that nothing changes it in
     place and its gradient is that of this place alone. Where inputs are integers, it is a leaf unless its
@@ -72,6 +81,8 @@ def _captured_of(
                     if not carries_relevance(found):  # a constant, or inside of one call
                         return tensor
                     going_on = copied(found)
+                    if goes_on:
+                        hide_layer(tensor, going_on)
                 captured.append(found)
                 clones[id(tensor)] = tensor, going_on
             return clones[id(tensor)][1]

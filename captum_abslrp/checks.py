@@ -32,6 +32,7 @@ __all__ = [
     "check_visible",
     "checked_output",
     "chunk_size",
+    "differs_in_training",
     "explain_missing_batch_dimension",
     "logits_of",
     "part_of_model",
@@ -107,7 +108,7 @@ def check_model(model: nn.Module) -> None:
     check_initialized(model)
     training = ""
     for name, module in model.named_modules():
-        if module.training and not training and _differs_in_training(module):
+        if module.training and not training and differs_in_training(module):
             training = f"`{name}` ({type(module).__name__})"
     if training:
         warn(
@@ -157,7 +158,7 @@ def check_initialized(model: nn.Module) -> None:
             )
 
 
-def _differs_in_training(module: nn.Module) -> bool:
+def differs_in_training(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return module.dropout > 0
     known = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)

@@ -23,7 +23,8 @@ from torch import Tensor
 from captum_abslrp.layer import LayerAbsLRP
 from captum_abslrp.report import Section
 from captum_abslrp.seeds import Contrast
-from captum_abslrp.visualization import plot_overlays, smooth_map
+from captum_abslrp.selection import channel_dimension
+from captum_abslrp.visualization import SMOOTHED, plot_overlays, smooth_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,7 +140,8 @@ def find_concepts(
         batches: pairs of images (B, ...) and targets: a class for each image, (B,) or a list; such as a
             ``DataLoader``.
         contrast: as for :meth:`AbsLRP.attribute <captum_abslrp.AbsLRP.attribute>`.
-        channel_dim: the dimension of the channels; None is the last one of tokens (B, L, D), otherwise 1.
+        channel_dim: the dimension of the channels; None as for ``select_dim`` of :meth:`LayerAbsLRP.attribute
+            <captum_abslrp.LayerAbsLRP.attribute>`.
 
     Returns:
         The relevance of all images, in the order of the batches.
@@ -171,7 +173,9 @@ def find_concepts(
             raise ValueError(
                 f"Expected the layer to return one tensor, but got {len(relevance)}. Choose a layer inside."
             )
-        at = (-1 if relevance.dim() == 3 else 1) if channel_dim is None else channel_dim
+        at = channel_dim
+        if at is None:
+            at = channel_dimension(attributor.layer, relevance)
         channels = relevance.movedim(at, 1).flatten(2) if relevance.dim() > 2 else relevance
         found.append((channels.sum(2) if channels.dim() > 2 else channels).cpu())
         targets.append(of_batch)
@@ -260,9 +264,12 @@ def plot_concepts(
     return plot_overlays(
         pictures,
         maps,
-        row_labels=[f"channel {c}\n{max(top[c], 0.0) / max(total, 1e-30):.0%}" for c in chosen],
+        row_labels=[
+            f"channel {c}\n{max(top[c], 0.0) / max(total, 1e-30):.0%} of relevance" for c in chosen
+        ],
         cell_labels=above,
         title=f"What matters for {of_class}, and the images that each channel matters most for",
+        note=SMOOTHED.format(smoothing) if smoothing > 1 else None,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_abslrp.engine.state import own_hooks
+from captum_abslrp.tokens import TokenPlaces
 
 __all__ = ["find_guide", "grid_of", "guided"]
 
@@ -53,6 +55,7 @@ def find_guide(
     finished: list[tuple[nn.Module, Any]] = []
     calls: dict[nn.Module, int] = {}
     thread = threading.get_ident()
+    places = TokenPlaces(model, size)
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != thread:
@@ -60,7 +63,7 @@ def find_guide(
         calls[module] = calls.get(module, 0) + 1
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        if len(output) != 1 or not _has_grid(output, size):  # windows are no images
+        if len(output) != 1 or not _has_grid(output, size, places, module):  # windows are no images
             return
         # What an identity returns, others may read, too.
         if all(x.grad_fn is not output.grad_fn for x in args if isinstance(x, Tensor)):
@@ -73,6 +76,8 @@ def find_guide(
 
     with own_hooks(register):
         output = run(image)
+    folded = _before_batch_norm(output.grad_fn)
+    finished = [(module, node) for module, node in finished if node not in folded]
     place = (len(finished) - 1) * position
     for index in sorted(range(len(finished)), key=lambda i: abs(i - place)):
         module, node = finished[index]
@@ -83,6 +88,21 @@ def find_guide(
         f'or tokens (B, L, D), and that everything goes through, for `combine="guided"`, but found none. '
         f"Choose one, `guide=model.layer`, or another way to combine maps."
     )
+
+
+def _before_batch_norm(start: Any) -> set[Any]:
+    """The nodes whose output goes into a batch norm, which rules fold into the layer."""
+    seen, rest, found = set(), [start], set()
+    while rest:
+        node = rest.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        after = [following for following, _ in node.next_functions]
+        if "BatchNorm" in type(node).__name__:
+            found.add(after[0])
+        rest += after
+    return found
 
 
 def _goes_around(start: Any, node: Any, leaf: Tensor) -> bool:
@@ -99,20 +119,31 @@ def _goes_around(start: Any, node: Any, leaf: Tensor) -> bool:
     return False
 
 
-def _has_grid(output: Tensor, size: tuple[int, ...]) -> bool:
+def _has_grid(output: Tensor, size: tuple[int, ...], places: TokenPlaces, layer: nn.Module) -> bool:
     try:
-        return grid_of(output, size)[0].numel() > 0
+        return grid_of(output, size, places, layer)[0].numel() > 0
     except ValueError:
         return False
 
 
-def grid_of(values: Tensor, size: Sequence[int]) -> Tensor:
+def grid_of(
+    values: Tensor,
+    size: Sequence[int],
+    places: TokenPlaces | None = None,
+    layer: nn.Module | None = None,
+) -> Tensor:
     """Values of a layer summed over features, where they lie in the image.
+
+    What the model says of its tokens decides, as for :func:`~captum_abslrp.token_map`. Where it says nothing,
+    or the values do not fit it, the proportions of the image do.
 
     Args:
         values: a feature map (B, D, h, w), one with channels last (B, h, w, D), or tokens (B, L, D), of
-            which those of patches come last, row by row, behind class tokens and registers.
+            which those of patches come last, row by row, behind class tokens and registers, unless the
+            model says otherwise.
         size: height and width of the image. The grid has these proportions, within a factor of 2.
+        places: what the model says, for images of this size.
+        layer: the layer of the model that the values are of.
 
     Returns:
         (B, h, w).
@@ -126,6 +157,11 @@ def grid_of(values: Tensor, size: Sequence[int]) -> Tensor:
         >>> grid_of(torch.ones(2, 7, 7, 512), (224, 224)).shape
         torch.Size([2, 7, 7])
     """
+    if places is not None:
+        with suppress(ValueError):
+            found = places.map(values, layer)
+            if found.shape[1:].numel() > 1:
+                return found
     height, width = size
     if values.dim() == 4:  # of two readings, the one of more alike proportions
         features = min((1, 3), key=lambda dim: _distortion(_without(values, dim), size))
@@ -161,12 +197,16 @@ def _distortion(grid: Sequence[int], size: Sequence[int]) -> float:
     return max(ratio, 1 / ratio)
 
 
-def guided(fine: Tensor, coarse: Tensor) -> Tensor:
+def guided(
+    fine: Tensor, coarse: Tensor, model: nn.Module | None = None, layer: nn.Module | None = None
+) -> Tensor:
     """A map weighted by what the layer has for the target.
 
     Args:
         fine: the map of the target, (B, C, H, W).
         coarse: relevance of the layer, target less contrast, as for :func:`grid_of`.
+        model: the model, which may say where the tokens of the layer are.
+        layer: the layer.
 
     Returns:
         ``fine`` times the positive part of ``coarse``, bilinearly enlarged, (B, C, H, W). Its magnitudes add
@@ -175,13 +215,14 @@ def guided(fine: Tensor, coarse: Tensor) -> Tensor:
     Raises:
         ValueError: if the layer has another number of images, or no grid.
     """
-    if len(coarse) != len(fine):
+    size = fine.shape[2:]
+    places = None if model is None else TokenPlaces(model, tuple(size))
+    weight = grid_of(coarse, size, places, layer).clamp(min=0).unsqueeze(1)
+    if len(weight) != len(fine):
         raise ValueError(
             f"Expected the guiding layer to have the images in its leading dimension ({len(fine)}), but got "
             f"shape {tuple(coarse.shape)}. Choose another layer, `guide=model.layer`."
         )
-    size = fine.shape[2:]
-    weight = grid_of(coarse, size).clamp(min=0).unsqueeze(1)
     found = fine * F.interpolate(weight.to(fine.dtype), size=size, mode="bilinear")
     before, after = (r.abs().flatten(1).sum(1).view(-1, 1, 1, 1) for r in (fine, found))
     return found * torch.where(after > 0, before / after, 0)

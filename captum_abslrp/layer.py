@@ -21,7 +21,7 @@ from captum_abslrp.integers import IntegerInputs
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.noise_tunnel import for_captum
 from captum_abslrp.seeds import Contrast, Target
-from captum_abslrp.selection import Selection, parts_of
+from captum_abslrp.selection import Selection, channel_dimension, parts_of
 
 __all__ = ["LayerAbsLRP"]
 
@@ -123,13 +123,15 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             call_index: which call of the layer to explain, counted from 0 in the order of the forward
                 pass (of the calls' ends for outputs), where the model calls it more than once. Of several
                 layers an int for all, or a list with an entry for each.
-            select: channels of the layer, by index; a list of them; or weights of the elements of a sample, a
-                tensor that broadcasts with it. What is returned then is not relevance of the layer, but the
-                part of the relevance of the *inputs* that goes through these channels: how a concept in
-                the middle of the model reaches the pixels (concept relevance propagation, Achtibat et al.
-                2023). Several such selections in a list, ``[[3], [7, 8]]``, take one pass together.
-            select_dim: the dimension of the channels: of tokens the last one, (B, L, D), otherwise
-                dimension 1. Pass -1 where channels come last, and 1 to select tokens of (B, L, D).
+            select: channels of the layer, by index; a list or a tensor of indices; a weight or a boolean for
+                each channel; or weights of the elements of a sample, a tensor that broadcasts with it. Then
+                not relevance of the layer is returned, but the part of the relevance of the *inputs* that
+                goes through these channels: how a concept in the middle of the model reaches the pixels
+                (concept relevance propagation, Achtibat et al. 2023). Several such selections in a list,
+                ``[[3], [7, 8]]``, take one pass together.
+            select_dim: the dimension of the channels. None is the last one of tokens, (B, L, D), and of
+                feature maps of layers whose linear layers or layer norms say so; otherwise dimension 1.
+                Pass 1 to select tokens of (B, L, D).
             return_convergence_delta: whether to return the delta, too.
 
         Returns:
@@ -225,7 +227,12 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
             with (
                 integers or nullcontext(),
-                captured(layers, of_input=attribute_to_layer_input, integers=integers) as calls,
+                captured(
+                    layers,
+                    of_input=attribute_to_layer_input,
+                    integers=integers,
+                    goes_on=len(layers) > 1,
+                ) as calls,
             ):
                 try:
                     output = self._forward(leaves, samples, observer)
@@ -320,7 +327,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                 )
             # Attention that is recorded as one call scales relevance inside, by the seed.
             fuses = self.normalization != "joint"
-            with captured([self.layer], of_input=of_input, integers=None) as (calls,):
+            with captured([self.layer], of_input=of_input, integers=None, goes_on=True) as (calls,):
                 output = self._forward(leaves, samples, observer, fuses=fuses)
             found = self._choose(self.layer, calls, wanted, of_input=of_input, integers=False)
             if len(found) != 1:
@@ -328,7 +335,8 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                     f"Expected {self._name(self.layer)} to have one tensor with `select`, but got "
                     f"{len(found)}. Choose a layer inside of it, or behind it."
                 )
-            parts, several = parts_of(select, found[0], select_dim)
+            dim = channel_dimension(self.layer, found[0]) if select_dim is None else select_dim
+            parts, several = parts_of(select, found[0], dim)
             return Explained(output, leaves, Through(found[0], parts))
 
         chunks = self._explain(

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from captum_abslrp.checks import differs_in_training
 
 __all__ = ["Score", "Scores", "scores_of"]
 
@@ -27,6 +29,11 @@ class Scores(NamedTuple):
     def index(self) -> Any:
         """The class to explain where the function returns scores of classes; None for the predicted one."""
         return 0 if self.contrast is not None else getattr(self.target, "index", None)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether all functions say what they are for some of the samples."""
+        return all(score is None or hasattr(score, "rows") for score in self)
 
     def rows(self, start: int, stop: int) -> Scores:
         """The scores for samples number `start` to `stop - 1`; a function that knows of samples has rows."""
@@ -59,7 +66,8 @@ def scores_of(target: Any, contrast: Any, batch_size: int) -> Scores | None:
 
     Raises:
         TypeError: if the contrast alone is a function.
-        ValueError: if a function knows of another number of samples.
+        ValueError: if a module is in training mode, a function knows of another number of samples, or target
+            and contrast are the same.
 
     Example:
         >>> scores = scores_of(lambda out: out[:, 1], lambda out: out[:, 2:].mean(1), 2)
@@ -74,8 +82,20 @@ def scores_of(target: Any, contrast: Any, batch_size: int) -> Scores | None:
                 f"{target!r}. Pass `target=lambda out: out[:, {target if isinstance(target, int) else 0}]`."
             )
         return None
+    if contrast is target:
+        raise ValueError(
+            f"Expected `contrast` to be another score than `target`, but got the same function for both, "
+            f"{target!r}."
+        )
     found = Scores(target, contrast if callable(contrast) else None)
     for name, score in zip(("target", "contrast"), found):
+        if isinstance(score, nn.Module) and any(
+            m.training and differs_in_training(m) for m in score.modules()
+        ):
+            raise ValueError(
+                f"Expected the module `{name}` to be in evaluation mode, but got {type(score).__name__} in "
+                f"training mode, in which it may change or draw at random. Call `{name}.eval()`."
+            )
         known = getattr(score, "samples", None)
         if known not in (None, 1, batch_size):
             raise ValueError(
@@ -114,4 +134,5 @@ def _single(scores: Tensor, score: Score, name: str) -> Tensor:
             f"but got shape {tuple(scores.shape)}. Choose one: `lambda out: ...[:, 0]`."
         )
     columns = torch.as_tensor(0 if index is None else index, device=scores.device)
-    return scores.gather(1, columns.reshape(-1, 1).expand(len(scores), 1)).squeeze(1)
+    columns = columns.remainder(scores.shape[1]).reshape(-1, 1)
+    return scores.gather(1, columns.expand(len(scores), 1)).squeeze(1)

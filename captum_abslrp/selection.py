@@ -10,12 +10,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Selection", "parts_of"]
+__all__ = ["Selection", "channel_dimension", "parts_of"]
 
 Selection = int | Sequence[int] | Tensor | Sequence[Sequence[int] | Tensor]
-"""Indices of channels, or a tensor of weights; several of these in a list."""
+"""Indices of channels, a tensor of them, or a tensor of weights; several of these in a list."""
+
+
+def channel_dimension(layer: nn.Module, tensor: Tensor) -> int:
+    """The dimension of a layer's tensor that its channels are in.
+
+    Tokens (B, L, D) have them last, and feature maps (B, D, h, w) in dimension 1. The sizes of linear layers,
+    norms and convolutions inside of the layer tell feature maps with channels last, as those of a Swin
+    Transformer, and sequences of a one-dimensional convolution apart from these.
+
+    Args:
+        layer: the layer.
+        tensor: its output or input, (B, ...).
+
+    Example:
+        >>> channel_dimension(nn.ReLU(), torch.rand(2, 8, 4, 4))
+        1
+        >>> channel_dimension(nn.ReLU(), torch.rand(2, 9, 8))
+        2
+        >>> channel_dimension(nn.LayerNorm(8), torch.rand(2, 4, 4, 8))
+        3
+        >>> channel_dimension(nn.Conv1d(3, 8, 3), torch.rand(2, 8, 9))
+        1
+    """
+    last: set[int] = set()
+    first: set[int] = set()
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            last |= {module.in_features, module.out_features}
+        elif isinstance(module, nn.LayerNorm):
+            last.add(module.normalized_shape[-1])
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            first |= {module.in_channels, module.out_channels}
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            first.add(module.num_features)
+    dims = tensor.dim()
+    is_first, is_last = dims > 1 and tensor.shape[1] in first, tensor.shape[-1] in last
+    if is_first != is_last:
+        return 1 if is_first else dims - 1
+    return dims - 1 if dims == 3 else 1
 
 
 def parts_of(select: Any, tensor: Tensor, dim: int | None) -> tuple[list[Tensor], bool]:
@@ -48,9 +87,11 @@ def parts_of(select: Any, tensor: Tensor, dim: int | None) -> tuple[list[Tensor]
 
 
 def _weights(part: Any, tensor: Tensor, dim: int | None) -> Tensor:
-    if isinstance(part, Tensor):
-        return _broadcast(part, tensor)
+    if isinstance(part, Tensor) and not _has_indices(part):
+        return _broadcast(part, tensor, dim)
     indices = [part] if _is_int(part) else part
+    if isinstance(part, Tensor):
+        indices = part.reshape(-1).tolist()
     if not isinstance(indices, (list, tuple, range)) or not all(map(_is_int, indices)):
         raise TypeError(
             f"Expected `select` to be the index of a channel, a list of them, a tensor of weights, or a list "
@@ -58,13 +99,7 @@ def _weights(part: Any, tensor: Tensor, dim: int | None) -> Tensor:
         )
     if len(indices) == 0:
         raise ValueError("Expected `select` to choose at least one channel, but got none.")
-    dims = tensor.dim()
-    at = (dims - 1 if dims == 3 else 1) if dim is None else dim
-    if not -dims <= at < dims or at % dims == 0:
-        raise IndexError(
-            f"Expected `select_dim` to be a dimension of each sample of a tensor of shape "
-            f"{tuple(tensor.shape)}, but got {at}."
-        )
+    at = _dimension(tensor, dim)
     size = tensor.shape[at]
     outside = [index for index in indices if not -size <= index < size]
     if outside:
@@ -75,16 +110,54 @@ def _weights(part: Any, tensor: Tensor, dim: int | None) -> Tensor:
         )
     weights = torch.zeros(size, dtype=tensor.dtype, device=tensor.device)
     weights[[*map(int, indices)]] = 1
-    return weights.view([size if i == at % dims else 1 for i in range(dims)])
+    return _along(weights, tensor, at)
 
 
-def _broadcast(weights: Tensor, tensor: Tensor) -> Tensor:
+def _has_indices(part: Tensor) -> bool:
+    """Whether a tensor holds indices of channels, as ``topk`` and ``argmax`` return them."""
+    return part.dim() <= 1 and not (part.is_floating_point() or part.dtype == torch.bool)
+
+
+def _dimension(tensor: Tensor, dim: int | None) -> int:
+    """The dimension of the channels, counted from the first one."""
+    dims = tensor.dim()
+    at = (dims - 1 if dims == 3 else 1) if dim is None else dim
+    if not -dims <= at < dims or at % dims == 0:
+        raise IndexError(
+            f"Expected `select_dim` to be a dimension of each sample of a tensor of shape "
+            f"{tuple(tensor.shape)}, but got {at}."
+        )
+    return at % dims
+
+
+def _along(weights: Tensor, tensor: Tensor, at: int) -> Tensor:
+    """Weights of channels, as they broadcast with the tensor."""
+    return weights.view([len(weights) if i == at else 1 for i in range(tensor.dim())])
+
+
+def _broadcast(weights: Tensor, tensor: Tensor, dim: int | None) -> Tensor:
     sample = tensor.shape[1:]
+    if not (weights.is_floating_point() or weights.dtype == torch.bool):
+        raise TypeError(
+            f"Expected weights in `select` to be floating-point numbers or booleans, but got {weights.dtype} "
+            f"of shape {tuple(weights.shape)}. Indices of channels have one dimension."
+        )
+    if not weights.isfinite().all():
+        raise ValueError("Expected weights in `select` to be finite, but got NaN or infinite ones.")
+    if weights.dim() == 1 and len(weights) > 1:  # one for each channel
+        at = _dimension(tensor, dim)
+        if len(weights) != tensor.shape[at]:
+            raise ValueError(
+                f"Expected one weight for each of {tensor.shape[at]} channels in dimension {at} of a tensor "
+                f"of shape {tuple(tensor.shape)}, but got {len(weights)}. Pass `select_dim` if channels are "
+                f"in another dimension."
+            )
+        return _along(weights.detach().to(tensor.device, tensor.dtype.to_real()), tensor, at)
     try:
         fits = torch.broadcast_shapes(weights.shape, sample) == sample
     except RuntimeError:
         fits = False
-    if not fits or weights.is_complex():
+    if not fits:
         raise ValueError(
             f"Expected weights in `select` to broadcast with a sample of shape {tuple(sample)}, without the "
             f"batch dimension, but got {weights.dtype} of shape {tuple(weights.shape)}."

@@ -108,7 +108,7 @@ class Segment(_PerSample):
     The score of each class is the mean over the region, so that classes are compared there.
 
     Args:
-        index: the class.
+        index: the class, or a list of one for each sample.
         mask: the region: booleans or weights, (H, W) or (B, H, W), of any resolution. None is where the
             model sees the class itself.
 
@@ -125,10 +125,10 @@ class Segment(_PerSample):
         False
     """
 
-    _fields = ("_mask",)
+    _fields = ("_mask", "_index")
 
-    def __init__(self, index: int, mask: Tensor | None = None) -> None:
-        self.index = index
+    def __init__(self, index: int | Sequence[int], mask: Tensor | None = None) -> None:
+        self._index = torch.as_tensor(index).detach().long().reshape(-1)
         if mask is not None and mask.dim() not in (2, 3):
             raise ValueError(
                 f"Expected `mask` to have shape (H, W) or (B, H, W), but got {tuple(mask.shape)}."
@@ -143,29 +143,39 @@ class Segment(_PerSample):
                 queries for masks and classes, as of Hugging Face's MaskFormer and Mask2Former.
         """
         scores = _pixel_scores(output)
-        if not -scores.shape[1] <= self.index < scores.shape[1]:
+        size = scores.shape[1]
+        outside = (self._index < -size) | (self._index >= size)
+        if outside.any():
             raise IndexError(
-                f"Expected the class of {self!r} to be one of {scores.shape[1]}, but got {self.index}."
+                f"Expected the class of {self!r} to be one of {size}, but got "
+                f"{int(self._index[outside][0])}."
             )
         if self._mask is None:
-            region = (scores.detach().argmax(1) == self.index % scores.shape[1]).to(scores.dtype)
+            wanted = self._index.remainder(size).to(scores.device).view(-1, 1, 1)
+            region = (scores.detach().argmax(1) == wanted).to(scores.dtype)
         else:
             region = self._mask.to(scores)
             if region.shape[1:] != scores.shape[2:]:
                 region = F.interpolate(region.unsqueeze(1), scores.shape[2:], mode="area")[:, 0]
-        size = region.sum((1, 2), keepdim=True)
-        empty = (size <= 0).flatten()
+        whole = region.sum((1, 2), keepdim=True)
+        empty = (whole <= 0).flatten()
         if on_host(empty.any()):
             where = "the model sees the class nowhere" if self._mask is None else "`mask` is zero"
             raise ValueError(
                 f"Expected a region for {self!r}, but {where} in sample {empty.tolist().index(True)}. Pass "
                 f"a `mask` of the pixels to explain."
             )
-        return (scores * (region / size).unsqueeze(1)).sum((2, 3))
+        return (scores * (region / whole).unsqueeze(1)).sum((2, 3))
 
     def __repr__(self) -> str:
         mask = "" if self._mask is None else f", mask of {tuple(self._mask.shape)}"
         return f"Segment({self.index}{mask})"
+
+    @property
+    def index(self) -> list[int] | int:
+        """The class, or that of each sample."""
+        classes: list[int] = self._index.tolist()
+        return classes[0] if len(classes) == 1 else classes
 
 
 def _pixel_scores(output: Any) -> Tensor:
@@ -206,8 +216,8 @@ class Box(_PerSample):
         min_iou: how much a detection has to overlap the box at least (intersection over union).
 
     Raises:
-        ValueError: on a call, if no detection of the class overlaps the box so much, or the output is none of
-            a detector.
+        ValueError: on a call, if no detection overlaps the box so much (of torchvision's detectors: no
+            detection of the class), or the output is none of a detector.
 
     Example:
         >>> class Detector(nn.Module):
@@ -273,10 +283,10 @@ class Box(_PerSample):
         for n in range(len(boxes)):
             overlap = self._overlap(corners[n], n)
             # Of queries at the same place the one that is surest of the class.
-            sure = logits[n].detach().softmax(-1)[:, self._row(self._label, n)]
+            sure = logits[n].detach().float().log_softmax(-1)[:, int(self._row(self._label, n))]
             near = overlap >= self.min_iou
             self._check(near, overlap, n)
-            chosen.append(int((sure + near).argmax()))
+            chosen.append(int(sure.masked_fill(~near, -torch.inf).argmax()))
         rows = torch.tensor(chosen, device=logits.device).view(-1, 1, 1)
         return logits.gather(1, rows.expand(-1, 1, logits.shape[2])).squeeze(1)
 
@@ -303,6 +313,7 @@ class Box(_PerSample):
 
     def _overlap(self, boxes: Tensor, n: int) -> Tensor:
         """Intersection over union of the box with others (N, 4), (N,)."""
+        boxes = boxes.float()  # areas in pixels are beyond the range of float16
         box = self._row(self._box, n).to(boxes)
         low, high = torch.maximum(boxes[:, :2], box[:2]), torch.minimum(boxes[:, 2:], box[2:])
         shared = (high - low).clamp(min=0).prod(1)

@@ -356,6 +356,7 @@ def plot_overlays(
     row_labels: Sequence[str] | None = None,
     cell_labels: Sequence[Sequence[str]] | None = None,
     title: str | None = None,
+    note: str | None = None,
     clip_percentile: float = 99.0,
 ) -> Figure:
     """Rows of overlays, each on an image of its own.
@@ -368,6 +369,7 @@ def plot_overlays(
         row_labels: R texts for the left margin.
         cell_labels: a text above each image.
         title: heading of the figure.
+        note: a line below all images.
         clip_percentile: percentile of the magnitudes at which the colors end.
 
     Raises:
@@ -406,8 +408,12 @@ def plot_overlays(
                 text = _wrap(cell_labels[row][column], 24)
                 cell.set_title(text, fontsize=8, parse_math=False)
         if row_labels is not None:
-            _label_row(axes[row, 0], row_labels[row], width=16, size=10)
+            # A label runs upward: a low row has less room for it.
+            width = max(8, int(16 * min(1.0, tallness)))
+            _label_row(axes[row, 0], row_labels[row], width=width, size=10)
     _add_shared_color_bar(figure, axes)
+    if note is not None:
+        _note(figure, note)
     return figure
 
 
@@ -568,7 +574,11 @@ def _write_note(axes: Axes, text: str) -> None:
 
 def _note_smoothing(figure: Figure, smoothing: int) -> None:
     if smoothing > 1:
-        figure.supxlabel(SMOOTHED.format(smoothing), fontsize=8, color="0.4")
+        _note(figure, SMOOTHED.format(smoothing))
+
+
+def _note(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=8, color="0.4", parse_math=False)
 
 
 def _label_row(axes: Axes, text: str, *, width: int, size: int) -> None:

@@ -96,6 +96,17 @@ def test_a_figure_shows_where_a_channel_finds_its_concept() -> None:
     assert np.asarray(whole.axes[0].images[0].get_array()).shape[:2] == (16, 16)
 
 
+def test_a_figure_tells_shares_and_smoothing() -> None:
+    concepts, layer = found()
+    share = concepts.top_channels(0, 1)[0][1]  # of one
+    for smoothing, note in ((1, ""), (3, "Maps are smoothed over 3 pixels.")):
+        figure = plot_concepts(
+            concepts, layer, IMAGES, 0, channels=[2], examples=1, contrast=None, smoothing=smoothing
+        )
+        assert figure.get_supxlabel() == note
+        assert figure.axes[0].get_ylabel() == f"channel 2\n{share:.0%} of relevance"
+
+
 def test_a_report_has_a_page_of_concepts() -> None:
     concepts, layer = found()
     figure = plot_concepts(concepts, layer, IMAGES, 0, channels=2, examples=2, contrast=None)

@@ -31,6 +31,7 @@ ORDER = (
         "chunks",
         "captures",
         "guide",
+        "tokens",
         "map_checks",
         "recommendation",
         "graphs",

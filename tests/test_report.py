@@ -385,6 +385,27 @@ def test_a_missing_map_has_no_scale(browser: Any, tmp_path: Path) -> None:
     page.close()
 
 
+def test_the_foot_tells_what_there_is(browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page()
+    feet = {}
+    for command in (None, "captum-abslrp explain"):
+        for sections in ([], [Section("model", [panel()])]):
+            text = render(sections, title="Why?", settings={"seed": 3}, command=command)
+            (tmp_path / "r.html").write_text(text, encoding="utf-8")
+            page.goto((tmp_path / "r.html").as_uri())
+            feet[command, len(sections)] = page.locator("footer").inner_text()
+    assert all("How to reproduce" in foot and "null" not in foot for foot in feet.values())
+    assert [key for key, foot in feet.items() if "captum-abslrp explain" in foot] == [
+        ("captum-abslrp explain", 0),
+        ("captum-abslrp explain", 1),
+    ]
+    assert [key for key, foot in feet.items() if "Keys" in foot] == [
+        (None, 1),
+        ("captum-abslrp explain", 1),
+    ]
+    page.close()
+
+
 def test_what_is_chosen_is_seen_in_forced_colors(browser: Any, report: Path) -> None:
     page = browser.new_page(forced_colors="active")
     page.goto(report.as_uri())
@@ -430,3 +451,23 @@ def test_every_picture_has_a_text_and_nothing_is_cut_off(opened: Any) -> None:
         opened.emulate_media(color_scheme=scheme)
         grounds.add(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert grounds == {"rgb(255, 255, 255)", "rgb(20, 23, 26)"}
+
+
+def test_a_report_has_the_channels_of_a_layer(
+    pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "r.html"
+    words = ["--model", "demo:resnet", "--html", page, "--out", tmp_path / "out"]
+    command = ["explain", *map(str, [*pictures, *words])]
+    assert main([*command, "--concepts", "layer3"]) == 0
+    _, section = data_of(page.read_text(encoding="utf-8"))["sections"]
+    assert section["title"] == "Concepts: channels of layer3"
+    assert 1 <= len(section["figures"]) <= 3
+    for figure in section["figures"]:
+        assert figure["alt"].startswith("channels of layer3 that matter for ")
+        assert figure["src"].startswith("data:image/png;base64,")
+    assert main([*command, "--concepts", "layer33"]) == 2
+    message = "the path of a layer of the model, but got 'layer33' (did you mean layer3"
+    assert message in capsys.readouterr().err
+    assert main(["explain", *map(str, [pictures[0], *words[:2]]), "--concepts", "layer3"]) == 2
+    assert "Expected `--html` with `--concepts`" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRu
 from torch import Tensor, nn
 
 from captum_abslrp import AbsLRP, UnsupportedCallError
+from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.propagation import propagate
 from captum_abslrp.mappings import get_mapping
@@ -122,7 +123,7 @@ def test_a_rule_of_captums_wins_over_the_mapping_and_stays() -> None:
     trunk = model[:-1]
     # The trunk's map for that relevance: maps are linear in it up to the scale of each sample.
     leaf = x.clone().requires_grad_()
-    output = AbsLRP(trunk)._forward([leaf], ())
+    output = AbsLRP(trunk)._forward([leaf], Samples((leaf,), None, None, ()))
     ((expected,),) = propagate(output, [leaf], relevance.unsqueeze(0))
     assert relative_error(mixed, expected) < 1e-6
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, demo
+from captum_abslrp import LRP, AbsLRP, LayerAbsLRP, UnsupportedCallError, demo
 from tests.conftest import realistic, relative_error
 from tests.test_no_trace import no_trace
 
@@ -167,9 +167,9 @@ WRONG: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] =
     ),
     "the samples": (lambda m: {"select": 0, "select_dim": 0}, IndexError, "Expected `select_dim`"),
     "weights": (
-        lambda m: {"select": torch.ones(7)},
+        lambda m: {"select": torch.ones(7, 1, 1)},
         ValueError,
-        r"to broadcast with a sample of shape .* got torch.float32 of shape \(7,\)",
+        r"to broadcast with a sample of shape .* got torch.float32 of shape \(7, 1, 1\)",
     ),
     "gated": (lambda m: {"select": 0, "combine": "gated"}, ValueError, "because parts add up"),
     "delta": (
@@ -197,3 +197,84 @@ def test_several_layers_and_integers_are_refused() -> None:
         TypeError, match="floating-point dtype with `select`.* Explain a model of emb"
     ):
         LayerAbsLRP(words, words[1]).attribute(torch.tensor([[1, 5, 2]]), 2, select=0)
+
+
+def test_channels_are_chosen_by_tensors_of_indices_and_of_weights() -> None:
+    model, layer, x = subject("resnet")
+    of_layer = LayerAbsLRP(model, layer)
+    channels = of_layer.attribute(x, 3).shape[1]
+    expected = of_layer.attribute(x, 3, select=[2, 5])
+    mask = torch.zeros(channels, dtype=torch.bool)
+    mask[[2, 5]] = True
+    for select in (
+        torch.tensor([2, 5]),
+        torch.tensor([5, 2], dtype=torch.int32),
+        mask,
+        mask.float(),
+    ):
+        assert torch.equal(of_layer.attribute(x, 3, select=select), expected)
+    largest = torch.tensor(2)  # as `argmax` returns it
+    assert torch.equal(of_layer.attribute(x, 3, select=largest), of_layer.attribute(x, 3, select=2))
+    several = of_layer.attribute(x, 3, select=[torch.tensor(2), torch.tensor(5)])
+    torch.testing.assert_close(several[0] + several[1], expected)
+    for select, error, message in (
+        (torch.ones(2, 2, dtype=torch.long), TypeError, "Indices of channels have one dimension"),
+        (mask[:-1], ValueError, f"one weight for each of {channels} channels in dimension 1"),
+        (mask.float() / 0, ValueError, "weights in `select` to be finite"),
+    ):
+        with pytest.raises(error, match=message):
+            of_layer.attribute(x, 3, select=select)
+
+
+class ChannelsLast(nn.Module):
+    """A block of 12 channels on a grid of 8 by 12, channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 1)
+        self.block = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 12), nn.GELU())
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_layers_say_where_their_channels_are() -> None:
+    model = ChannelsLast().double().eval()
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    layer = LayerAbsLRP(model, model.block, normalization="joint")
+    for channel in (0, 11):
+        last = layer.attribute(x, 1, select=channel, select_dim=-1)
+        assert torch.equal(layer.attribute(x, 1, select=channel), last)
+    rows = layer.attribute(x, 1, select=[[r] for r in range(8)], select_dim=1)
+    assert all(not part[:, :, [r for r in range(8) if r != i]].any() for i, part in enumerate(rows))
+    sequence = (
+        nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).double().eval()
+    )
+    y = torch.randn(2, 3, 10, dtype=torch.float64)
+    parts = LayerAbsLRP(sequence, sequence[0]).attribute(y, 1, select=[[c] for c in range(6)])
+    assert relative_error(sum(parts), AbsLRP(sequence).attribute(y, 1)) < 1e-9
+
+
+def test_a_layer_that_batch_norm_is_folded_into_is_refused() -> None:
+    """Its output has no relevance of its own under rules that fold; the batch norm's has."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5)
+    )
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    model.double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    channels = [[c] for c in range(6)]
+    for mapping in ("epsilon", "epsilon_plus", "recommended"):
+        with pytest.raises(UnsupportedCallError, match=r"is folded into.* Choose the batch norm"):
+            LayerAbsLRP(model, model[0], mapping).attribute(x, 1, select=channels)
+        parts = LayerAbsLRP(model, model[1], mapping).attribute(x, 1, select=channels)
+        whole = AbsLRP(model, mapping).attribute(x, 1)
+        assert relative_error(sum(parts), whole) < 1e-9
+    parts = LayerAbsLRP(model, model[0]).attribute(x, 1, select=channels)  # where nothing is folded
+    assert relative_error(sum(parts), AbsLRP(model).attribute(x, 1)) < 1e-9
+    with pytest.raises(UnsupportedCallError, match="is folded into"):
+        AbsLRP.recommended(model).attribute(x, 1, guide=model[0])
+    guided = AbsLRP.recommended(model).attribute(x, 1)  # does not choose it by itself
+    assert guided.isfinite().all() and guided.any()

@@ -410,3 +410,142 @@ def test_what_a_score_cannot_be_made_of_is_refused() -> None:
         AbsLRP(Colors().eval(), output=lambda out: out["out"]).attribute(
             painted(), Similarity(torch.rand(3))
         )
+
+
+class Mixing(nn.Module):
+    """A model that mixes samples, so that they are run one at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ENCODER(x + 0 * x.mean(0))
+
+
+@pytest.mark.parametrize("by", ["size", "model"])
+def test_a_function_that_holds_values_of_samples_is_refused_in_parts(by: str) -> None:
+    model = ENCODER if by == "size" else Mixing().eval()
+    x = torch.randn(5, 6).double()
+    options: dict[str, Any] = {"internal_batch_size": 2} if by == "size" else {}
+    attributor = AbsLRP(model)
+    with pytest.raises(ValueError, match=r"same score whichever .* method `rows\(start, stop\)`"):
+        attributor.attribute(x, lambda out: out.diagonal(), **options)
+    if by == "size":
+        whole = attributor.attribute(x, lambda out: out.diagonal())
+        assert torch.equal(whole, attributor.attribute(x, list(range(5)), contrast=None))
+    found = attributor.attribute(x, lambda out: out[:, 2], **options)
+    torch.testing.assert_close(found, attributor.attribute(x, 2, contrast=None))
+
+
+def test_classes_are_no_contrast_of_one_score() -> None:
+    x = torch.randn(2, 6).double()
+    for contrast in (4, [1, 2]):
+        with pytest.raises(
+            ValueError, match="`contrast` to be a function, too, .* but got classes"
+        ):
+            AbsLRP(ENCODER).attribute(x, lambda out: out[:, 2], contrast=contrast)
+
+    def score(out: Tensor) -> Tensor:
+        return out[:, 2]
+
+    with pytest.raises(ValueError, match="another score than `target`"):
+        AbsLRP(ENCODER).attribute(x, score, contrast=score)
+
+
+def test_a_module_as_target_has_to_be_in_evaluation_mode() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    x = torch.randn(4, 6).double()
+    before = [b.clone() for b in head.buffers()]
+    with pytest.raises(ValueError, match=r"module `target` to be in evaluation mode.*target\.eval"):
+        AbsLRP(ENCODER).attribute(x, head)
+    head.eval()
+    found = AbsLRP(ENCODER).attribute(x, head)
+    whole = AbsLRP(nn.Sequential(ENCODER, head)).attribute(x)
+    torch.testing.assert_close(found, whole)
+    assert all(torch.equal(a, b) for a, b in zip(before, head.buffers(), strict=True))
+
+
+def test_softmax_of_a_score_is_no_attention() -> None:
+    """Rules that make a constant of attention explain probabilities and masks of classes nevertheless."""
+    model, x = double("vit"), images(2)
+    for mapping in ("cp_lrp", "recommended"):
+        attributor = AbsLRP(model, mapping)
+        found = attributor.attribute(x, lambda out: out.softmax(1)[:, 2])
+        assert found.flatten(1).any(1).all()
+        of_output = AbsLRP(model, mapping, output=lambda out: out.softmax(1)).attribute(
+            x, 2, contrast=None
+        )
+        torch.testing.assert_close(found, of_output)
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classes, self.masks = nn.Linear(6, 12), nn.Linear(6, 3 * 16)
+
+        def forward(self, x: Tensor) -> Any:
+            classes = self.classes(x).unflatten(1, (3, 4))
+            masks = self.masks(x).view(-1, 3, 4, 4)
+            return {"class_queries_logits": classes, "masks_queries_logits": masks}
+
+    queries = Queries().double().eval()
+    y = torch.randn(2, 6).double()
+    segment = Segment(1, torch.ones(4, 4))
+
+    class Detached(Queries):
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x)
+            return {**out, "class_queries_logits": out["class_queries_logits"].detach()}
+
+    detached = Detached().double().eval()
+    detached.load_state_dict(queries.state_dict())
+    with pytest.warns(UserWarning, match="detached"):
+        of_masks = AbsLRP(detached, "cp_lrp").attribute(y, segment)
+    assert relative_error(AbsLRP(queries, "cp_lrp").attribute(y, segment), of_masks) > 0.01
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "attnlrp"])
+def test_a_divisor_is_a_constant_however_it_is_written(composite: str) -> None:
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda f, d: f / d,
+        lambda f, d: torch.div(f, other=d),
+        lambda f, d: torch.div(f, d, rounding_mode=None),
+        lambda f, d: f * d**-1,
+        lambda f, d: f * d.reciprocal(),
+        lambda f, d: f.clone().div_(d),
+    ]
+    x = torch.randn(2, 6).double()
+    found = [
+        LRP(ENCODER, composite).attribute(
+            x, target=lambda f, way=way: way(f, f.abs().sum(1, keepdim=True) + 1)[:, 1]
+        )
+        for way in ways
+    ]
+    for relevance in found[1:]:
+        torch.testing.assert_close(relevance, found[0])
+
+
+def test_the_query_at_the_box_is_chosen_however_sure_others_are() -> None:
+    class Output:
+        logits = torch.tensor([[[20.0, 0, 0, 0], [0, 20.0, 0, 0]]])
+        pred_boxes = torch.tensor([[[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]]])
+
+    left = Box([0.0, 0, 0.5, 1], 1)
+    assert left(Output()).tolist() == [[20, 0, 0, 0]]
+    huge = [{
+        "boxes": torch.tensor([[0.0, 0, 800, 700]]).half(),
+        "labels": torch.tensor([2]),
+        "scores": torch.tensor([0.5]).half(),
+    }]  # fmt: skip
+    assert Box([0, 0, 800, 700], 2)(huge).tolist() == [0.5]
+
+
+def test_each_sample_has_its_own_segment() -> None:
+    x = torch.cat([painted(), painted()])
+    model = Colors().eval()
+    found = AbsLRP(model).attribute(x, Segment([0, 2]))
+    for i, index in enumerate((0, 2)):
+        torch.testing.assert_close(found[i : i + 1], AbsLRP(model).attribute(x[:1], Segment(index)))
+    in_parts = AbsLRP(model).attribute(x, Segment([0, 2]), internal_batch_size=1)
+    torch.testing.assert_close(in_parts, found)
+    everywhere = torch.ones(16, 16)
+    last = AbsLRP(model).attribute(x, Segment(-1, everywhere), contrast=Segment(0, everywhere))
+    torch.testing.assert_close(
+        last, AbsLRP(model).attribute(x, Segment(2, everywhere), contrast=Segment(0, everywhere))
+    )

@@ -19,6 +19,7 @@ from captum_abslrp.visualization import (
     denormalize,
     plot_attribution,
     plot_grid,
+    plot_overlays,
     plot_rows,
     relevance_image,
 )
@@ -206,6 +207,22 @@ def test_plot_grid(image: torch.Tensor, attribution: torch.Tensor) -> None:
     ticks = [text.get_text() for text in figure.axes[-1].get_yticklabels()]
     assert ticks == ["against", "0", "for"]
     rendered(figure)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 8)])
+def test_plot_overlays(size: tuple[int, int]) -> None:
+    images, maps = torch.rand(2, 3, 3, *size), torch.randn(2, 3, 3, *size)
+    names = ["channel 124\n12% of relevance", "channel 7\n9% of relevance"]
+    figure = plot_overlays(
+        [images[0], images[1, :2]], [maps[0], maps[1, :2]], row_labels=names, title="a cat",
+        note="costs $1 or $2",
+    )  # fmt: skip
+    assert [len(axes.get_images()) for axes in figure.axes[:6]] == [2, 2, 2, 2, 2, 0]
+    assert figure.get_supxlabel() == "costs $1 or $2"
+    figure.canvas.draw()
+    first, second = (figure.axes[i].yaxis.label.get_window_extent() for i in (0, 3))
+    assert first.y0 > second.y1  # names of rows, which run upward, do not meet
+    assert second.y0 >= 0 and first.y1 <= figure.bbox.y1
 
 
 def test_counts_are_checked(image: torch.Tensor, attribution: torch.Tensor) -> None:

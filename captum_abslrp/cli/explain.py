@@ -21,6 +21,7 @@ from torch import Tensor
 from captum_abslrp import __version__, processes
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.checks import check_combine
+from captum_abslrp.cli.concepts import find_layer, section_of
 from captum_abslrp.cli.files import (
     UserError,
     all_image_files,
@@ -159,6 +160,12 @@ def add_command(commands: Any) -> None:
         help="write a report for a browser, too: one file to click through, of about 1 MB per image with "
         "--top 3; each class is explained without a contrast as well; the page holds this command line",
     )
+    parser.add_argument(
+        "--concepts",
+        metavar="LAYER",
+        help="with --html: a part of the report about the channels of a layer that matter most for a class, "
+        "and what they find in the images, by the path of the layer, e.g. layer3 or blocks.6",
+    )
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,12 @@ def _explain(args: argparse.Namespace) -> int:
             "Expected `--html` or `--resume`, but got both: a report shows all images, and explains them "
             "anew."
         )
+    if args.concepts is not None and args.html is None:
+        raise UserError("Expected `--html` with `--concepts`, which is a part of the report.")
     device = find_device(args.device)
     subject = load_subject(args.model, args.checkpoint, device)
+    if args.concepts is not None:
+        find_layer(subject.model, args.concepts)
     method = _method(args, subject)
     question = _question(args, method, subject)
     say(f"Explained by {method!r}")
@@ -221,7 +232,14 @@ def _explain(args: argparse.Namespace) -> int:
                 name = paths[i].name if times[paths[i].name] == 1 else str(paths[i])
                 panels[i] = replace(panel, name=name)
             notes = [*failures.values(), f"Explained by {method!r}"]
-            _write_report(args, list(panels.values()), notes)
+            further = []
+            if args.concepts is not None and panels and finished:
+                concepts = section_of(
+                    subject, method, args.concepts, [paths[i] for i in panels],
+                    target=question.target, smoothing=smoothing, device=device,
+                )  # fmt: skip
+                further.append(concepts)
+            _write_report(args, list(panels.values()), notes, further)
     # The first process speaks for all: `torchrun` stops the others when one fails.
     return 2 if failures and processes.rank() == 0 else 0
 
@@ -231,13 +249,18 @@ def _of_all(found: dict[int, T]) -> dict[int, T]:
     return dict(sorted(chain.from_iterable(part.items() for part in processes.gather(found))))
 
 
-def _write_report(args: argparse.Namespace, panels: Sequence[Panel], notes: Sequence[str]) -> None:
+def _write_report(
+    args: argparse.Namespace,
+    panels: Sequence[Panel],
+    notes: Sequence[str],
+    further: Sequence[Section],
+) -> None:
     if not panels:
         say(f"No image was explained: {args.html} is not written.")
         return
     seen = panels[0].name if len(panels) == 1 else f"{len(panels)} images"
     section = Section(args.model, panels, notes=notes)
-    save_report(args, [section], f"What {args.model} sees in {seen}")
+    save_report(args, [section, *further], f"What {args.model} sees in {seen}")
 
 
 def _explain_image(

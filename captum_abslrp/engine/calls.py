@@ -20,6 +20,8 @@ class Recorder(Protocol):
     """What a rule may ask of the forward pass that is being recorded."""
 
     fuses: bool
+    in_score: bool
+    """Whether the model has returned, and a score is made of its output."""
     """Whether a call that is made of others may be recorded as one, where it makes no difference."""
     joint: bool
     """Whether the relevance of all inputs of a call is scaled together."""
@@ -37,6 +39,8 @@ class Recorder(Protocol):
     def run_parts(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
     def rule_of(self, call: Call) -> Any: ...
     def layer_behind(self, tensor: Tensor) -> Any: ...
+
+    def hides_layer(self, tensor: Tensor) -> bool: ...
 
 
 @dataclass

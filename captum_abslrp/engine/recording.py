@@ -104,6 +104,7 @@ class Recording(TorchFunctionMode):
         self.batch_size = batch_size
         self.fuses = True
         self.hides_negatives = False
+        self.in_score = False
         self.joint = joint
         self.depends = Dependence(inputs)
         self.detached = DetachedParts()
@@ -123,6 +124,7 @@ class Recording(TorchFunctionMode):
         self.is_nonnegative = self._saved.is_nonnegative
         self.mark_nonnegative = self._saved.mark_nonnegative
         self.layer_behind = self._saved.layer_behind
+        self.hides_layer = self._saved.hides_layer
 
     def __enter__(self) -> Recording:
         self._modules.start()

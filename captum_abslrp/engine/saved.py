@@ -189,8 +189,18 @@ class SavedTensors:
         count, layer = getattr(tensor, _LAYER, (None, None))
         return layer if count == self._count(tensor) else None
 
+    def hides_layer(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a copy of what a layer with weights has made, see :func:`hide_layer`."""
+        return hasattr(tensor, _HIDDEN)
+
     def _count(self, tensor: Tensor) -> int:
         return self._overwritten.get(storage_of(tensor), 0)
+
+
+def hide_layer(tensor: Tensor, copy: Tensor) -> None:
+    """Note of a copy with relevance of its own that a layer has made the original, if one has."""
+    if hasattr(tensor, _LAYER):
+        setattr(copy, _HIDDEN, True)
 
 
 def _references(tensor: Tensor) -> int:
@@ -206,6 +216,8 @@ _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten through an alias."""
 _NONNEGATIVE = "_abslrp_nonnegative"
 """Mark of a tensor without negative entries: the count."""
+_HIDDEN = "_abslrp_hidden_layer"
+"""Mark of a copy of the output of a layer with weights, which a later call cannot fold into."""
 _LAYER = "_abslrp_layer"
 """Mark of the output of a layer with weights: the count, and the layer."""
 

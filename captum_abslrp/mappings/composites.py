@@ -18,6 +18,7 @@ from captum_abslrp.mappings.generic import BY_DEFINITION, DIVISORS, SHIFTED_OR_S
 from captum_abslrp.mappings.registry import Entries, Mapping, register_mapping
 from captum_abslrp.rules.affine import CONVOLUTIONS
 from captum_abslrp.rules.base import ConstantRule, PassThroughRule, Rule
+from captum_abslrp.rules.choices import AttentionRule, PowerRule
 from captum_abslrp.rules.elementwise import ACTIVATIONS, DROPOUTS
 from captum_abslrp.rules.linear_maps import LINEAR_MAPS
 from captum_abslrp.rules.lrp import (
@@ -44,6 +45,7 @@ __all__ = ["COMPOSITES", "RECOMMENDED", "composite", "signed_rules"]
 
 CONV = tuple(CONVOLUTIONS)
 ALL_LAYERS = ("linear", *CONV)
+POINTWISE = tuple(name for name in ACTIVATIONS if name not in ("pow", "float_power"))
 SUMS_OF_PRODUCTS = ("_sparse_addmm", "addbmm", "addmm", "addmv", "baddbmm")
 
 
@@ -57,6 +59,7 @@ def _table(
 ) -> Mapping:
     """The rules of a composite: those of its layers, and those that all composites have in common."""
     plain = EpsilonRule(epsilon)
+    of_softmax = plain if softmax is None else AttentionRule(softmax, plain)
     return Mapping(
         name,
         [
@@ -64,14 +67,15 @@ def _table(
             (PARTS, PartsRule()),
             (("batch_norm",), BatchNormRule()),
             (("layer_norm", "rms_norm", "group_norm", "instance_norm"), NormalizationRule(epsilon)),
-            (("softmax",), plain if softmax is None else softmax),
+            (("softmax",), of_softmax),
             (("add", "sub"), SumRule(residual_gamma, epsilon)),
             (("mul", *(set(MATMULS) - set(SUMS_OF_PRODUCTS)), "bilinear"), UniformRule(epsilon)),
             (
-                (*ACTIVATIONS, *DROPOUTS, *SHIFTED_OR_SCALED, "normalize", "local_response_norm"),
+                (*POINTWISE, *DROPOUTS, *SHIFTED_OR_SCALED, "normalize", "local_response_norm"),
                 PassThroughRule(),
             ),
             (DIVISORS, ConstantRule()),
+            (("pow", "float_power"), PowerRule()),
             (tuple(MAX_POOLS), EpsilonRule(0.0)),
             (("div", *SUMS_OF_PRODUCTS, *LINEAR_MAPS, *ALL_LAYERS, *BY_DEFINITION), plain),
         ],

@@ -215,14 +215,17 @@ const settings = Object.entries(data.settings).flatMap(([name, value]) => [
   element("dt", {}, name),
   element("dd", {}, value),
 ]);
-document.querySelector("footer").append(
-  element("h2", {}, "How to reproduce this report"),
-  data.command && element("pre", {}, element("code", {}, data.command)),
-  element("dl", {}, ...settings),
+const keys = [
   element("h2", {}, "Keys"),
   element(
     "p",
     {},
     "Tab goes from control to control, arrows choose. In the panel of a picture the keys 1 to 9 choose the class, + and - fade the map.",
   ),
+];
+document.querySelector("footer").append(
+  element("h2", {}, "How to reproduce this report"),
+  ...(data.command ? [element("pre", {}, element("code", {}, data.command))] : []),
+  element("dl", {}, ...settings),
+  ...(data.sections.some((section) => section.panels.length) ? keys : []),
 );

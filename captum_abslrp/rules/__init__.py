@@ -10,6 +10,7 @@ Each file holds one kind of call: its mathematics, how it is recorded, and a tab
 from captum_abslrp.engine.tape import Record, Tail
 from captum_abslrp.rules.abslrp import AbsLRPRule
 from captum_abslrp.rules.base import ConstantRule, PassThroughRule, Rule
+from captum_abslrp.rules.choices import AttentionRule, PowerRule
 from captum_abslrp.rules.decompositions import DecomposedRule
 from captum_abslrp.rules.elementwise import DropoutRule
 from captum_abslrp.rules.factor import FactorRule
@@ -54,6 +55,8 @@ __all__ = [
     "MaxPoolRule",
     "NormalizationRule",
     "PartsRule",
+    "PowerRule",
+    "AttentionRule",
     "PassThroughRule",
     "Record",
     "Rule",

@@ -21,6 +21,7 @@ from torch import Tensor
 from captum_abslrp.engine.arguments import instances_in
 from captum_abslrp.engine.calls import Call
 from captum_abslrp.engine.dependence import is_source
+from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.engine.names import LAYERS
 from captum_abslrp.engine.numerics import EPS
 from captum_abslrp.engine.tape import Propagate, Record
@@ -374,6 +375,12 @@ class BatchNormRule(Rule):
     ) -> Any:
         layer = call.recording.layer_behind(input)
         folds = isinstance(layer, Layer) and layer.affine.channels is not None
+        if layer is None and call.recording.hides_layer(input):
+            raise UnsupportedCallError(
+                f"Expected relevance to be followed through a layer that ends its rule, but got one that the "
+                f"batch norm of {call} is folded into: the two have one rule. Choose the batch norm, or what "
+                f"is behind it."
+            )
         if training or running_mean is None or running_var is None or not folds:
             return record_passed(call)
         affine = layer.affine

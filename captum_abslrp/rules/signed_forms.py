@@ -142,7 +142,9 @@ def record_product(call: Call, input: Any, other: Any, *, epsilon: float) -> Rec
     )
 
 
-def record_quotient(call: Call, input: Any, other: Any, *, epsilon: float) -> Any:
+def record_quotient(
+    call: Call, input: Any, other: Any, *, rounding_mode: None = None, epsilon: float
+) -> Any:
     """The divisor is a constant of the call, as that of a norm is, so that the numerator gets everything."""
     output = call.run(lambda: torch.div(input, other))
     if not is_source(input):
@@ -274,8 +276,9 @@ def suits(call: Call) -> Form | None:
         both = len(call.operands) == 2 and not call.kwargs
         if not both or (call.name != "mul" and any(t.dim() < 2 for t in given)):
             return None
-    if call.name == "div" and (len(call.operands) != 2 or call.kwargs):
-        return None
+    if call.name == "div":
+        rounded = len(call.operands) > 2 or call.kwargs.get("rounding_mode") is not None
+        return None if rounded else record_quotient
     if call.name == "softmax" and (len(call.operands) < 2 or call.operands[1] is None):
         return None
     if any(is_source(v) for v in call.kwargs.values()):
@@ -294,7 +297,6 @@ _FORMS: dict[str, Form] = {
     **PRODUCTS,
     "add": record_sum,
     "sub": record_sum,
-    "div": record_quotient,
     "softmax": record_softmax,
     **dict.fromkeys(pooling.MAX_POOLS, record_max_pool),
 }
