@@ -106,7 +106,7 @@ class _Maps(NamedTuple):
     def combined(self, combine: str) -> list[Tensor]:
         """The map of each explained tensor, from those of target and contrast."""
         if len(self.relevances[-1]) == 1:  # of a guided map the layer is left out
-            explained = self.relevances[:1] if combine == "guided" else self.relevances
+            explained = self.relevances if self.guide is None else self.relevances[:-1]
             return [r[0] for r in explained]
         if combine == "guided":
             fine, coarse = self.relevances
@@ -187,7 +187,8 @@ class AbsLRP(GradientAttribution):
 
         Vision Transformers, and convolutional networks with batch norm, get the mapping
         ``"recommended"``, and the contrast ``"softmax"`` and guided maps as defaults of
-        :meth:`attribute`. Other models get the published method, because nothing was measured on them.
+        :meth:`attribute` (differences, where a model has several inputs). Other models get the published
+        method, because nothing was measured on them.
         The attribute ``recommendation`` and the representation say what was chosen, and on which figures.
 
         Args:
@@ -320,7 +321,7 @@ class AbsLRP(GradientAttribution):
             >>> relevance = AbsLRP(model).attribute(x, target=right, contrast=left)
         """
         contrast = self.contrast if isinstance(contrast, Default) else contrast
-        combine = self.combine if isinstance(combine, Default) else combine
+        combine = self._combine_for(inputs) if isinstance(combine, Default) else combine
         if guide is not None and combine != "guided":
             raise ValueError(
                 f'Expected `guide` with `combine="guided"` alone, but got it with {combine!r}.'
@@ -386,7 +387,7 @@ class AbsLRP(GradientAttribution):
             True
         """
         contrast = self.contrast if isinstance(contrast, Default) else contrast
-        combine = self.combine if isinstance(combine, Default) else combine
+        combine = self._combine_for(inputs) if isinstance(combine, Default) else combine
         check_evaluation(self.model)
         options: dict[str, Any] = {"contrast": contrast, "combine": combine, "class_dim": class_dim}
         is_guided = combine == "guided" and contrast is not None
@@ -410,6 +411,11 @@ class AbsLRP(GradientAttribution):
         return trace(
             self.model, explain, inputs, target, additional_forward_args, contrast, expected
         )
+
+    def _combine_for(self, inputs: Any) -> str:
+        """How maps are combined by default. Guided maps are those of one input."""
+        several = isinstance(inputs, tuple) and len(inputs) > 1
+        return "difference" if several and self.combine == "guided" else self.combine
 
     @property
     def signed(self) -> bool:

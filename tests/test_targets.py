@@ -180,6 +180,24 @@ def test_a_pair_has_the_closed_form_on_both_sides() -> None:
     torch.testing.assert_close(swapped[0], of_b)
 
 
+@pytest.mark.parametrize("contrast", [None, "softmax"])
+def test_both_sides_of_a_pair_are_explained_where_one_would_be_guided(contrast: Any) -> None:
+    encoder = double("vit")
+    encoder.reset_classifier(0)
+    a, b = images(4).chunk(2)
+    attributor = AbsLRP.recommended(Pair(encoder))
+    assert attributor.combine == "guided"
+    found = attributor.attribute((a, b), target=Similarity(), contrast=contrast)
+    expected = attributor.attribute((a, b), target=Similarity(), combine="difference")
+    assert len(found) == 2
+    for side, same in zip(found, expected, strict=True):
+        assert side.shape == a.shape and torch.equal(side, same)
+    assert relative_error(found[0], found[1]) > 0.1
+    if contrast is None:  # as it may be said, too
+        said = attributor.attribute((a, b), Similarity(), contrast=None, combine="guided")
+        assert len(said) == 2 and torch.equal(said[1], found[1])
+
+
 def test_what_a_distance_comes_from() -> None:
     """Where only the second feature differs, its inputs alone are relevant, by the sign of the difference."""
     encoder = nn.Linear(4, 2, bias=False).double().eval()
