@@ -33,7 +33,9 @@ def test_auto_runs_as_many_samples_as_fit(name: str, monkeypatch: pytest.MonkeyP
     x, target = golden.x.repeat(3, 1, 1, 1)[:5], golden.target.repeat(3)[:5]
     attributor = AbsLRP(golden.model)
     expected = attributor.attribute(x, target)
-    one = saved_bytes(attributor._forward([x[:1].clone().requires_grad_()], ()))
+    one = saved_bytes(
+        attributor._forward([x[:1].clone().requires_grad_()], Samples((x,), None, None, ()))
+    )
     room_for_two = int(2.5 * one * memory.NEEDED / memory.SHARE)
     monkeypatch.setattr(memory, "free_bytes", lambda device: room_for_two)
     sizes = sizes_of_batches(attributor, monkeypatch)
@@ -90,7 +92,12 @@ def test_norms_and_activations_are_made_again_rather_than_kept(
     attributor = AbsLRP(golden.model)
 
     def kept() -> int:
-        return saved_bytes(attributor._forward([golden.x.clone().requires_grad_()], ()))
+        return saved_bytes(
+            attributor._forward(
+                samples = Samples((golden.x,), None, None, ())
+                return saved_bytes(attributor._forward([golden.x.clone().requires_grad_()], samples))
+            )
+        )
 
     made_again, relevance = kept(), attributor.attribute(golden.x, 1)
     monkeypatch.setattr(Call, "save_output", lambda call, output, remake: call.save(output))

@@ -72,7 +72,7 @@ def kinds(notebook: Any) -> list[list[str]]:
 
 
 def test_all_are_there() -> None:
-    assert [path.name[:2] for path in TUTORIALS] == ["01", "02", "03", "04", "05", "06", "08"]
+    assert [path.name[:2] for path in TUTORIALS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
