@@ -92,12 +92,8 @@ def test_norms_and_activations_are_made_again_rather_than_kept(
     attributor = AbsLRP(golden.model)
 
     def kept() -> int:
-        return saved_bytes(
-            attributor._forward(
-                samples = Samples((golden.x,), None, None, ())
-                return saved_bytes(attributor._forward([golden.x.clone().requires_grad_()], samples))
-            )
-        )
+        samples = Samples((golden.x,), None, None, ())
+        return saved_bytes(attributor._forward([golden.x.clone().requires_grad_()], samples))
 
     made_again, relevance = kept(), attributor.attribute(golden.x, 1)
     monkeypatch.setattr(Call, "save_output", lambda call, output, remake: call.save(output))
