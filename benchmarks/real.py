@@ -26,7 +26,7 @@ import fnmatch
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +306,21 @@ ROWS = [
     "GuidedBackprop, all ReLUs",
     "random",
 ]
-"""The methods in ``README.md``."""
+"""The methods in the overview of ``RESULTS.md``."""
+README_ROWS = [
+    "AbsLRP.recommended",
+    "AbsLRP separate, others",
+    "LRP epsilon_plus, softmax",
+    "LRP epsilon_plus, no contrast",
+    "LRP attnlrp, no contrast",
+    "GuidedGradCam, all ReLUs",
+    "LayerGradCam",
+    "Occlusion",
+    "IntegratedGradients",
+    "Saliency",
+    "random",
+]
+README_SCORES = {"GridPG": "gridpg_half"}
 
 
 def report(folder: Path, patterns: list[str]) -> str:
@@ -331,15 +345,24 @@ def report(folder: Path, patterns: list[str]) -> str:
     return "\n".join(parts)
 
 
-def summary(folder: Path, models: Mapping[str, str], *, errors: bool) -> str:
-    """Three scores of the methods in ``README.md`` on some models, the best in bold.
+def summary(
+    folder: Path,
+    models: Mapping[str, str],
+    *,
+    methods: Sequence[str],
+    scores: Mapping[str, str],
+    errors: bool,
+) -> str:
+    """A table of some scores of some methods on some models, with the best of each column in bold.
 
     Args:
-        folder: of the scores.
-        models: their names by those of their folders.
+        folder: the folder with the scores.
+        models: the names of the models by those of their folders.
+        methods: the rows.
+        scores: the names of the scores by their titles.
         errors: whether to add the standard errors of the means.
     """
-    columns = [(title, model) for title in SUMMARY for model in models]
+    columns = [(title, model) for title in scores for model in models]
     found = {
         (entry["method"], entry["score"], model): entry["values"]
         for model in models
@@ -347,11 +370,11 @@ def summary(folder: Path, models: Mapping[str, str], *, errors: bool) -> str:
         if "values" in entry
     }
     cells: dict[str, list[tuple[float, float] | None]] = {}
-    for method in ROWS:
+    for method in methods:
         cells[method] = []
         for title, model in columns:
             full = title == "GridPG" and model in FULL_SIZE
-            values = found.get((method, "gridpg_full" if full else SUMMARY[title], model))
+            values = found.get((method, "gridpg_full" if full else scores[title], model))
             sample = torch.tensor(values or [], dtype=torch.float64)
             error = sample.std().item() / len(sample) ** 0.5 if values else 0.0
             cells[method].append((sample.mean().item(), error) if values else None)
@@ -415,10 +438,15 @@ def main() -> None:
         tables = report(args.work, args.methods)
         print(tables)
         if args.write:
-            overview = "\n".join(summary(args.work, m, errors=True) for m in (REAL, DEMO))
+            overview = "\n".join(
+                summary(args.work, m, methods=ROWS, scores=SUMMARY, errors=True)
+                for m in (REAL, DEMO)
+            )
             write_between_marks(HERE / "RESULTS.md", f"{overview}\n{tables}", "real")
             short = {name: title.split("/")[0].split()[0] for name, title in REAL.items()}
-            shown = summary(args.work, short, errors=False)
+            shown = summary(
+                args.work, short, methods=README_ROWS, scores=README_SCORES, errors=False
+            )
             write_between_marks(HERE.parent / "README.md", shown, "real")
         return
     case = load_case(

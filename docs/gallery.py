@@ -1,88 +1,113 @@
-"""Draws the gallery of the README: the same pictures asked for one class and for another.
+"""Draws the pictures of the README and of the gallery: photographs, and scenes of two digits.
 
-``python docs/gallery.py`` explains scenes of the demo with the demo models, offline. With network,
-``python docs/gallery.py --models vit_base_patch16_224 resnet50 vgg16_bn --images cat.jpg ...`` does the
-same with pretrained models of timm's and the two most probable classes of each picture.
+``python docs/gallery.py`` writes ``hero.jpg``, ``photos.jpg`` and ``digits.png`` beside this file, offline.
+It needs the extra ``photos``.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import timm
 import torch
-from torch import Tensor, nn
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from captum_abslrp import AbsLRP, demo, stem_stride
-from captum_abslrp.visualization import denormalize, plot_grid, smooth_map
+from captum_abslrp.methods import get_method
+from captum_abslrp.visualization import denormalize, plot_grid
 
-SCENES = (2, 1)
-
-
-def explained(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """Maps (B, 1, H, W), without the grid of the model."""
-    maps = AbsLRP(model, normalization="joint").attribute(x, target=targets)
-    smoothing = stem_stride(model, x)
-    return torch.stack([torch.from_numpy(smooth_map(one, smoothing))[None] for one in maps])
-
-
-def of_demo_models() -> tuple[list[Tensor], list[list[Tensor]], list[str], list[str]]:
-    """Pictures, rows of maps, labels of rows and columns: each scene asked for both of its digits."""
-    scenes = demo.load_scenes("pair")
-    images = scenes.images[list(SCENES)].repeat_interleave(2, 0)
-    targets = scenes.labels[list(SCENES)].flatten()
-    names = demo.list_models()
-    maps = [explained(demo.load_model(name), demo.normalize(images), targets) for name in names]
-    asked = [f"why {t}?" for t in targets.tolist()]
-    return list(images), [list(row) for row in zip(*maps, strict=True)], asked, names
+HERE = Path(__file__).parent
+QUESTIONS = {
+    "grace_hopper": ("mortarboard", "Windsor tie", "military uniform"),
+    "astronaut": ("football helmet", "space shuttle", "flagpole"),
+    "chelsea": ("tiger cat", "Egyptian cat", "tiger cat rather than Egyptian cat"),
+}
+METHODS = {
+    "abslrp_recommended": "AbsLRP.\nrecommended",
+    "abslrp": "AbsLRP\n(published)",
+    "gradcam": "LayerGrad\nCam",
+    "occlusion": "Occlusion",
+    "ig": "Integrated\nGradients",
+    "saliency": "Saliency",
+}
 
 
-def of_pretrained_models(
-    names: list[str], paths: list[Path]
-) -> tuple[list[Tensor], list[list[Tensor]], list[str], list[str]]:
-    import timm
-    from PIL import Image
+class Photographs:
+    """The photographs and their model."""
 
-    labels = timm.data.ImageNetInfo().label_descriptions()
-    models = {name: timm.create_model(name, pretrained=True).eval() for name in names}
-    configs = {name: timm.data.resolve_model_data_config(m) for name, m in models.items()}
-    pictures, rows, asked = [], [], []
-    for path in paths:
-        image = Image.open(path).convert("RGB")
-        # One crop for all, that of the first model; each has a size and a normalization of its own.
-        crop = configs[names[0]]["crop_pct"]
-        inputs = {
-            name: timm.data.create_transform(**config | {"crop_pct": crop})(image)[None]
-            for name, config in configs.items()
-        }
+    def __init__(self) -> None:
+        self.model = demo.load_photo_model()
+        self.config = timm.data.resolve_model_data_config(self.model)
+        self.names = [n.split(",")[0] for n in timm.data.ImageNetInfo().label_descriptions()]
+        prepare = timm.data.create_transform(**self.config)
+        self.inputs: dict[str, Tensor] = {p.name: prepare(p.open()) for p in demo.load_photos()}
         with torch.no_grad():
-            top = models[names[0]](inputs[names[0]]).topk(2).indices[0]
-        x, config = inputs[names[0]][0], configs[names[0]]
-        picture = denormalize(x, config["mean"], config["std"])
-        maps = [
-            nn.functional.interpolate(
-                explained(model, inputs[name].expand(2, -1, -1, -1), top), picture.shape[-2:]
-            )
-            for name, model in models.items()
-        ]
-        for i, target in enumerate(top.tolist()):
-            pictures.append(picture)
-            rows.append([of_model[i] for of_model in maps])
-            asked.append(f"why {labels[target].split(',')[0]}?")
-    return pictures, rows, asked, names
+            found = self.model(torch.stack(list(self.inputs.values()))).softmax(1)
+        self.probabilities = dict(zip(self.inputs, found, strict=True))
+        self.smoothing = stem_stride(self.model, next(iter(self.inputs.values()))[None])
+
+    def show(self, name: str) -> Tensor:
+        """A photograph with values in [0, 1]."""
+        return denormalize(self.inputs[name], self.config["mean"], self.config["std"])
+
+    def hero(self) -> Figure:
+        """Three photographs, each with three questions."""
+        attributor = AbsLRP.recommended(self.model)
+        rows, labels = [], []
+        for name, questions in QUESTIONS.items():
+            row = []
+            for question in questions:
+                target, _, other = question.partition(" rather than ")
+                i, options = self.names.index(target), {}
+                label = f"{target}, {self.probabilities[name][i]:.1%}"
+                if other:
+                    options = {"contrast": self.names.index(other), "combine": "difference"}
+                    label = f"{target}\nrather than {other}"
+                row.append(attributor.attribute(self.inputs[name][None], i, **options)[0])
+                labels.append(label)
+            rows.append(row)
+        figure = plot_grid([self.show(name) for name in QUESTIONS], rows, smoothing=self.smoothing)
+        cells = [axes for i, axes in enumerate(figure.axes[:-1]) if i % (len(rows[0]) + 1)]
+        for axes, label in zip(cells, labels, strict=True):
+            axes.set_title(label, fontsize=9)
+        return figure
+
+    def compared(self) -> Figure:
+        """All photographs, explained by several methods for the class that is predicted."""
+        x = torch.stack(list(self.inputs.values()))
+        chance, targets = torch.stack(list(self.probabilities.values())).max(1)
+        maps = [get_method(method)(self.model)(x, targets) for method in METHODS]
+        return plot_grid(
+            [self.show(name) for name in self.inputs],
+            [list(row) for row in zip(*maps, strict=True)],
+            row_labels=[f"{self.names[t]}\n{p:.0%}" for t, p in zip(targets, chance, strict=True)],
+            column_labels=list(METHODS.values()),
+            smoothing=self.smoothing,
+        )
+
+
+def digits() -> Figure:
+    """Scenes with two digits, explained for each of the two by each demo model."""
+    scenes = demo.load_scenes("pair")
+    images = scenes.images[[2, 1]].repeat_interleave(2, 0)
+    targets = scenes.labels[[2, 1]].flatten()
+    models = [demo.load_model(name) for name in demo.list_models()]
+    inputs = demo.normalize(images)
+    maps = [AbsLRP.recommended(model).attribute(inputs, target=targets) for model in models]
+    return plot_grid(
+        list(images),
+        [list(row) for row in zip(*maps, strict=True)],
+        row_labels=[f"why {t}?" for t in targets.tolist()],
+        column_labels=demo.list_models(),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", help="pretrained models of timm's")
-    parser.add_argument("--images", nargs="+", type=Path, default=[], help="pictures for them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "gallery.png")
-    args = parser.parse_args()
-    if bool(args.models) != bool(args.images):
-        parser.error("Expected --models and --images together.")
-    found = of_pretrained_models(args.models, args.images) if args.models else of_demo_models()
-    pictures, maps, asked, names = found
-    plot_grid(pictures, maps, row_labels=asked, column_labels=names).savefig(args.out, dpi=100)
+    photographs = Photographs()
+    photographs.hero().savefig(HERE / "hero.jpg", dpi=110, pil_kwargs={"quality": 88})
+    photographs.compared().savefig(HERE / "photos.jpg", dpi=110, pil_kwargs={"quality": 88})
+    digits().savefig(HERE / "digits.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks import real
-from benchmarks.real import Benchmark, randomized, rank_correlation, read, summary
+from benchmarks.real import (
+    ROWS,
+    SUMMARY,
+    Benchmark,
+    randomized,
+    rank_correlation,
+    read,
+    summary,
+)
 from benchmarks.real_data import Case, load_case, make_mosaics
 from benchmarks.real_methods import guided_backprop, layer_cam, methods_of
 from captum_abslrp import demo
@@ -205,10 +213,15 @@ def test_the_summary_marks_the_best(tmp_path: Path) -> None:
         lines = "\n".join(map(json.dumps, rows))
         (tmp_path / folder / "scores.jsonl").write_text(lines, encoding="utf-8")
     models = {"lite0": "Lite0", "resnet56": "ResNet-56"}
-    lines = summary(tmp_path, models, errors=False).splitlines()
+    options = {"methods": ROWS, "scores": SUMMARY}
+    lines = summary(tmp_path, models, errors=False, **options).splitlines()
     assert lines[2].startswith("| AbsLRP.recommended | **0.62** | 0.38 | - |")
     assert lines[-1].startswith("| random | 0.25 | **0.62** | - |")
-    assert "**0.62** ± 0.12" in summary(tmp_path, models, errors=True)
+    assert "**0.62** ± 0.12" in summary(tmp_path, models, errors=True, **options)
+    short = summary(
+        tmp_path, models, methods=["random"], scores={"GridPG": "gridpg_half"}, errors=False
+    )
+    assert short.splitlines()[2:] == ["| random | **0.25** | **0.62** |"]
 
 
 @pytest.mark.filterwarnings("ignore:Setting backward hooks")

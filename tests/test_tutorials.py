@@ -43,7 +43,11 @@ def numbers(notebook: Any) -> list[list[float]]:
     for cell in notebook.cells:
         texts = [o.get("text") or o.get("data", {}) for o in cell.get("outputs", [])]
         text = "\n".join(
-            t if isinstance(t, str) else "" if "image/png" in t else t.get("text/plain", "")
+            t
+            if isinstance(t, str)
+            else ""
+            if {"image/png", "image/jpeg"} & set(t)
+            else t.get("text/plain", "")
             for t in texts
         )
         found.append(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from captum_abslrp import __version__, processes
+from captum_abslrp import __version__, demo, processes
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.checks import check_combine
 from captum_abslrp.cli.concepts import find_layer, section_of
@@ -38,6 +38,7 @@ from captum_abslrp.cli.files import (
     with_suffix,
 )
 from captum_abslrp.cli.models import (
+    PHOTO_MODEL,
     Subject,
     add_checkpoint,
     add_device,
@@ -79,12 +80,18 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(command=_explain)
     parser.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="IMAGE",
         help="image files, or folders of them, whose structure the outputs keep",
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help=model_names())
+    parser.add_argument(
+        "--photos",
+        action="store_true",
+        help="explain six photographs that the extra `photos` installs; the model is then "
+        f"{PHOTO_MODEL} unless --model names another one",
+    )
+    parser.add_argument("--model", metavar="NAME", help=model_names())
     add_checkpoint(parser)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument(
@@ -179,6 +186,7 @@ class Question:
 
 def _explain(args: argparse.Namespace) -> int:
     html_file(args.html)
+    _add_photos(args)
     if args.html is not None and args.resume:
         raise UserError(
             "Expected `--html` or `--resume`, but got both: a report shows all images, and explains them "
@@ -242,6 +250,20 @@ def _explain(args: argparse.Namespace) -> int:
             _write_report(args, list(panels.values()), notes, further)
     # The first process speaks for all: `torchrun` stops the others when one fails.
     return 2 if failures and processes.rank() == 0 else 0
+
+
+def _add_photos(args: argparse.Namespace) -> None:
+    """Put the photographs and their model where the user names none, if they are wanted."""
+    if args.photos:
+        try:
+            args.images = [*args.images, *(photo.path for photo in demo.load_photos())]
+        except ModuleNotFoundError as error:
+            raise UserError(f"--photos: {error}") from error
+        args.model = args.model or PHOTO_MODEL
+    if not args.images:
+        raise UserError("Expected image files, folders of them or `--photos`, but got none.")
+    if args.model is None:
+        raise UserError("Expected `--model NAME`, which goes with your images, but got none.")
 
 
 def _of_all(found: dict[int, T]) -> dict[int, T]:

