@@ -16,6 +16,7 @@ import torch
 import torchvision
 import transformers
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from captum_abslrp import mappings
@@ -258,6 +259,8 @@ class Pixels(nn.Module):
         self.name = name
         layers = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 21, 1)
         self.layers = nn.Sequential(*layers)
+        with torch.no_grad():  # so that some pixels are of these classes
+            layers[-1].weight[[8, 12], [0, 1]] = 9
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {self.name: self.layers(x)}
@@ -327,7 +330,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((200, 180), 50).convert("RGB").save("cat.jpg")
     return {
-        "model": CREATE_MODEL("test_vit").eval(),
+        "model": VisionTransformer(160, 32, embed_dim=24, depth=2, num_heads=2).eval(),
         "x": torch.randn(2, 3, 160, 160),
         "other": torch.randn(2, 3, 160, 160),
         "others": torch.randn(3, 3, 160, 160),
