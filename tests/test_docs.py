@@ -44,6 +44,7 @@ OPENINGS = {"README.md", "docs/index.md"}
 stands above their first heading of the second level is compared with the other pages only."""
 
 MOVED = (
+    "The house",
     "Limits",
     "Supported architectures",
     "Speed and memory",
@@ -52,7 +53,7 @@ MOVED = (
     "The method in ten lines",
     "How well does it point?",
 )
-"""Sections of the README that have moved to docs/. They are not read."""
+"""Sections of README.md and CONTRIBUTING.md that have moved to docs/. They are not read."""
 
 
 class Sentence(NamedTuple):
@@ -157,7 +158,7 @@ def without_sections(text: str, headings: Iterable[str]) -> str:
 def all_prose() -> Iterator[Sentence]:
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
-        if path.name == "README.md":
+        if path.parent == ROOT:
             text = without_sections(text, MOVED)
         yield from prose(text, path.relative_to(ROOT).as_posix())
     for path in TUTORIALS:
