@@ -75,6 +75,7 @@ def setup(app: Any) -> None:
 
     def lead_to_pages(app: Any, name: str, source: list[str]) -> None:
         source[0] = source[0].replace("](../tutorials/", "](tutorials/")
+        source[0] = source[0].replace("](../../tutorials/", "](../tutorials/")
 
     app.connect("source-read", lead_to_pages)
 
