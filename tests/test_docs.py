@@ -43,19 +43,6 @@ OPENINGS = {"README.md", "docs/index.md"}
 """The README and the start page of the site open with the same lines, which say what the library is. What
 stands above their first heading of the second level is compared with the other pages only."""
 
-MOVED = (
-    "The house",
-    "Limits",
-    "Supported architectures",
-    "Speed and memory",
-    "Inside the model",
-    "Command line",
-    "The method in ten lines",
-    "How well does it point?",
-)
-"""Sections of README.md and CONTRIBUTING.md that have moved to docs/. They are not read."""
-
-
 class Sentence(NamedTuple):
     """A sentence of prose, by its words."""
 
@@ -145,21 +132,9 @@ def repetitions(sentences: Iterable[Sentence]) -> list[str]:
     return [f"{a} and {b}: {words!r}" for (a, b), words in found.items()]
 
 
-def without_sections(text: str, headings: Iterable[str]) -> str:
-    """A Markdown text with empty lines instead of some of its sections of the second level."""
-    parts = re.split(r"(?m)^(?=## )", text)
-    gone = {f"## {heading}" for heading in headings}
-    return "".join(
-        "\n" * part.count("\n") if part.partition("\n")[0].strip() in gone else part
-        for part in parts
-    )
-
-
 def all_prose() -> Iterator[Sentence]:
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
-        if path.parent == ROOT:
-            text = without_sections(text, MOVED)
         yield from prose(text, path.relative_to(ROOT).as_posix())
     for path in TUTORIALS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
