@@ -47,7 +47,7 @@ copybutton_prompt_is_regexp = True
 # Names of other libraries are not looked up: the build needs no network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|captum|numpy|np|npt|nn|matplotlib|collections|typing|pathlib|pandas)\..*"),
-    (r"py:.*", r"(Any|Callable|Tensor|Figure|Path|Protocol|Sequence|Module|optional|type)"),
+    (r"py:.*", r"(Any|Callable|Image|Tensor|Figure|Path|Protocol|Sequence|Module|optional|type)"),
 ]
 nitpick_ignore = [
     ("py:class", name)  # types of the inside, and names of types

@@ -191,11 +191,6 @@ def test_only_the_openings_of_two_pages_may_be_equal() -> None:
     assert len(repetitions(below)) == 1
 
 
-def test_moved_sections_are_left_out() -> None:
-    text = "a\n## Limits\nb\nc\n## More\nd\n"
-    assert without_sections(text, ["Limits"]) == "a\n\n\n\n## More\nd\n"
-
-
 # Links.
 
 
