@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ RUN = 12
 OPENINGS = {"README.md", "docs/index.md"}
 """The README and the start page of the site open with the same lines, which say what the library is. What
 stands above their first heading of the second level is compared with the other pages only."""
+
 
 class Sentence(NamedTuple):
     """A sentence of prose, by its words."""

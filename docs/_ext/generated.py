@@ -84,7 +84,7 @@ class CommandHelp(_Lines):
         from captum_abslrp.cli import main
 
         output = io.StringIO()
-        os.environ["COLUMNS"] = "96"
+        os.environ["COLUMNS"] = "84"
         with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
             main([self.arguments[0], "--help"])
         return ["```text", *output.getvalue().rstrip().splitlines(), "```"]
