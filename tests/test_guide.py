@@ -310,7 +310,7 @@ CONV = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(
         (lambda: LayerAbsLRP(CONV, CONV[0]).attribute(images(8), 1, combine="guided"),
          ValueError, "relevance of a layer"),
         (lambda: AbsLRP(CONV).attribute(images(8), 1, guide=CONV[0]),
-         ValueError, 'Expected `guide` with `combine="guided"` alone'),
+         ValueError, 'Expected `guide` only with `combine="guided"`'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_guided_says_why(call: Any, error: Any, message: str) -> None:

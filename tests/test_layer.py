@@ -536,7 +536,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "a layer inside of one with a rule of Captum": (
         lambda: explain(with_rule_around(), "0.0", batch(2, 6)),
-        ValueError, r"output of `0\.0` \(Linear\).* inside of a module that has one rule as a whole",
+        ValueError, r"output of `0\.0` \(Linear\).* inside a module with a rule of its own",
     ),
     "a bad contrast": (
         lambda: explain(chain(), "0", batch(2, 6), contrast="rest"), ValueError, "Expected `contrast`",

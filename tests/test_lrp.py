@@ -583,8 +583,8 @@ def test_a_sum_with_gamma_favors_the_sign_of_the_sum() -> None:
         ([3], {}, ValueError, "Expected `composite` to be one of"),
         (["epsilon"], {"gamma": 1}, TypeError, r"to be among \['epsilon'\], but got \['gamma'\]"),
         (["epsilon_gamma_box"], {}, TypeError, r"with \['low', 'high'\] given"),
-        ([Mapping("mine", [])], {}, ValueError, "a mapping of signed rules, but got 'mine'"),
-        ([table(FlatRule())], {"epsilon": 1}, TypeError, "beside a mapping of your own"),
+        ([Mapping("mine", [])], {}, ValueError, "a mapping with signed rules, but got 'mine'"),
+        ([table(FlatRule())], {"epsilon": 1}, TypeError, "with a custom mapping"),
     ],
 )
 def test_bad_composites(

@@ -289,9 +289,9 @@ def test_what_cannot_be_traced() -> None:
         AbsLRP(model).trace(x, 2)
     with pytest.raises(ValueError, match="Trace it for one sample"):
         AbsLRP(Mixing(3, 2).eval()).trace(x, 1)
-    with pytest.raises(NotImplementedError, match="relevance of inputs to be traced"):
+    with pytest.raises(NotImplementedError, match="`AbsLRP` for `trace`"):
         LayerAbsLRP(model, model[0]).trace(x, 1)
-    with pytest.raises(ValueError, match="`guide` with"):
+    with pytest.raises(ValueError, match="`guide` only with"):
         AbsLRP(model).trace(x, 1, guide=model[0])
 
 

@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] =
         ValueError,
         r"to broadcast with a sample of shape .* got torch.float32 of shape \(7, 1, 1\)",
     ),
-    "gated": (lambda m: {"select": 0, "combine": "gated"}, ValueError, "because parts add up"),
+    "gated": (lambda m: {"select": 0, "combine": "gated"}, ValueError, "because the maps of parts must sum"),
     "delta": (
         lambda m: {"select": 0, "return_convergence_delta": True},
         ValueError,
@@ -194,7 +194,7 @@ def test_several_layers_and_integers_are_refused() -> None:
         LayerAbsLRP(model, [layer, model.layer1]).attribute(x, 3, select=0)
     words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5)).eval()
     with pytest.raises(
-        TypeError, match="floating-point dtype with `select`.* Explain a model of emb"
+        TypeError, match="floating-point dtype with `select`.* Explain a model that takes emb"
     ):
         LayerAbsLRP(words, words[1]).attribute(torch.tensor([[1, 5, 2]]), 2, select=0)
 
