@@ -974,10 +974,10 @@ def test_registration(registry: None) -> None:
 
 def test_unknown_methods_have_near_names() -> None:
     with pytest.raises(
-        ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). There are: "
+        ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). Available methods: "
     ):
         get_method("deeplif")
-    with pytest.raises(ValueError, match="but got 'qqq'. There are: abslrp, abslrp_recommended"):
+    with pytest.raises(ValueError, match="but got 'qqq'. Available methods: abslrp, abslrp_recommended"):
         get_method("qqq")
 
 
