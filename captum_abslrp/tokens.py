@@ -271,7 +271,9 @@ class TokenPlaces:
         ]
         grid = _halved(base, len(before))
         window, shift = _pair(block.window_size), _pair(getattr(block, "shift_size", 0))
-        if hasattr(block, "set_shift_and_window_size"):  # the block sets them during its forward pass
+        if hasattr(
+            block, "set_shift_and_window_size"
+        ):  # the block sets them during its forward pass
             around = [module for name, module in self.modules.items() if _is_inside(path, name)]
             is_backbone = any("Backbone" in type(module).__name__ for module in around)
             if min(grid) <= min(window) and not is_backbone:  # a backbone never changes them
@@ -369,7 +371,9 @@ def _transformer_at(path: str, module: Any) -> _Transformer | None:
             path, module, in_encoder=any("Encoder" in kind for kind in embeddings)
         )
     embed = getattr(module, "patch_embed", None)
-    if not isinstance(embed, nn.Module) or "_orig_mod" in module._modules:  # the compiled module follows
+    if (
+        not isinstance(embed, nn.Module) or "_orig_mod" in module._modules
+    ):  # the compiled module follows
         return None
     before = getattr(module, "num_prefix_tokens", None)
     if before is None and any(map(_has_windows, module.modules())):

@@ -400,11 +400,11 @@ BAD_CALLS = {
     ),
     "target out of range": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 5),
-        IndexError, r"Expected `target` to lie within the output shape \(5,\).*but got 5",
+        IndexError, r"Expected `target` to be within the output shape \(5,\).*but got 5",
     ),
     "contrast out of range": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast=9),
-        IndexError, r"Expected `contrast` to lie within .*but got 9",
+        IndexError, r"Expected `contrast` to be within .*but got 9",
     ),
     "too many targets": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), [1, 2, 3]),
@@ -427,7 +427,7 @@ BAD_CALLS = {
     ),
     "contrast is the target": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast=[2, 1]),
-        ValueError, "another class than `target`, but got the same one for sample 1",
+        ValueError, "to be different classes, but got the same class for sample 1",
     ),
     "contrast of an unknown word": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast="rest"),
@@ -537,7 +537,7 @@ def test_a_difference_that_is_rounding_is_warned_about(dtype: torch.dtype) -> No
     x = torch.rand(2, 50).to(dtype)
     remedy = r"`model\.double\(\)`.*" if dtype == torch.float32 else ""
     with pytest.warns(
-        UserWarning, match=rf"hardly tell from rounding.*{remedy}contrast=None"
+        UserWarning, match=rf"close to the rounding error.*{remedy}contrast=None"
     ) as seen:
         AbsLRP(Alike()).attribute(x, 1)
     assert seen[0].filename == __file__

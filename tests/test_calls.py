@@ -1133,7 +1133,7 @@ def test_a_lazy_layer_has_to_run_first(name: str, attempt: Callable[..., Any]) -
     lazy = {key: type(value) for key, value in model.named_parameters()}
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     with pytest.raises(
-        ValueError, match=r"has not run yet, `\d.*` \(Lazy.*Run the model once: `mod"
+        ValueError, match=r"uninitialized lazy layer, `\d.*` \(Lazy.*Run the model once: `mod"
     ):
         attempt(model, x)
     assert {key: type(value) for key, value in model.named_parameters()} == lazy

@@ -977,7 +977,9 @@ def test_unknown_methods_have_near_names() -> None:
         ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). Available methods: "
     ):
         get_method("deeplif")
-    with pytest.raises(ValueError, match="but got 'qqq'. Available methods: abslrp, abslrp_recommended"):
+    with pytest.raises(
+        ValueError, match="but got 'qqq'. Available methods: abslrp, abslrp_recommended"
+    ):
         get_method("qqq")
 
 

@@ -203,9 +203,11 @@ def test_unreadable_images_are_named_once_and_replaced(
 
 def test_too_few_images_that_can_be_read(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     evaluation = Evaluation(tmp_path, model, Damaged(images[:5], {0, 1}))
-    with pytest.raises(ValueError, match=r"at least four images that can be read, but got 3; the"):
+    with pytest.raises(ValueError, match=r"at least four readable images, but got 3. The"):
         evaluation.run({"saliency": Saliency(model)}, 1)
-    with pytest.raises(ValueError, match="Expected `images` to be at least four, but got 3"):
+    with pytest.raises(
+        ValueError, match="Expected `images` to have at least four images, but got 3"
+    ):
         Evaluation(tmp_path / "few", model, images[:3])
 
 
@@ -227,7 +229,7 @@ def test_a_folder_of_other_settings_is_left_alone(
             Evaluation(tmp_path, model, images, **options)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / "scores.jsonl").write_text('{"mosaic": 0}\n')
-    with pytest.raises(ValueError, match=r"Expected line 1 of .* to hold scores, but got"):
+    with pytest.raises(ValueError, match=r"Expected line 1 of .* to contain scores, but got"):
         Evaluation(tmp_path, model, images, description={"model": "a"}, resume=True)
 
 

@@ -298,7 +298,7 @@ CONV = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(
     ("call", "error", "message"),
     [
         (lambda: AbsLRP(FLAT).attribute(images(8), 1, combine="guided"), ValueError,
-         "Expected a layer of Sequential whose output lies on a grid"),
+         "Expected Sequential to have a layer"),
         (lambda: AbsLRP(nn.Linear(6, 4).eval()).attribute(torch.rand(2, 6), 1, combine="guided"),
          ValueError, "Expected `inputs` to be one tensor of images"),
         (lambda: AbsLRP(CONV).attribute(images(8), 1, combine="guided", guide=nn.ReLU()),

@@ -658,7 +658,7 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:A value that is detached")
+@pytest.mark.filterwarnings("ignore:The output of the model depends on a tensor that is detached")
 @pytest.mark.parametrize("look", LOOKS)
 def test_what_looks_at_memory_sees_what_overwrites_it(
     look: str, monkeypatch: pytest.MonkeyPatch

@@ -195,7 +195,7 @@ def test_lost_relevance_is_seen_where_it_was_lost() -> None:
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        (lambda: trace_relevance(nn.ReLU(), torch.rand(2, 3), 5), "`target` to lie within"),
+        (lambda: trace_relevance(nn.ReLU(), torch.rand(2, 3), 5), "`target` to be within"),
         (lambda: trace_relevance(nn.ReLU(), [1], 0), "a tuple of tensors, but got list"),  # type: ignore[arg-type]
     ],
 )

@@ -279,7 +279,7 @@ class Mixing(nn.Linear):
 
 def test_what_cannot_be_traced() -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 2)), torch.randn(2, 3)
-    with pytest.raises(ValueError, match="in evaluation mode to be traced.*'the model'"):
+    with pytest.raises(ValueError, match="in evaluation mode for `trace`.*'the model'"):
         AbsLRP(model).trace(x, 1)
     model.eval()[1].train()
     with pytest.raises(ValueError, match="first '1'"):

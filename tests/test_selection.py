@@ -171,7 +171,11 @@ WRONG: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] =
         ValueError,
         r"to broadcast with a sample of shape .* got torch.float32 of shape \(7, 1, 1\)",
     ),
-    "gated": (lambda m: {"select": 0, "combine": "gated"}, ValueError, "because the maps of parts must sum"),
+    "gated": (
+        lambda m: {"select": 0, "combine": "gated"},
+        ValueError,
+        "because the maps of parts must sum",
+    ),
     "delta": (
         lambda m: {"select": 0, "return_convergence_delta": True},
         ValueError,
@@ -218,7 +222,7 @@ def test_channels_are_chosen_by_tensors_of_indices_and_of_weights() -> None:
     several = of_layer.attribute(x, 3, select=[torch.tensor(2), torch.tensor(5)])
     torch.testing.assert_close(several[0] + several[1], expected)
     for select, error, message in (
-        (torch.ones(2, 2, dtype=torch.long), TypeError, "Indices of channels have one dimension"),
+        (torch.ones(2, 2, dtype=torch.long), TypeError, "Pass channel indices as a one-dimensional tensor"),
         (mask[:-1], ValueError, f"one weight for each of {channels} channels in dimension 1"),
         (mask.float() / 0, ValueError, "weights in `select` to be finite"),
     ):

@@ -457,8 +457,8 @@ TALL = timm.create_model(
          "Expected `layer` to be a module of `model`"),
         (lambda: token_map(torch.rand(2, 18, 32), VIT), ValueError,
          "for images of 64 x 64, to be that of 4 x 4 patches (with or without 1 tokens before and 0 "
-         "after them), as (B, L, D), (B, h, w, D) or (B, D, h, w), but got shape (2, 18, 32). If the images have "
-         "another size, pass `size=x.shape[2:]`"),
+         "after them), as (B, L, D), (B, h, w, D) or (B, D, h, w), but got shape (2, 18, 32). If the images "
+         "have another size, pass `size=x.shape[2:]`"),
         (lambda: token_map(torch.rand(2, 17, 32), VIT, size=(80, 80)), ValueError, "5 x 5 patches"),
         (lambda: token_map(torch.rand(2, 4, 17, 8), VIT), ValueError,
          "Relevance of single heads cannot be mapped"),
@@ -479,7 +479,7 @@ TALL = timm.create_model(
         (lambda: token_map(torch.rand(24, 16, 24), SWIN_OF_HF), ValueError,
          "Expected `layer`, because relevance of shape (24, 16, 24) could be that of windows of 4 x 4"),
         (lambda: token_map(torch.rand(2, 165, 24), SWIN_OF_HF, ATTENTION_OF_HF),
-         ValueError, "whose block partitions 11 x 15 patches into 3 x 4 windows, to have shape (B * 12, 16, D)"),
+         ValueError, "partitions 11 x 15 patches into 3 x 4 windows, to have shape (B * 12, 16, D)"),
         (lambda: token_map(torch.rand(25, 16, 24), SWIN_OF_HF, ATTENTION_OF_HF),
          ValueError, "but got (25, 16, 24)"),
         (lambda: token_map(torch.rand(2, 48, 48), SWIN_OF_HF, SWIN_OF_HF.pooler), ValueError,

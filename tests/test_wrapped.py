@@ -274,7 +274,7 @@ def test_scripted_models_and_parts_are_named(
     with pytest.raises(
         TypeError,
         match=rf"Expected {where} to be a plain module, but got a scripted one \(torch\.jit\..* Pass "
-        rf"the module that it was scripted or traced from\.",
+        rf"the original module, before scripting or tracing\.",
     ):
         AbsLRP(build(wrap))
 
@@ -354,7 +354,7 @@ def test_quantized_parts_are_named(build: Callable[[], nn.Module], where: str) -
     with pytest.raises(
         TypeError,
         match=rf"Expected {where} `model` to be a plain module, but got a quantized one "
-        rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, as it was before it was quantized\.",
+        rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, before quantization\.",
     ):
         AbsLRP(model)
 
