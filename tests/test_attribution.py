@@ -349,7 +349,7 @@ def test_an_autograd_function_of_the_model_is_named() -> None:
 BAD_CALLS = {
     "inputs of integers": (
         lambda: AbsLRP(mlp()).attribute(torch.ones(2, 6, dtype=torch.long), 1),
-        TypeError, r"Expected `inputs` to be of a floating-point dtype, but got torch\.int64",
+        TypeError, r"Expected `inputs` to have a floating-point dtype, but got torch\.int64",
     ),
     "inputs that are no tensor": (
         lambda: AbsLRP(mlp()).attribute([[1.0]], 1), TypeError, "Expected `inputs` .*but got list",
@@ -368,11 +368,11 @@ BAD_CALLS = {
     ),
     "no batch dimension, image": (
         lambda: AbsLRP(load_golden("resnet_basic").model).attribute(batch(3, 32, 32), 1),
-        ValueError, r"Add the batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
+        ValueError, r"Add a batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
     ),
     "no batch dimension, image for a ViT": (
         lambda: AbsLRP(load_golden("vit").model).attribute(batch(3, 32, 32), 1),
-        ValueError, r"Add the batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
+        ValueError, r"Add a batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
     ),
     "no inputs": (lambda: AbsLRP(mlp()).attribute(()), ValueError, "but got an empty tuple"),
     "inputs that are None": (
@@ -476,14 +476,14 @@ def test_bad_input_is_named(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_scripted_model_is_refused() -> None:
     scripted = torch.jit.script(mlp())
-    with pytest.raises(TypeError, match="plain module, but got a scripted one"):
+    with pytest.raises(TypeError, match="plain module, but got a scripted module"):
         AbsLRP(scripted)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_scripted_part_is_named() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())).double()
-    with pytest.raises(TypeError, match="Expected `1` of `model` to be .* a scripted one"):
+    with pytest.raises(TypeError, match="Expected `1` of `model` to be .* a scripted module"):
         AbsLRP(nn.Sequential(mlp(), scripted))
 
 

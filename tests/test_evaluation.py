@@ -216,7 +216,7 @@ def test_a_folder_of_other_settings_is_left_alone(
 ) -> None:
     Evaluation(tmp_path, model, images, description={"model": "a"}).run({"s": Saliency(model)}, 1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match="Expected `folder` to be without scores"):
+    with pytest.raises(FileExistsError, match="Expected `folder` to have no scores"):
         Evaluation(tmp_path, model, images, description={"model": "a"})
     for change, message in [
         ({"seed": 1}, "Expected seed to be 0, .* but got 1: choose another folder"),
@@ -324,7 +324,7 @@ def test_evaluate_a_folder(
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert sum("mosaic" in line for line in lines) == 12
     printed = capsys.readouterr().out
-    assert "16 images for 6 mosaics: some take part in several." in printed
+    assert "16 images for 6 mosaics: some images are used repeatedly." in printed
     assert text in printed
     with Image.open(out / "comparison.png") as picture:
         assert picture.size[0] > 1000
@@ -345,8 +345,8 @@ def test_a_flat_folder_will_do(evaluate: Evaluate, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data", "nowhere"], "Expected `--model` to name a model, but got none"),
-        (["--demo", "--model", "resnet18"], "`--demo` to go with a demo model, but got 'resnet18'"),
+        (["--data", "nowhere"], "Expected `--model` with `--data`, but got none"),
+        (["--demo", "--model", "resnet18"], "a demo model with `--demo`, but got 'resnet18'"),
         (["--model", "demo:vgg", "--data", "nowhere"], "Expected `--data` to be a folder, but got no"),
     ],
 )  # fmt: skip
@@ -359,7 +359,7 @@ def test_what_evaluate_refuses(
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("abslrp,salience", "did you mean saliency"), (",", "Expected names of methods")],
+    [("abslrp,salience", "did you mean saliency"), (",", "Expected method names")],
 )
 def test_unknown_methods(evaluate: Evaluate, methods: str, message: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
@@ -371,7 +371,7 @@ def test_scores_are_not_overwritten(evaluate: Evaluate, tmp_path: Path, capsys: 
     assert evaluate("--demo", "--model", "demo:vit", methods="random") == 0
     before = (tmp_path / "out" / "scores.jsonl").read_bytes()
     assert evaluate("--demo", "--model", "demo:vit", methods="random") == 2
-    assert "which has some: go on with them by --resume" in capsys.readouterr().err
+    assert "which has some: Continue with `--resume`" in capsys.readouterr().err
     assert evaluate("--demo", "--model", "demo:vgg", "--resume", methods="random") == 2
     assert "Expected model to be 'demo:vit'" in capsys.readouterr().err
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
@@ -449,7 +449,7 @@ def test_ctrl_c_says_how_to_go_on(
     with pytest.raises(SystemExit) as exit_:
         evaluate("--demo", "--model", "demo:vgg")
     assert exit_.value.code == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_the_model_of_a_folder_is_any_of_timm(

@@ -222,7 +222,11 @@ def test_channels_are_chosen_by_tensors_of_indices_and_of_weights() -> None:
     several = of_layer.attribute(x, 3, select=[torch.tensor(2), torch.tensor(5)])
     torch.testing.assert_close(several[0] + several[1], expected)
     for select, error, message in (
-        (torch.ones(2, 2, dtype=torch.long), TypeError, "Pass channel indices as a one-dimensional tensor"),
+        (
+            torch.ones(2, 2, dtype=torch.long),
+            TypeError,
+            "Pass channel indices as a one-dimensional tensor",
+        ),
         (mask[:-1], ValueError, f"one weight for each of {channels} channels in dimension 1"),
         (mask.float() / 0, ValueError, "weights in `select` to be finite"),
     ):

@@ -273,7 +273,7 @@ def test_scripted_models_and_parts_are_named(
 ) -> None:
     with pytest.raises(
         TypeError,
-        match=rf"Expected {where} to be a plain module, but got a scripted one \(torch\.jit\..* Pass "
+        match=rf"Expected {where} to be a plain module, but got a scripted module \(torch\.jit\..* Pass "
         rf"the original module, before scripting or tracing\.",
     ):
         AbsLRP(build(wrap))
@@ -353,7 +353,7 @@ def test_quantized_parts_are_named(build: Callable[[], nn.Module], where: str) -
         model = build()
     with pytest.raises(
         TypeError,
-        match=rf"Expected {where} `model` to be a plain module, but got a quantized one "
+        match=rf"Expected {where} `model` to be a plain module, but got a quantized module "
         rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, before quantization\.",
     ):
         AbsLRP(model)
