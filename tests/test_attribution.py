@@ -515,7 +515,7 @@ def test_a_compiled_or_wrapped_model_is_explained_as_the_original() -> None:
 def test_training_mode_is_warned_about(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 5)).train().double()
     with pytest.warns(
-        UserWarning, match=rf"evaluation mode, but `1` \({type(layer).__name__}\).*model\.eval"
+        UserWarning, match=rf"evaluation mode, but got `1` \({type(layer).__name__}\).*model\.eval"
     ):
         AbsLRP(model).attribute(batch(3, 6), 1)
 

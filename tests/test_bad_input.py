@@ -310,8 +310,8 @@ COMMANDS: list[tuple[str, Callable[[Path, Any], Any], str | None]] = [
     ("image is truncated", explained(truncated), unreadable + "image file is truncated"),
     ("image is a bomb", explained(bomb), unreadable + ".*decompression bomb"),
     ("image of floats", explained(of_numbers(np.float32), name="x.tif"), "x.tif could .* 8 or 16 bits"),
-    ("image of ints", explained(of_numbers(np.int32), name="x.tif"), "32-bit integers, whose range"),
-    ("folder is empty", explained(lambda p: p.mkdir()), "a folder with images, but got one without"),
+    ("image of ints", explained(of_numbers(np.int32), name="x.tif"), "32-bit integers with an unknown range"),
+    ("folder is empty", explained(lambda p: p.mkdir()), "a folder with images, but got no image"),
     ("16 bits", shows(sixteen_bits, "x.png", (100, 100, 100)), None),
     ("16 bits, TIFF", shows(sixteen_bits, "x.tif", (100, 100, 100)), None),
     ("CMYK", shows(plain("CMYK", (0, 255, 255, 0), quality=100), "x.jpg", (254, 0, 0)), None),
@@ -370,7 +370,7 @@ COMMANDS: list[tuple[str, Callable[[Path, Any], Any], str | None]] = [
     ("methods unknown", evaluated("--demo", "--methods", "ig,sal"), "argument --methods: .*'sal'"),
     ("no methods", evaluated("--demo", "--methods", ","), "method names, but got ','"),
     ("there are scores", evaluated(*DEMO, make=scores("")), "to be a folder without scores, but got"),
-    ("other settings", evaluated(*DEMO, "--resume", make=scores("")), "choose another folder"),
+    ("other settings", evaluated(*DEMO, "--resume", make=scores("")), "Choose another folder"),
     ("damaged settings", evaluated(*DEMO, "--resume", make=scores("", "{")), "to contain the settings of"),
 ]  # fmt: skip
 
@@ -421,7 +421,7 @@ TABLE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("model is a class", made(nn.ReLU), TypeError, "torch.nn.Module, but got type"),
     ("model is None", made(None), TypeError, "torch.nn.Module, but got NoneType"),
     ("mapping is unknown", made(MODEL, "vitt"), ValueError, "Did you mean 'vit'"),
-    ("mapping is a number", made(MODEL, 3), TypeError, "a Mapping, the name of one or None"),
+    ("mapping is a number", made(MODEL, 3), TypeError, "a Mapping, the name of a mapping or None"),
     ("normalization", made(MODEL, normalization="sum"), ValueError, '"separate" or "joint"'),
     ("output is a name", made(MODEL, output="logits"), TypeError, "`output` to be a function"),
     ("output is a list", made(MODEL, output=lambda o: o.tolist()), TypeError, "but got list"),
@@ -431,7 +431,7 @@ TABLE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("returns classes", made(Returns(lambda x: x.flatten(1).argmax(1))), ValueError, "to depend on"),
     ("returns a constant", made(Returns(lambda x: torch.ones(2, 3))), ValueError, "to depend on"),
     ("has no gradient", made(Returns(without_gradient)), ValueError, "`torch.no_grad\\(\\)`"),
-    ("layer of another model", layer(nn.ReLU()), ValueError, "a ReLU that is none of them"),
+    ("layer of another model", layer(nn.ReLU()), ValueError, "a ReLU that is not part of it"),
     ("layer is a name", layer("0"), TypeError, "torch.nn.Module, but got str"),
     ("call of a layer", layer(MODEL[0], call_index=3), ValueError, "from 0 to 0, .* but got 3"),
     ("images not by fours", score(X), ValueError, "\\(4 M, C, H, W\\), but got \\(2, 3, 8, 8\\)"),
@@ -440,7 +440,7 @@ TABLE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("schedule", score(FOUR, schedule="all"), ValueError, "one of \\('published', 'cumulative'\\)"),
     ("maps", score(FOUR, lambda x, target: x[:, :, :1]), ValueError, "return maps of shape"),
     ("rule is a layer", lambda: register_call_rule("sinc", nn.ReLU()), TypeError, "got ReLU\\(\\)"),  # type: ignore[arg-type]
-    ("call is a number", lambda: register_call_rule(3, TwinRule()), TypeError, "a class of layers"),  # type: ignore[arg-type]
+    ("call is a number", lambda: register_call_rule(3, TwinRule()), TypeError, "a layer class"),  # type: ignore[arg-type]
     ("call has a rule", lambda: register_call_rule("gelu", TwinRule()), ValueError, "overwrite=True"),
     ("call moves", lambda: register_call_rule("reshape", TwinRule()), ValueError, "moves elements"),
     ("mapping is taken", lambda: register_mapping(Mapping("vit", [])), ValueError, "overwrite=True"),

@@ -219,7 +219,7 @@ def test_a_folder_of_other_settings_is_left_alone(
     with pytest.raises(FileExistsError, match="Expected `folder` to have no scores"):
         Evaluation(tmp_path, model, images, description={"model": "a"})
     for change, message in [
-        ({"seed": 1}, "Expected seed to be 0, .* but got 1: choose another folder"),
+        ({"seed": 1}, "Expected seed to be 0, .* but got 1. Choose another folder"),
         ({"description": {"model": "b"}}, "Expected model to be 'a', .* but got 'b'"),
         ({"description": {}}, "Expected model to be 'a', .* but got None"),
         ({"labels": [1] * 16}, "Expected labels to be"),
@@ -315,7 +315,7 @@ def test_evaluate_a_folder(
         "comparison.png", "maps.png",
     }  # fmt: skip
     text = (out / "comparison.md").read_text()
-    assert "Skipped, 1 in all" in text and "broken.png could not be read" in text
+    assert "Skipped images (1)" in text and "broken.png could not be read" in text
     assert "notes.txt" not in text
     with (out / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -371,7 +371,7 @@ def test_scores_are_not_overwritten(evaluate: Evaluate, tmp_path: Path, capsys: 
     assert evaluate("--demo", "--model", "demo:vit", methods="random") == 0
     before = (tmp_path / "out" / "scores.jsonl").read_bytes()
     assert evaluate("--demo", "--model", "demo:vit", methods="random") == 2
-    assert "which has some: Continue with `--resume`" in capsys.readouterr().err
+    assert "which has some. Continue with `--resume`" in capsys.readouterr().err
     assert evaluate("--demo", "--model", "demo:vgg", "--resume", methods="random") == 2
     assert "Expected model to be 'demo:vit'" in capsys.readouterr().err
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before

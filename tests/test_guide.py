@@ -265,7 +265,7 @@ def test_tokens_lie_where_their_patches_do() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1, 5), (2, 5, 1, 1), (2, 60, 5), (2, 3, 40, 4)])
 def test_what_lies_on_no_grid_is_refused(shape: Any) -> None:
-    with pytest.raises(ValueError, match="Expected values on a grid of the proportions"):
+    with pytest.raises(ValueError, match="Expected values on a grid with the aspect ratio"):
         grid_of(torch.ones(shape), (224, 224))
 
 

@@ -464,7 +464,7 @@ def test_a_report_has_the_channels_of_a_layer(
     assert section["title"] == "Concepts: channels of layer3"
     assert 1 <= len(section["figures"]) <= 3
     for figure in section["figures"]:
-        assert figure["alt"].startswith("channels of layer3 that matter for ")
+        assert figure["alt"].startswith("most relevant channels of layer3 for ")
         assert figure["src"].startswith("data:image/png;base64,")
     assert main([*command, "--concepts", "layer33"]) == 2
     message = "the path of a layer of the model, but got 'layer33' (did you mean layer3"

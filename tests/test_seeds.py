@@ -143,10 +143,10 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "out of range from the end": (dense((1, 2), class_dim=-4), IndexError, "but got -4"),
     "the samples": (
-        dense((1, 2), class_dim=0), ValueError, "but got 0, which is that of the samples",
+        dense((1, 2), class_dim=0), ValueError, "but got 0, which is the batch dimension",
     ),
     "the samples from the end": (
-        dense((1, 2), class_dim=-3), ValueError, "but got -3, which is that of the samples",
+        dense((1, 2), class_dim=-3), ValueError, "but got -3, which is the batch dimension",
     ),
     "a bool": (
         dense((1, 2), class_dim=True), TypeError, "`class_dim` .* an int, or None, but got True",
@@ -171,7 +171,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"`target` to select a class with `contrast='others'`, but got 1 of the 2 .*`contrast=None`",
     ),
     "softmax of a sum over classes": (
-        dense([2, 1], class_dim=-1, contrast="softmax"), ValueError, "is 'softmax'.*`contrast=None`",
+        dense([2, 1], class_dim=-1, contrast="softmax"), ValueError, "`contrast='softmax'`.*`contrast=None`",
     ),
     "index of a sum out of range": (
         dense(4), IndexError, r"`target` to be within the output shape \(4,\) .*but got 4",

@@ -158,8 +158,12 @@ def test_composites_are_divided_too() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] = {
-    "words": (lambda m: {"select": "all"}, TypeError, "to be the index of a channel, .* got 'all'"),
-    "nothing": (lambda m: {"select": []}, ValueError, "at least one channel, but got none"),
+    "words": (lambda m: {"select": "all"}, TypeError, "to be a channel index, .* got 'all'"),
+    "nothing": (
+        lambda m: {"select": []},
+        ValueError,
+        "at least one channel, but got an empty list",
+    ),
     "out of range": (
         lambda m: {"select": 1000},
         IndexError,

@@ -136,9 +136,9 @@ class HeadSumRule(Rule):
     r"""The rule for the sum of the outputs of two linear heads (distilled DeiT).
 
     The summands get :math:`|x| s` and :math:`|y| s`. The rule treats the two heads as one linear layer on
-    both inputs. It looks for positive contributions in the inputs of the heads, so that a class with two negative
-    logits can be explained. No mapping of this package needs it, because sums on the tail of the score
-    already distribute relevance in this way.
+    both inputs. It looks for positive contributions in the inputs of the heads, so that a class with two
+    negative logits can be explained. No mapping of this package needs it, because sums on the tail of the
+    score already distribute relevance in this way.
 
     Example:
         >>> mapping = get_mapping().extended({At("", call="add"): HeadSumRule()})
