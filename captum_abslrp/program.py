@@ -110,8 +110,8 @@ class Program(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise RuntimeError(
-            "Expected the program to keep its device and dtype, which are fixed, but got a call that moves or "
-            "casts it. Move or cast the model, and trace it again."
+            "Expected the program to keep its device and dtype, which are fixed, but got a call that moves "
+            "or casts it. Move or cast the model, and trace it again."
         )
 
     def extra_repr(self) -> str:
@@ -184,8 +184,8 @@ def trace(
         largest = float(of_example.abs().max())
         if not torch.allclose(relevance, of_example, rtol=1e-2, atol=1e-2 * largest):
             raise RuntimeError(
-                "Expected the program to reproduce the map of the example, but got a different map. Make sure "
-                "that the model and custom rules are deterministic."
+                "Expected the program to reproduce the map of the example, but got a different map. Make "
+                "sure that the model and custom rules are deterministic."
             )
     return program
 
@@ -239,8 +239,8 @@ def _rows(target: Target, batch_size: int, device: torch.device) -> Tensor:
     rows = expand_target(target, batch_size)
     if rows is None:
         raise ValueError(
-            "Expected `target`, because the program was traced with a target, but got None. Pass a target, or "
-            "trace a program for the predicted class, `trace(inputs)`."
+            "Expected `target`, because the program was traced with a target, but got None. Pass a target, "
+            "or trace a program for the predicted class, `trace(inputs)`."
         )
     return rows.to(device)
 

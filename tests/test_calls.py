@@ -911,7 +911,7 @@ class Accumulating(nn.Module):
         return spikes
 
 
-@pytest.mark.filterwarnings("ignore:Expected .*keeps a tensor")
+@pytest.mark.filterwarnings("ignore:Expected .*whose state is used")
 @pytest.mark.parametrize("kind", [Remembering, Accumulating])
 def test_a_layer_is_run_back_from_the_state_that_it_had(
     kind: type[nn.Module], registered: Callable[[Any], None]
@@ -952,7 +952,7 @@ def test_a_state_that_a_layer_keeps_is_warned_of(
             self.layer = kind()
 
     model = ready(Repeated(), samples(1))
-    with pytest.warns(UserWarning, match=r"`layer`.*keeps a tensor.*return its state, and take it"):
+    with pytest.warns(UserWarning, match=r"`layer`.*whose state is used.*take its state as an argument"):
         AbsLRP(model).attribute(samples(1), 1)
 
 
@@ -977,9 +977,9 @@ def test_what_a_registered_layer_must_not_do(registered: Callable[[Any], None]) 
         layer.seen = h.relu()  # type: ignore[assignment]
         return layer(h)
 
-    with pytest.raises(UnsupportedCallError, match="by its arguments alone.*Pass that tensor"):
+    with pytest.raises(UnsupportedCallError, match="only through its arguments.*Pass that tensor"):
         explain(peek)
-    with pytest.raises(UnsupportedCallError, match="changed in place. Pass it by position"):
+    with pytest.raises(UnsupportedCallError, match="modified in place. Pass it by position"):
         explain(lambda h: Overwriting()(h=h))
     assert torch.equal(explain(lambda h: Overwriting()(h)), explain(lambda h: (h * 2).tanh()))
 

@@ -542,7 +542,7 @@ def test_a_figure_that_cannot_be_written_is_one_line(
         (
             FileNotFoundError("cannot find the requested files\nin the local cache"),
             "the weights of 'test_vit' could not be fetched (cannot find the requested files); "
-            "give them with --checkpoint, or use a model that is included in the package: demo:vgg",
+            "give them with --checkpoint, or try a model that ships with the package: demo:vgg",
         ),
         (ConnectionError(), "could not be fetched (ConnectionError)"),
         (

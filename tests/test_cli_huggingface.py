@@ -406,7 +406,8 @@ def test_a_folder_that_does_not_exist(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert explain(name, picture) == 2
     assert one_error(capsys) == (
-        f"Expected `--model` to be hf:ORG/NAME or hf:FOLDER, but got 'hf:{name}', which is no folder."
+        f"Expected `--model` to be hf:ORG/NAME or hf:FOLDER, but got 'hf:{name}', which is not a "
+        "folder."
     )
 
 

@@ -242,7 +242,7 @@ def test_arguments_have_to_be_as_in_the_example() -> None:
         program(draw(model, 2))
     with pytest.raises(ValueError, match="one entry per sample"):
         program(draw(model, 2), [1, 2, 3])
-    with pytest.raises(RuntimeError, match="stay on its device"):
+    with pytest.raises(RuntimeError, match="keep its device"):
         program.double()
     assert "2, 3, 64, 64" in repr(program)
 

@@ -286,7 +286,7 @@ def test_a_scripted_function_is_an_error() -> None:
     with deprecations_ignored():
         model = nn.Sequential(network(), Calling(torch.jit.script(function)))
     with pytest.raises(
-        UnsupportedCallError, match="from code whose calls cannot be seen: a scripted"
+        UnsupportedCallError, match="from code whose calls cannot be intercepted: scripted"
     ):
         explained(model)
 
