@@ -952,7 +952,9 @@ def test_a_state_that_a_layer_keeps_is_warned_of(
             self.layer = kind()
 
     model = ready(Repeated(), samples(1))
-    with pytest.warns(UserWarning, match=r"`layer`.*whose state is used.*take its state as an argument"):
+    with pytest.warns(
+        UserWarning, match=r"`layer`.*whose state is used.*take its state as an argument"
+    ):
         AbsLRP(model).attribute(samples(1), 1)
 
 
@@ -991,9 +993,7 @@ def test_a_rule_of_captums_knows_positions_only() -> None:
         explain(lambda h: layer(h)[0])
     layer = First()
     layer.rule = EpsilonRule()
-    with pytest.raises(
-        TypeError, match="but got keyword arguments or containers that hold tensors"
-    ):
+    with pytest.raises(TypeError, match="but got keyword arguments or containers of tensors"):
         explain(lambda h: layer((h, None)))
 
 
@@ -1327,7 +1327,7 @@ def test_a_models_own_rule_is_its_own(name: str) -> None:
 @pytest.mark.parametrize("made", [lambda m: AbsLRP(m), lambda m: LayerAbsLRP(m, m[0])])
 def test_what_looks_like_a_rule_is_refused(rule: Any, made: Callable[[Any], AbsLRP]) -> None:
     model, x = with_rule(rule), samples()
-    message = r"`rule` of `0` to be.*an instance of its class.*layer.__class__ = type\("
+    message = r"`rule` of `0` to be.*an instance of a rule class.*layer.__class__ = type\("
     with pytest.raises(TypeError, match=message):
         made(model)
     layer = layer_of(model)

@@ -526,7 +526,7 @@ def test_tensors_made_in_inference_mode_take_part() -> None:
 
 
 def test_a_weight_that_depends_on_the_input_is_not_dropped_silently() -> None:
-    with pytest.raises(UnsupportedCallError, match=r"a weight or bias that does, too.*TwinRule"):
+    with pytest.raises(UnsupportedCallError, match=r"a weight or bias that does as well.*TwinRule"):
         explain(lambda x: F.linear(x, torch.eye(8).double(), x[0]))
 
 

@@ -310,7 +310,9 @@ def test_in_place_layers_under_captums_rules() -> None:
     model[1].rule = AbsLRPRule()
     for layer in (model[0], model[2]):
         layer.rule = AbsLRPRule()
-    with pytest.raises(ValueError, match=r"Expected Hardswish to keep its input.*inplace = False"):
+    with pytest.raises(
+        ValueError, match=r"Expected Hardswish not to work in place.*inplace = False"
+    ):
         LRP(model).attribute(x, target=1)
 
 
