@@ -137,8 +137,8 @@ class AbsLRP(GradientAttribution):
         mapping: the mapping, which assigns a rule to each call: a :class:`~captum_abslrp.mappings.Mapping` or
             the name of a registered one. None selects it by the class of the model (``"generic"`` if the
             class is not registered). A rule set on a module, ``module.rule``, takes precedence.
-        normalization: ``"separate"`` scales the relevance of each input of a call to the total on its
-            own (as published). ``"joint"`` scales the relevance of all inputs of a call together to the
+        normalization: ``"separate"`` scales the relevance of each input of a call to the total of the seed
+            (as published). ``"joint"`` scales the relevance of all inputs of a call together to the
             relevance of its output, which conserves relevance.
         output: a function that picks the tensor to explain from the model's output, for example
             ``lambda out: out[0]``. None uses the returned tensor, or ``logits`` or ``logits_per_image`` of

@@ -29,8 +29,7 @@ __all__ = ["LayerAbsLRP"]
 class LayerAbsLRP(AbsLRP, LayerAttribution):
     r"""absLRP relevance of the output or the input of a layer of the model.
 
-    Relevance is propagated as in :class:`AbsLRP`, from the output of the model back to the layer. The calls
-    before the layer need no rules.
+    Relevance is propagated as in :class:`AbsLRP`, but the backward pass stops at the layer.
 
     The relevance of one seed (``contrast=None``) sums to one over any set of tensors that separates the
     inputs from the output, if no relevance is lost. With ``normalization="joint"`` this holds:

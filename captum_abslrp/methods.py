@@ -3,7 +3,7 @@
 A method is a factory ``model -> attribute``; ``attribute(inputs, target)`` returns maps, (B, C, H, W), for
 images, (B, C, H, W), and classes (one for all, or (B,)). Methods expect a model in evaluation mode and
 modify neither the model nor the inputs: Captum methods that hook modules, reassign them or fail on in-place
-activations run on a copy. A method with rules for modules returns plain gradients for functional calls,
+activations run on a copy. A method with rules for modules would return plain gradients for functional calls,
 and therefore raises `TypeError` for models that use them. Random numbers depend only on the image, so
 results are deterministic and do not depend on the batch. The baseline, where one is needed, is 0, the mean
 color of normalized images.

@@ -15,9 +15,9 @@ __all__ = ["for_captum", "repeated"]
 def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an ``attribute`` method as Captum expects: calls are logged, except those from Captum itself.
 
-    Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, but no
-    other arguments. For these calls only, a contrast per sample is repeated as well, and so are target
-    functions with values per sample.
+    Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, and
+    passes keyword arguments unchanged. For these calls only, a contrast per sample is repeated as well, and
+    so are target functions with values per sample.
     """
 
     @wraps(attribute)

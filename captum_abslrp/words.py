@@ -119,8 +119,8 @@ class TextAbsLRP(LayerAbsLRP):
         Returns:
             Relevance of each token, (B, L), with the dtype and device of the embedding. With
             ``return_convergence_delta``, a pair of the relevance and the delta, (B,): the sum of the
-            relevance minus the explained score. The delta is the share of position embeddings, token-type
-            embeddings and biases.
+            relevance minus the explained score. The delta shows how much relevance position embeddings,
+            token-type embeddings and biases absorb.
 
         Raises:
             TypeError: as in :meth:`AbsLRP.attribute`, or if ``inputs`` are not integer tensors.

@@ -63,7 +63,7 @@ def test_maps_are_what_is_shown() -> None:
     assert pixels(shown["pairs"]["1 0"]["src"]).tolist() == [[0, LEVELS, LEVELS]]
     assert "cat rather than dog: 100% of the relevance is positive" in shown["pairs"]["0 1"]["alt"]
     assert shown["pairs"]["1 0"]["alt"] == (
-        "dog rather than cat: 100% of the relevance is negative, most of it (100%) in the "
+        "dog rather than cat: 100% of the relevance is negative, the largest part (100%) in the "
         "upper left"
     )
 

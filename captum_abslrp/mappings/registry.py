@@ -122,7 +122,7 @@ class Mapping:
 
     @functools.cached_property
     def _index(self) -> tuple[list[tuple[int, Key, Rule]], dict[str, tuple[int, Rule]]]:
-        """The keys that need a look at the call, and the names of calls, with their place in the table."""
+        """The keys that match by module, and the keys that are call names, with their positions."""
         by_place: list[tuple[int, Key, Rule]] = []
         by_name: dict[str, tuple[int, Rule]] = {}
         for i, (keys, rule) in enumerate(self.entries):

@@ -282,7 +282,7 @@ def _in_words(relevance: npt.NDArray[np.float64]) -> str:
         if share > 0:
             most, place = _largest_cell(part)
             parts.append(
-                f"{share:.0%} of the relevance is {name}, most of it ({most:.0%}) in the {place}"
+                f"{share:.0%} of the relevance is {name}, the largest part ({most:.0%}) in the {place}"
             )
     return "; ".join(parts)
 
