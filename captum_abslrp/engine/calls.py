@@ -78,7 +78,7 @@ class Call:
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """The positional arguments in the order of the operation: 2 and x for ``2 - x``."""
+        """The positional arguments in the order of the operation (2 and x for ``2 - x``)."""
         return self.args[::-1] if self.reflected else self.args
 
     def save(self, tensor: Tensor) -> SavedTensor:

@@ -188,7 +188,10 @@ class Setting:
     """The part of GAE that does not depend on the attributor, computed once.
 
     Attributes:
-        mosaics, positives, positive_index, targets: as in :class:`GAEResult`.
+        mosaics: as in :class:`GAEResult`, (M, C, H, W).
+        positives: as in :class:`GAEResult`, (M, C, H, W).
+        positive_index: as in :class:`GAEResult`, (M,).
+        targets: as in :class:`GAEResult`, (M,).
         states: the images to explain for local consistency: the positive image, its S - 1 states that are
             masked most relevant first, and as many least relevant first, (2 S - 1, M, C, H, W).
         impact: see :func:`~captum_abslrp.metrics.functional.impact_map`, (M, C, H, W).
