@@ -778,7 +778,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def delta_of(relevances: Sequence[Tensor], started: Tensor) -> Tensor:
-    """The delta: the sum of relevance tensors, (B, ...), per sample, minus the sum of its seed, (B,)."""
+    """Compute the delta: the sum of relevance, (B, ...), per sample, minus the sum of its seed, (B,)."""
     exact = torch.promote_types(relevances[0].dtype, torch.float32)
     arrived = [r.to(exact).reshape(len(started), -1).sum(1) for r in relevances]
     return torch.stack(arrived).sum(0) - started.to(arrived[0])

@@ -84,17 +84,17 @@ def _table(
 
 
 def epsilon(*, epsilon: float = EPS) -> Mapping:
-    """The epsilon rule everywhere."""
+    """Return the mapping with the epsilon rule everywhere."""
     return _table("epsilon", [], epsilon=epsilon)
 
 
 def epsilon_plus(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mapping:
-    """Z-plus for convolutions, epsilon for linear layers."""
+    """Return the mapping with z-plus for convolutions and epsilon for linear layers."""
     return _table("epsilon_plus", [(CONV, ZPlusRule(stabilizer))], epsilon=epsilon)
 
 
 def epsilon_plus_flat(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mapping:
-    """``epsilon_plus`` with the flat rule for the first layer."""
+    """Return ``epsilon_plus`` with the flat rule for the first layer."""
     flat = FlatRule(stabilizer)
     layers: Entries = [
         (CONV, FirstLayerRule(flat, ZPlusRule(stabilizer))),
@@ -104,7 +104,7 @@ def epsilon_plus_flat(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mappi
 
 
 def epsilon_alpha2_beta1(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mapping:
-    """Alpha-beta (2, 1) for convolutions, epsilon for linear layers."""
+    """Return the mapping with alpha-beta (2, 1) for convolutions and epsilon for linear layers."""
     layers: Entries = [(CONV, AlphaBetaRule(2.0, 1.0, stabilizer))]
     return _table("epsilon_alpha2_beta1", layers, epsilon=epsilon)
 
@@ -117,7 +117,7 @@ def epsilon_gamma_box(
     gamma: float = 0.25,
     stabilizer: float = EPS,
 ) -> Mapping:
-    """Z-box for the first convolution, gamma for the others, epsilon for linear layers."""
+    """Return the mapping with z-box for the first convolution, gamma for the others, epsilon elsewhere."""
     rule = FirstLayerRule(ZBoxRule(low, high, stabilizer), GammaRule(gamma, stabilizer))
     return _table("epsilon_gamma_box", [(CONV, rule)], epsilon=epsilon)
 
@@ -129,7 +129,7 @@ def attnlrp(
     linear_gamma: float | None = None,
     residual_gamma: float = 0.0,
 ) -> Mapping:
-    """AttnLRP: softmax by its gradient, products split evenly; optional gamma rules."""
+    """Return the AttnLRP mapping: softmax by its gradient, products split evenly; optional gamma rules."""
     return _transformer("attnlrp", None, epsilon, conv_gamma, linear_gamma, residual_gamma)
 
 
@@ -140,7 +140,7 @@ def cp_lrp(
     linear_gamma: float | None = None,
     residual_gamma: float = 0.0,
 ) -> Mapping:
-    """CP-LRP: attention weights are constants, so that all relevance flows to the values."""
+    """Return the CP-LRP mapping: attention weights are constants, so all relevance flows to the values."""
     return _transformer("cp_lrp", ConstantRule(), epsilon, conv_gamma, linear_gamma, residual_gamma)
 
 
@@ -151,7 +151,7 @@ def res_lrp(
     linear_gamma: float | None = None,
     residual_gamma: float = 1.0,
 ) -> Mapping:
-    """ResLRP: AttnLRP with a gamma rule for sums."""
+    """Return the ResLRP mapping: AttnLRP with a gamma rule for sums."""
     return _transformer("res_lrp", None, epsilon, conv_gamma, linear_gamma, residual_gamma)
 
 

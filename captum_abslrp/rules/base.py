@@ -203,7 +203,7 @@ def passed(
     *,
     nonnegative: bool = False,
 ) -> Record:
-    """The record of scaling by a constant factor, which passes relevance on unchanged."""
+    """Record scaling by a constant factor, which passes relevance on unchanged."""
 
     def propagate(s: Tensor) -> list[Tensor]:
         value = factor()
@@ -226,7 +226,7 @@ def passed(
 def multiplied(
     output: Tensor, input: Tensor, factor: Callable[[], Tensor], **options: Any
 ) -> Record:
-    """The record of a call with one input whose rule is a factor for each element.
+    """Record a call with one input whose rule is a factor for each element.
 
     The options are those of :class:`~captum_abslrp.engine.tape.Record`.
     """
@@ -241,7 +241,7 @@ def without_noise(
     weight: Tensor,
     run: Callable[[Tensor, Tensor], Tensor],
 ) -> Function:
-    """A function that sets relevance to zero where the output of an affine call is a rounding error.
+    """Return a function that sets relevance to zero where the output of an affine call is a rounding error.
 
     This happens in the mean of centered values, written as a product. Only weights of one sign can be means.
     The signs are only checked on the CPU, to avoid synchronization with a device. ``run`` is the product of

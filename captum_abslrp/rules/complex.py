@@ -26,7 +26,7 @@ from captum_abslrp.rules.twin import record_twin
 
 
 def complex_diagonal(x: Tensor, weight: Tensor) -> Tensor:
-    r"""The factors of an elementwise product of complex numbers, on real views.
+    r"""Compute the factors of an elementwise product of complex numbers, on real views.
 
     :math:`(a + ib)(c + id)` has the parts :math:`ac - bd` and :math:`ad + bc`, which is a linear map between
     pairs of real numbers. Each contribution is as in :func:`diagonal`. The result has shape

@@ -110,7 +110,7 @@ def transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor
 
 
 def diagonal(x: Tensor, weight: Tensor, *, positive: bool = False) -> Tensor:
-    r"""The factor of a call that multiplies each element by a weight ``c``: batch norm, a product.
+    r"""Compute the factor of a call that multiplies each element by a weight ``c``: batch norm, a product.
 
     :math:`R_{in} = 2 (x c)^+ s`; per magnitude and without the factor 2, the factor is :math:`|c|` where
     :math:`x c > 0`. With ``positive``, all weights are known to be positive.

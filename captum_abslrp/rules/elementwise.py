@@ -21,7 +21,7 @@ from captum_abslrp.rules.twin import record_twin
 
 
 def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tensor:
-    r"""The factor of an elementwise call ``f``, with the shape of ``x``.
+    r"""Compute the factor of an elementwise call ``f``, with the shape of ``x``.
 
     It is the twin form, per magnitude: :math:`k = \mathrm{sign}(x) f'(x) + f'(|x|)`, and 0 where
     :math:`x = 0`. With ``even_slope``, :math:`f'(x) = f'(-x)`, so that :math:`k = 2 f'(x)` where
@@ -43,7 +43,7 @@ def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tenso
 
 
 def gate(x: Tensor, slope: Function) -> Tensor:
-    r"""The factor of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
+    r"""Compute the factor of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
 
     Their slopes at ``x`` and ``-x`` sum to one, so that one slope is sufficient:
     :math:`k = \mathrm{sign}(x) f'(x) + [x < 0] / 2`, up to a factor of two. ``slope`` is :math:`f'` and

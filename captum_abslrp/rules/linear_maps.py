@@ -21,9 +21,10 @@ from captum_abslrp.rules.tails import tail_of
 
 
 def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """The twin form of a call that is linear in ``x`` and has no weights: mean, interpolation.
+    """Apply the twin rule to a call that is linear in ``x`` and has no weights: mean, interpolation.
 
-    Without negative coefficients (all except bicubic interpolation), it is :func:`positive_contributions`.
+    Without negative coefficients (all except bicubic interpolation), this equals
+    :func:`positive_contributions`.
 
     Example:
         >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1))

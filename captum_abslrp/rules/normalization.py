@@ -20,7 +20,7 @@ from captum_abslrp.rules.tails import passed_on
 
 
 def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of layer norm; mean and variance are constants of the call.
+    r"""Compute the factor of layer norm; mean and variance are constants of the call.
 
     :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s`, per magnitude
     :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`. The last ``normalized_dims`` dimensions
@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of group norm (or of instance norm, with one channel per group).
+    r"""Compute the factor of group norm (or of instance norm, with one channel per group).
 
     As in :func:`layer_norm`, :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`, with
     :math:`\sigma` over the channels of a group and all positions. ``x`` is (B, C, ...), ``weight`` (C,).
@@ -68,10 +68,10 @@ def _twin_factor(x: Tensor, plain: Tensor, absolute: Tensor, weight: Tensor | No
 
 
 def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of RMS norm; the mean square is a constant of the call. Arguments as in :func:`layer_norm`.
+    r"""Compute the factor of RMS norm; the mean square is a constant of the call.
 
-    The mean squares of ``x`` and ``|x|`` are equal, so :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`,
-    per magnitude :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
+    The arguments are those of :func:`layer_norm`. The mean squares of ``x`` and ``|x|`` are equal, so
+    :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`, per magnitude :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, -4.0]]), 1, torch.ones(2), 0.0)

@@ -24,7 +24,7 @@ def max_pool(
     *,
     nonnegative: bool = False,
 ) -> Tensor:
-    r"""The twin form of max pooling: relevance goes to the maximum of ``x`` and of ``|x|`` in every window.
+    r"""Apply the twin rule to max pooling: relevance goes to the maximum of ``x`` and ``|x|`` in each window.
 
     Padding with :math:`-\infty` is ignored. ``x`` is (B, C, ...) and ``s`` has the shape of the maximum.
     ``pool`` returns the maximum and its indices within a channel; ``indices`` are those of ``x``. With

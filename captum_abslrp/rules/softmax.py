@@ -15,7 +15,7 @@ from captum_abslrp.rules.tails import passed_on
 
 
 def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
-    r"""The factor of softmax; maximum and denominator are constants of the call.
+    r"""Compute the factor of softmax; maximum and denominator are constants of the call.
 
     :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`, per magnitude
     :math:`k = \mathrm{sign}(x) p + \mathrm{softmax}(|x|)`. Masked entries, whose probability is at most

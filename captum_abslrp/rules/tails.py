@@ -33,7 +33,7 @@ def tail_of(
 
 
 def scaled_tail(output: SavedTensor, factor: Callable[[], Tensor | float]) -> Tail:
-    """The tail of a product with a constant: relevance is passed on with the sign of the constant."""
+    """Create the tail of a product with a constant: relevance passes with the sign of the constant."""
 
     def propagate(s: Tensor) -> list[Tensor]:
         c = torch.as_tensor(factor(), dtype=s.dtype, device=s.device)
@@ -47,8 +47,10 @@ def scaled_tail(output: SavedTensor, factor: Callable[[], Tensor | float]) -> Ta
 def passed_on(
     output: SavedTensor, input: SavedTensor, sign: Callable[[], Tensor | float] | None = None
 ) -> Tail:
-    """The tail of an elementwise call: relevance is passed on with the sign of the slope (None if no slope
-    is negative)."""
+    """Create the tail of an elementwise call: relevance passes with the sign of the slope.
+
+    ``sign`` is None if no slope is negative.
+    """
     if sign is None:
         return tail_of(output, [input], lambda relevance: [relevance], keeps_sign=True)
     return tail_of(output, [input], lambda relevance: [relevance * sign()])

@@ -24,7 +24,7 @@ from captum_abslrp.rules.tails import tail_of
 
 
 def twin(x: Tensor, call: Function, absolute_call: Function, s: Tensor) -> Tensor:
-    r"""The definition of the rule, for any differentiable call.
+    r"""Apply the definition of the rule to any differentiable call.
 
     :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`; relevance per
     magnitude has :math:`\mathrm{sign}(x)` in place of :math:`x`. Infinite values mask an element and are
