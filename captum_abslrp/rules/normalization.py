@@ -71,7 +71,8 @@ def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float)
     r"""Compute the factor of RMS norm; the mean square is a constant of the call.
 
     The arguments are those of :func:`layer_norm`. The mean squares of ``x`` and ``|x|`` are equal, so
-    :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`, per magnitude :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
+    :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`, per magnitude
+    :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, -4.0]]), 1, torch.ones(2), 0.0)
