@@ -129,7 +129,7 @@ class AbsLRP(GradientAttribution):
     through Relative Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component
     Evaluation*, ACM TIST 15(3), 2024.
 
-    The model is never modified: no hooks are registered, and no weights or flags change.
+    The model is never modified: no weights or flags change, and no hooks remain.
 
     Args:
         model: the model, in evaluation mode. If the model is compiled or wrapped in ``nn.DataParallel`` or
