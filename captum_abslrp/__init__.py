@@ -1,7 +1,7 @@
-"""absLRP for Captum: why did a vision model decide as it did?
+"""absLRP for Captum: which parts of an input did a model base its decision on?
 
 ``AbsLRP(model).attribute(x, target)`` returns the contrastive absLRP relevance (Vukadin et al., ACM TIST
-2024) of every input element, for an unmodified timm or torchvision model.
+2024) of every input element, for an unmodified PyTorch model.
 """
 
 from captum_abslrp.attribution import AbsLRP

@@ -66,46 +66,47 @@ __all__ = ["AbsLRP"]
 
 
 class Explained(NamedTuple):
-    """What a forward pass was recorded for."""
+    """A recorded forward pass: the output to explain, and the tensors to attribute it to."""
 
     output: Tensor
-    """What is explained."""
+    """The output to explain."""
     tensors: Sequence[Tensor]
-    """What relevance is wanted of."""
+    """The tensors whose relevance is computed."""
     through: Through | None = None
-    """Parts of the relevance of a tensor inside that are followed on their own."""
+    """Parts of an inner tensor; the relevance that flows through each is propagated separately."""
     guide: nn.Module | None = None
-    """The layer that guides, the last of the tensors being its output."""
+    """The guide layer; its output is the last of the tensors."""
 
 
 Forward = Callable[[Sequence[Tensor], Samples, Observer | None], Explained]
-"""From inputs as leaves, the samples and an observer to what is explained."""
+"""Maps leaf inputs, samples and an observer to the output and the tensors to explain."""
 
 Chunk = tuple[list[Tensor], Tensor]
-"""Relevance of the explained tensors, and the sum that the relevance of each sample started with, (B,)."""
+"""Relevance of the explained tensors, and the sum of the seed of each sample, (B,)."""
 
 
 class _Maps(NamedTuple):
     """Relevance from one forward pass and one backward pass."""
 
     relevances: list[Tensor]
-    """Relevance of each explained tensor, (S, ...), for each of S seeds; with a guide, of the inputs perhaps
-    that of the target alone."""
+    """Relevance of each explained tensor, (S, ...), for each of S seeds. With a guide, the relevance of the
+    inputs may have only the seed of the target."""
     totals: list[Tensor]
-    """The sum of each seed and sample, (S, B), and by how much it changed on the tail of the score."""
+    """The sum of each seed and sample, (S, B), followed by its changes on the tail of the score."""
     of_inputs: bool
-    """Whether the inputs are explained, not tensors inside."""
+    """Whether the inputs are explained, rather than inner tensors."""
     output: Tensor
     """The output that is explained."""
     parts: list[list[Tensor]]
-    """For each part of a tensor inside, what of the relevances goes through it."""
+    """For each part of an inner tensor, the relevance that flows through it."""
     model: nn.Module
-    """The model, and the layer that guides, if one does."""
+    """The model."""
     guide: nn.Module | None = None
+    """The guide layer, if any."""
 
     def combined(self, combine: str) -> list[Tensor]:
-        """The map of each explained tensor, from those of target and contrast."""
-        if len(self.relevances[-1]) == 1:  # of a guided map the layer is left out
+        """Combine the maps of target and contrast into one map for each explained tensor."""
+        if len(self.relevances[-1]) == 1:  # a guided map leaves out the guide layer
             explained = self.relevances if self.guide is None else self.relevances[:-1]
             return [r[0] for r in explained]
         if combine == "guided":
@@ -119,34 +120,34 @@ class _Maps(NamedTuple):
 class AbsLRP(GradientAttribution):
     r"""Relative absolute magnitude layer-wise relevance propagation (absLRP).
 
-    Relevance starts at the target's output and goes back call by call. Each call passes it to those of
-    its inputs that contributed positively, in proportion, relative to the magnitude of its net output.
-    The contrast removes what speaks for the other classes as well:
-    :math:`R(\text{target}) - R(\text{contrast})`.
+    Relevance starts at the target's output and is propagated backward call by call. Each call distributes it
+    among the inputs that contributed positively, in proportion to their contributions and relative to the
+    magnitude of its net output. Subtracting the relevance of the contrast removes evidence that the other
+    classes share: :math:`R(\text{target}) - R(\text{contrast})`.
 
     Source: Vukadin, Afrić, Šilić, Delač, *Advancing Attribution-Based Neural Network Explainability
     through Relative Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component
     Evaluation*, ACM TIST 15(3), 2024.
 
-    The model is never changed: no hooks, no weights, no flags.
+    The model is never modified: no weights or flags change, and no hooks remain.
 
     Args:
-        model: the model, in evaluation mode. A compiled one and one in ``nn.DataParallel`` or
-            ``DistributedDataParallel`` is explained as the module inside, on the device of its weights.
-        mapping: the rule of each call: a :class:`~captum_abslrp.mappings.Mapping`, the name of a
-            registered one, or None to choose it from the class of the model (``"generic"`` where
-            the class is not registered). A rule set on a module, ``module.rule``, wins.
-        normalization: ``"separate"`` scales the relevance of each input of a call to the same total
-            on its own (as published); ``"joint"`` scales all inputs of a call together to what
-            arrived at its output, which conserves relevance.
-        output: picks the tensor to explain from what the model returns, for example
-            ``lambda out: out[0]``. None takes the tensor that is returned, or the ``logits`` or
-            ``logits_per_image`` of an object or dict (such as Hugging Face's ``ModelOutput``).
+        model: the model, in evaluation mode. If the model is compiled or wrapped in ``nn.DataParallel`` or
+            ``DistributedDataParallel``, the inner module is explained, on the device of its weights.
+        mapping: the mapping, which assigns a rule to each call: a :class:`~captum_abslrp.mappings.Mapping` or
+            the name of a registered one. None selects it by the class of the model (``"generic"`` if the
+            class is not registered). A rule set on a module, ``module.rule``, takes precedence.
+        normalization: ``"separate"`` scales the relevance of each input of a call to the total of the seed
+            (as published). ``"joint"`` scales the relevance of all inputs of a call together to the
+            relevance of its output, which conserves relevance.
+        output: a function that picks the tensor to explain from the model's output, for example
+            ``lambda out: out[0]``. None uses the returned tensor, or ``logits`` or ``logits_per_image`` of
+            a returned object or dict (such as Hugging Face's ``ModelOutput``).
 
     Raises:
-        TypeError: if ``model`` is not a module, if it or a part of it is scripted or quantized, if the
-            attribute ``rule`` of a part of it is a string or a class instead of a rule, or if another
-            argument is not of a type that is listed here.
+        TypeError: if ``model`` is not a module, if any part of it is scripted or quantized, if the
+            attribute ``rule`` of a submodule is a string or a class instead of a rule, or if another
+            argument has the wrong type.
         ValueError: if the mapping or the normalization is unknown.
 
     Example:
@@ -158,7 +159,7 @@ class AbsLRP(GradientAttribution):
     """
 
     _takes_integers: ClassVar[bool] = False
-    """Whether relevance may start behind inputs of integers."""
+    """Whether integer inputs are allowed; relevance then ends at the tensors of a layer."""
 
     def __init__(
         self,
@@ -183,19 +184,19 @@ class AbsLRP(GradientAttribution):
 
     @staticmethod
     def recommended(model: nn.Module, *, output: Callable[[Any], Tensor] | None = None) -> AbsLRP:
-        """The attributor that measured best on real models of this kind.
+        """Return an attributor with the settings that performed best on real models of this kind.
 
-        Vision Transformers, and convolutional networks with batch norm, get the mapping
-        ``"recommended"``, and the contrast ``"softmax"`` and guided maps as defaults of
-        :meth:`attribute` (differences, where a model has several inputs). Other models get the published
-        method, because nothing was measured on them.
-        The attribute ``recommendation`` and the representation say what was chosen, and on which figures.
+        For Vision Transformers and for convolutional networks with batch norm, the mapping is
+        ``"recommended"``, and :meth:`attribute` defaults to the contrast ``"softmax"`` and to guided maps
+        (to differences for a model with several inputs). All other models get the published method, because
+        they were not measured. The attribute ``recommendation`` and the ``repr`` give the settings and the
+        figures that they are based on.
 
         Args:
-            model, output: as for :class:`AbsLRP`.
+            model, output: as in :class:`AbsLRP`.
 
         Raises:
-            TypeError: as for :class:`AbsLRP`.
+            TypeError: as in :class:`AbsLRP`.
 
         Example:
             >>> model = timm.create_model("test_vit").eval()
@@ -243,63 +244,66 @@ class AbsLRP(GradientAttribution):
 
         Args:
             inputs: floating-point tensor of shape (B, ...), or a tuple of such tensors.
-            target: index of the output to explain, in any form that Captum takes: an int or a tensor
-                of one element for all samples; a list or 1-d tensor of B ints; for outputs of more
-                than two dimensions a tuple, or a list of B tuples. With fewer indices than the output
-                has dimensions, the sum over the other dimensions is explained: ``k`` is class k of all
-                positions of an output (B, K, H, W). None explains the predicted class, or the only
-                output. Or a function from what the model returns (or from what ``output`` picks of it) to one
-                score per sample, (B,), or to scores of classes, (B, K), of which the predicted one is
-                explained; :mod:`captum_abslrp.targets` has such functions for segments, boxes and
-                similarities. It sees the samples that are run together.
+            target: index of the output to explain, in any form that Captum accepts: an int or a
+                one-element tensor for all samples; a list or 1-d tensor of B ints; for outputs with more
+                than two dimensions, a tuple or a list of B tuples. If there are fewer indices than
+                output dimensions, the sum over the remaining dimensions is explained: ``k`` is class k
+                at all positions of an output (B, K, H, W). None explains the predicted class, or the only
+                output. A function is accepted as well: it maps the model's output (or the tensor that
+                ``output`` picks) to one score per sample, (B,), or to class scores, (B, K), of which the
+                predicted one is explained. The function receives the samples of one internal batch.
+                :mod:`captum_abslrp.targets` provides functions for segments, boxes and similarities.
             additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
-            contrast: what the target is compared with: ``"others"``, all other classes alike (as
-                published, and the default); ``"softmax"``, the other classes by their probability;
-                classes in any form of ``target``: why this rather than that? None returns the map of the
-                target alone. With one output per sample there is nothing to hold it against. Classes are
-                compared at the position of the target, or as sums where the target is one. Where the target
-                is a function, another function of the output, too: why more of this score than of that? In
-                Captum's ``NoiseTunnel`` one class per sample is taken for all of the sample's copies.
-            combine: how the maps of the target and of the contrast are combined: ``"difference"`` (as
-                published, and the default); ``"gated"``: the target's map where it exceeds the contrast's,
-                and 0 elsewhere; or ``"guided"``, for images: the target's map times the positive part of
-                the difference at a layer, bilinearly enlarged, of the target's total magnitude. It has the
-                resolution of the one, and the contrast of the other.
-            guide: the layer for ``"guided"``, a module whose output is a feature map (B, D, h, w) or
-                (B, h, w, D), or tokens (B, L, D). None finds the one in the middle of the model, with a
-                forward pass of the first image.
-            class_dim: the dimension of the output that classes are in, for ``"others"``, ``"softmax"``
-                and the predicted class. None is dimension 1, as in (B, K), (B, K, L), (B, K, H, W); pass
-                2 or -1 for (B, L, K).
-            internal_batch_size: how many samples are run at a time, at most; None runs all at once,
-                ``"auto"`` as many as fit into half of the free memory, by what one sample keeps.
-            return_convergence_delta: whether to return the delta, too.
-            check_finite: check the values of every call, forward and back, which takes time, most of all
-                on a GPU. On the host this happens anyway where a map is not finite.
+            contrast: the classes that the target is compared with: ``"others"`` weights all other classes
+                equally (as published, and the default); ``"softmax"`` weights them by their probability;
+                an index in any form of ``target`` selects one class (why this class rather than that
+                one?). None returns the map of the target alone. A model with one output per sample has no
+                contrast. Classes are compared at the position of the target; if the target is a sum over
+                positions, so is the contrast. If the target is a function, the contrast can be a function
+                as well (why more of this score than of that one?). Captum's ``NoiseTunnel`` uses one
+                contrast class per sample for all noisy copies of the sample.
+            combine: how to combine the maps of target and contrast. ``"difference"`` subtracts them (as
+                published, and the default). ``"gated"`` keeps the target's map where it exceeds the
+                contrast's map and is 0 elsewhere. ``"guided"``, for images, multiplies the target's map
+                by the positive part of the difference at a layer, upsampled bilinearly, and rescales it
+                to the total magnitude of the target's map. A guided map has the resolution of the
+                target's map and the class contrast of the difference.
+            guide: the layer for ``"guided"``: a module whose output is a feature map, (B, D, h, w) or
+                (B, h, w, D), or tokens, (B, L, D). None selects a layer in the middle of the model, using
+                one forward pass of the first image.
+            class_dim: the class dimension of the output, for ``"others"``, ``"softmax"`` and the
+                predicted class. None is dimension 1, as in (B, K), (B, K, L), (B, K, H, W); pass 2 or -1
+                for (B, L, K).
+            internal_batch_size: maximum number of samples per forward pass. None runs all at once.
+                ``"auto"`` runs as many as fit into half of the free memory, estimated from the saved
+                tensors of one sample.
+            return_convergence_delta: whether to return the delta as well.
+            check_finite: check the values of every call in the forward and the backward pass. This takes
+                time, especially on a GPU. On the CPU it always happens if a map is not finite.
 
         Returns:
-            Relevance shaped like ``inputs``, same dtype and device, without history; its unit is the
-            share of the sample's total: the map of one seed adds up to one where no relevance is
-            lost. With ``return_convergence_delta`` a pair of it and the delta, of shape (B,): the sum
-            of the relevance of all inputs less that of the seeds (1, or 0 for a difference).
+            Relevance with the shape, dtype and device of ``inputs``, without autograd history. Its unit
+            is the share of the sample's total: the map of one seed sums to one if no relevance is
+            lost. With ``return_convergence_delta``, a pair of the relevance and the delta, (B,): the sum
+            of the relevance of all inputs minus the sum of the seeds (1, or 0 for a difference).
 
-        No check waits for a GPU, unless ``check_finite`` asks for it: values there are not checked.
-        Targets are best given as ints or on the host.
+        Values on a GPU are not checked unless ``check_finite`` is set, so that no check waits for the
+        device. Pass targets as ints or as CPU tensors.
 
         Warns:
-            UserWarning: if a layer is in training mode, or (on the host) if the maps of target and
-                contrast are so alike that their difference is rounding.
+            UserWarning: if a layer is in training mode, or (on the CPU) if the maps of target and
+                contrast are so similar that their difference is rounding error.
 
         Raises:
-            TypeError: if inputs or target are not of a type that is listed here, or the model does
-                not return a tensor; or if the contrast is a function, and the target is none.
-            ValueError: if inputs are not finite (on the host; elsewhere their maps are not either) or
-                have no batch dimension, or the target does not fit the output; if classes are to be
-                compared, but the target is a sum over them; if a lazy layer of the model has not run yet.
+            TypeError: if the inputs or the target have the wrong type, or if the model does not return a
+                tensor; or if the contrast is a function, but the target is not.
+            ValueError: if inputs are not finite (checked on the CPU only) or have no batch dimension, or if
+                the target does not fit the output; if there is a contrast, but the target is a sum over
+                classes; if a lazy layer of the model is not initialized.
             IndexError: if the target or ``class_dim`` is out of range.
-            FloatingPointError: if a map is not finite (on the host, or with ``check_finite``); the call
-                that made the first value that is not is named.
-            UnsupportedCallError: if the model makes a call that has no rule; it is named.
+            FloatingPointError: if a map is not finite (on the CPU, or with ``check_finite``). The message
+                names the call with the first value that is not finite.
+            UnsupportedCallError: if the model makes a call that has no rule. The message names the call.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
@@ -307,14 +311,14 @@ class AbsLRP(GradientAttribution):
             >>> why_2 = AbsLRP(model).attribute(x, target=2)
             >>> why_2_rather_than_0 = AbsLRP(model).attribute(x, target=2, contrast=0)
 
-            Of a model that returns classes at positions, (B, K, H, W), one position or all of them:
+            For a model that returns class scores at positions, (B, K, H, W), explain one position or all:
 
             >>> model = nn.Conv2d(3, 5, 3, padding=1).eval()
             >>> x = torch.rand(2, 3, 8, 8)
             >>> class_2_in_the_corner = AbsLRP(model).attribute(x, target=(2, 0, 0))
             >>> class_2_anywhere = AbsLRP(model).attribute(x, target=2)
 
-            Of any score: why there is more of class 2 on the right than on the left:
+            Explain any score, here why there is more of class 2 on the right than on the left:
 
             >>> def left(out): return out[:, 2, :, :4].mean((1, 2))
             >>> def right(out): return out[:, 2, :, 4:].mean((1, 2))
@@ -324,7 +328,7 @@ class AbsLRP(GradientAttribution):
         combine = self._combine_for(inputs) if isinstance(combine, Default) else combine
         if guide is not None and combine != "guided":
             raise ValueError(
-                f'Expected `guide` with `combine="guided"` alone, but got it with {combine!r}.'
+                f'Expected `guide` only with `combine="guided"`, but got `combine={combine!r}`.'
             )
         is_guided = combine == "guided" and contrast is not None
         chunks = self._explain(
@@ -355,28 +359,28 @@ class AbsLRP(GradientAttribution):
         guide: nn.Module | None = None,
         class_dim: int | None = None,
     ) -> Program:
-        """Trace the whole explanation as one flat program, without the overhead of Python.
+        """Trace the whole explanation into one flat program, without the overhead of Python.
 
-        The program computes what :meth:`attribute` does, for other inputs of these shapes and other targets.
-        Decided once, by the example: which masks and constants are nonnegative, the layer that guides,
-        warnings and errors. The batch size is fixed.
+        The program computes the same as :meth:`attribute`, for other inputs of the same shapes and other
+        targets. The example fixes the batch size, the guide layer, and which masks and constants are
+        nonnegative. Warnings and errors are raised for the example only.
 
         Args:
-            inputs, target, additional_forward_args: an example, as for :meth:`attribute`. Without a target
-                the program explains the predicted class, and takes none.
-            contrast, combine, guide, class_dim: as for :meth:`attribute`; they are fixed. Classes to be held
-                against are those of the example, in every run.
+            inputs, target, additional_forward_args: an example, as in :meth:`attribute`. Without a target
+                the program explains the predicted class and accepts no target.
+            contrast, combine, guide, class_dim: as in :meth:`attribute`; they are fixed. If the contrast is
+                given as classes, every run uses the classes of the example.
 
         Returns:
             A module that is called as ``program(inputs, target, additional_forward_args)`` and returns the
-            explained output and relevance shaped like ``inputs``. See
+            explained output and the relevance, which has the shape of ``inputs``. See
             :class:`~captum_abslrp.program.Program`.
 
         Raises:
             ValueError: if a module is in training mode, or if the model mixes samples and the example has
                 more than one.
-            TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as :meth:`attribute`
-                of the example.
+            TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as in
+                :meth:`attribute`, for the example.
 
         Example:
             >>> model = timm.create_model("test_vit").eval()
@@ -413,22 +417,22 @@ class AbsLRP(GradientAttribution):
         )
 
     def _combine_for(self, inputs: Any) -> str:
-        """How maps are combined by default. Guided maps are those of one input."""
+        """The default of `combine` for these inputs. Guided maps require a single input."""
         several = isinstance(inputs, tuple) and len(inputs) > 1
         return "difference" if several and self.combine == "guided" else self.combine
 
     @property
     def signed(self) -> bool:
-        """Whether relevance starts as the output itself, see :class:`~captum_abslrp.mappings.Mapping`."""
+        """Whether the mapping has signed rules, see :class:`~captum_abslrp.mappings.Mapping`."""
         mapping = self.mapping or find_mapping(self.model)
         return mapping is not None and mapping.signed
 
     def has_convergence_delta(self) -> bool:
-        """Yes: ``attribute(..., return_convergence_delta=True)`` returns it."""
+        """Return True: ``attribute(..., return_convergence_delta=True)`` returns the delta."""
         return True
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refused: Captum's delta of given attributions has no meaning for shares of relevance.
+        """Not supported: Captum's delta of given attributions is not defined for shares of relevance.
 
         Raises:
             NotImplementedError: always.
@@ -440,10 +444,9 @@ class AbsLRP(GradientAttribution):
             torch.Size([2])
         """
         raise NotImplementedError(
-            "Expected the delta to be asked for with `attribute(..., return_convergence_delta=True)`, but "
-            "got a call of `compute_convergence_delta`. That compares the sum of an attribution with the "
-            "difference of two outputs of the model; relevance is a share of the sample's total, not of "
-            "the output."
+            "Expected `attribute(..., return_convergence_delta=True)`, but got a call of "
+            "`compute_convergence_delta`, which compares the sum of an attribution with the difference of "
+            "two outputs of the model. Relevance is a share of the sample's total, not of the output."
         )
 
     @property
@@ -459,7 +462,7 @@ class AbsLRP(GradientAttribution):
         *,
         class_dim: int | None = None,
     ) -> None:
-        """Explain the target alone for an observer of every call; arguments as for :meth:`attribute`."""
+        """Explain the target alone while an observer sees every call; arguments as in :meth:`attribute`."""
         self._explain(
             inputs,
             target,
@@ -478,7 +481,7 @@ class AbsLRP(GradientAttribution):
         return Explained(self._forward(leaves, samples, observer), leaves)
 
     def _to_guide(self, guide: nn.Module | None) -> Forward:
-        """The forward pass that explains the output of a layer, too."""
+        """The forward pass for guided maps, which also explains the output of the guide layer."""
         guide = None if guide is None else part_of_model(self.model, guide, "guide")
 
         def forward(
@@ -492,8 +495,9 @@ class AbsLRP(GradientAttribution):
             if len(calls) != 1 or len(calls[0]) != 1:
                 raise ValueError(
                     f"Expected `guide` to be a module that the model calls once and that returns one tensor "
-                    f"that depends on the inputs, but got {type(guide).__name__} with {len(calls)} calls "
-                    f"that return {[len(tensors) for tensors in calls]} such tensors."
+                    f"that depends on the inputs, but got {type(guide).__name__}, which is called "
+                    f"{len(calls)} times and returns {[len(tensors) for tensors in calls]} such tensors. "
+                    f"Choose another layer."
                 )
             return Explained(output, [*leaves, calls[0][0]], guide=guide)
 
@@ -521,7 +525,7 @@ class AbsLRP(GradientAttribution):
         forward: Forward,
         observer: Observer | None,
     ) -> list[Chunk]:
-        """Results of :meth:`_explain_chunk`, for all samples in turn; arguments are checked."""
+        """Check the arguments, then run :meth:`_explain_chunk` for all samples, chunk by chunk."""
         given: tuple[Tensor, ...] = plain(inputs if isinstance(inputs, tuple) else (inputs,))
         batch_size = check_inputs(given, None if self._takes_integers else self.model)
         check_contrast(contrast)
@@ -565,7 +569,7 @@ class AbsLRP(GradientAttribution):
         return chunks
 
     def _check_rows(self, samples: Samples) -> None:
-        """Raise where a function that is explained gives a sample another score when it is run alone."""
+        """Raise if a target function scores a sample differently when the sample is run alone."""
         if samples.scores is None or samples.scores.has_rows:
             return
         several = samples.rows(0, _COMPARED)
@@ -581,14 +585,14 @@ class AbsLRP(GradientAttribution):
         least = 1e-2 * together.abs().max()
         if not torch.allclose(together, alone, rtol=1e-2, atol=float(least)):
             raise ValueError(
-                "Expected the functions in `target` and `contrast` to give a sample the same score whichever "
-                "samples are run with it, because samples are run in parts, but got other scores. Does a "
-                "function hold a value for each sample? Give it a method `rows(start, stop)` that returns "
-                "the function for these samples, as those of `captum_abslrp.targets` have it."
+                "Expected the functions in `target` and `contrast` to give a sample the same score in every "
+                "batch, because samples are run in several batches, but got different scores. If a function "
+                "holds one value per sample, add a method `rows(start, stop)` that returns the function for "
+                "these samples, like the functions in `captum_abslrp.targets`."
             )
 
     def _fitting(self, samples: Samples, forward: Forward) -> int:
-        """How many samples fit into memory together, by the first of them."""
+        """The number of samples that fit into memory together, estimated from the first one."""
         first = samples.rows(0, 1)
         with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
             explained = forward([_leaf(x) for x in first.inputs], first, None)
@@ -605,13 +609,13 @@ class AbsLRP(GradientAttribution):
         observer: Observer | None,
         zeros: ZeroMaps,
     ) -> Chunk:
-        """Relevance of samples that are run together; the first of them is number `start` of all."""
+        """Compute relevance for one chunk of samples, which begins at index `start`."""
 
         def maps_seen_by(observer: Observer | None, *, chains: bool = False) -> _Maps:
             with torch.inference_mode(False), torch.enable_grad(), unchanged(self.model):
                 return self._maps(samples, combine, class_dim, forward, observer, chains=chains)
 
-        for chains in (True, False):  # what is not finite may be so when it is scaled at each step
+        for chains in (True, False):  # scaling at every step may avoid values that are not finite
             try:
                 maps = maps_seen_by(observer, chains=chains)
             except FloatingPointError:  # by the observer
@@ -622,14 +626,14 @@ class AbsLRP(GradientAttribution):
             if (on_host(finite) if observer is None else bool(finite)) is not False:
                 break
         else:
-            if observer is None or not observer.finite:  # once more, to find the call
+            if observer is None or not observer.finite:  # run again to find the call
                 maps_seen_by(Observer(finite=True))
             raise FloatingPointError(
-                "Expected the map to be finite, but got NaN or infinite values, though those of all "
-                "calls are finite. Compute in a wider dtype: `model.float()`, `model.double()`."
+                "Expected the map to be finite, but got NaN or infinite values, although the values of all "
+                "calls are finite. Use a wider dtype: `model.float()` or `model.double()`."
             )
         zero = zero_maps(maps.relevances, samples.inputs)
-        if zero is not None:  # once more, to find the call where it ends
+        if zero is not None:  # run again to find the call where relevance ends
             again = Observer(traced=True, repeated=True)
             maps_seen_by(again)
             zeros.add(start, zero, again, maps.of_inputs)
@@ -657,7 +661,7 @@ class AbsLRP(GradientAttribution):
         checked: bool = True,
         chains: bool = True,
     ) -> _Maps:
-        """One forward pass, and relevance of the target and of the contrast, if there is one."""
+        """Run one forward pass and propagate the relevance of the target and of the contrast, if any."""
         leaves = [_leaf(x) for x in samples.inputs]
         output, explained, through, guide = forward(leaves, samples, observer)
         values, signed = output.detach(), self.signed
@@ -669,8 +673,8 @@ class AbsLRP(GradientAttribution):
             and isinstance(samples.contrast, Tensor)
         ):
             raise ValueError(
-                "Expected `contrast` to be a function, too, where the function `target` returns one score "
-                "per sample, but got classes. Pass `contrast=lambda out: ...`, or None."
+                "Expected `contrast` to be a function, because the function `target` returns one score per "
+                "sample, but got classes. Pass `contrast=lambda out: ...`, or None."
             )
         seeds = [target_seed(values, target, **options)]
         contrasted = contrast_seed(
@@ -682,7 +686,7 @@ class AbsLRP(GradientAttribution):
             seeds.append(contrasted)
         changes: list[Tensor] = []
         counts = None
-        # Of the inputs of a guided map, relevance of the target alone is wanted.
+        # For the inputs of a guided map, only the relevance of the target is needed.
         if combine == "guided" and observer is None:
             counts = [*[1] * len(leaves), *[len(seeds)] * (len(explained) - len(leaves))]
         relevances = propagate(
@@ -715,7 +719,7 @@ class AbsLRP(GradientAttribution):
         *,
         fuses: bool = True,
     ) -> Tensor:
-        """Output of the model, (B, ...), with a history whose backward pass is the rules."""
+        """Run the model; the autograd history of its output, (B, ...), applies the rules."""
         recording = Recording(
             MappingScope(self.mapping),
             inputs=[leaf for leaf in leaves if leaf.requires_grad],
@@ -729,7 +733,7 @@ class AbsLRP(GradientAttribution):
         return self.run(leaves, samples.extra, recording, samples.scores)
 
     def _explained(self, output: Any, scores: Scores | None, batch_size: int) -> Any:
-        """The tensor to explain, of what the model returns."""
+        """The tensor to explain, picked from the model's output."""
         if scores is not None:
             return scores(output if self.output is None else self.output(output), batch_size)
         return logits_of(output) if self.output is None else self.output(output)
@@ -741,16 +745,16 @@ class AbsLRP(GradientAttribution):
         recording: Recording,
         scores: Scores | None = None,
     ) -> Tensor:
-        """Output of the model, (B, ...), as it depends on the leaves under a recording."""
+        """Run the model on the leaves under a recording and return the output to explain, (B, ...)."""
         batch_size = len(leaves[0])
-        # Clones, because a leaf cannot be changed in place, which the model may do.
+        # Clone the leaves: the model may modify its inputs in place, which autograd forbids for leaves.
         given = [leaf.clone() for leaf in leaves]
         recording.before_change = saver(self.model)
         with eager(self.model), recording:
             recording.depends.mark_seen(given)
             try:
                 output = self.model(*given, *extra)
-            except Exception as error:  # raised again, explained where it can be
+            except Exception as error:  # raise a clearer error if possible
                 explain_missing_batch_dimension(self.model, leaves[0], error)
                 raise
             recording.in_score = True
@@ -764,17 +768,17 @@ class AbsLRP(GradientAttribution):
 
 
 _COMPARED = 4
-"""Samples that the scores of functions are compared on, when samples are run in parts."""
+"""Number of samples on which :meth:`AbsLRP._check_rows` compares scores."""
 
 
 def _leaf(x: Tensor) -> Tensor:
-    """A copy of an input that is a leaf of the history, unless the input is of integers."""
+    """A copy of an input, which requires gradients if it is floating-point."""
     leaf = x.clone().detach()
     return leaf.requires_grad_() if leaf.is_floating_point() else leaf
 
 
 def delta_of(relevances: Sequence[Tensor], started: Tensor) -> Tensor:
-    """The sum over each sample of tensors of relevance, (B, ...), less what it started with, (B,)."""
+    """Compute the delta: the sum of relevance, (B, ...), per sample, minus the sum of its seed, (B,)."""
     exact = torch.promote_types(relevances[0].dtype, torch.float32)
     arrived = [r.to(exact).reshape(len(started), -1).sum(1) for r in relevances]
     return torch.stack(arrived).sum(0) - started.to(arrived[0])

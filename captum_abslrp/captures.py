@@ -1,4 +1,4 @@
-"""The tensors that a layer gets or returns in a forward pass, captured by hooks."""
+"""Capture of the inputs or outputs of layers in a forward pass, with hooks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def captured(
     integers: IntegerInputs | None,
     goes_on: bool = False,
 ) -> Iterator[list[list[list[Tensor]]]]:
-    """Capture the tensors of the calls of each layer; arguments as for :func:`_captured_of`."""
+    """Capture the tensors of the calls of each layer; arguments as in :func:`_captured_of`."""
     with ExitStack() as stack:
         of_layer = {
             layer: stack.enter_context(
@@ -45,16 +45,17 @@ def captured(
 def _captured_of(
     layer: nn.Module, *, of_input: bool, integers: IntegerInputs | None, goes_on: bool
 ) -> Iterator[list[list[Tensor]]]:
-    """Capture the tensors with relevance that each call of the layer in this thread returns or gets.
+    """Capture the tensors with relevance that each call of the layer in this thread returns or receives.
 
-    Where relevance goes on behind the layer, a rule that would fold a later call into it raises.
+    With `goes_on`, relevance continues to the inputs, and a rule that would fold a later call into the layer
+    raises an error.
 
-    What is captured is a clone, and the model goes on with another clone, so that nothing changes it in
-    place and its gradient is that of this place alone. Where inputs are integers, it is a leaf unless its
-    tensor carries relevance already.
+    The captured tensor is a clone, and the model continues with another clone. The captured tensor is thus
+    never modified in place, and its gradient is that of this position only. With integer inputs, it is a
+    leaf, unless its tensor already carries relevance.
 
-    Where the layer has changed a tensor in place, the model goes on with this tensor, with the history of the
-    clone: it may hold the tensor elsewhere, or change it again, and so may the hooks of a layer around.
+    If the layer has modified a tensor in place, the model continues with this tensor and the history of the
+    clone, because the model or the hooks of an outer layer may hold the tensor or modify it again.
     """
     calls: list[list[Tensor]] = []
     running: list[list[tuple[Tensor, Tensor, int]]] = []
@@ -63,7 +64,7 @@ def _captured_of(
     def capture(
         value: Any, copied: Callable[[Tensor], Tensor] = torch.clone
     ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-        """The value with clones to go on with, and pairs of a tensor and its clone."""
+        """Return the value with clones instead of tensors, and pairs of a tensor and its clone."""
         captured: list[Tensor] = []
         clones: dict[int, tuple[Tensor, Tensor]] = {}
         starts: set[int] = set()
@@ -78,7 +79,7 @@ def _captured_of(
                     found, going_on = new_leaf(tensor)
                 else:
                     found = copied(tensor)
-                    if not carries_relevance(found):  # a constant, or inside of one call
+                    if not carries_relevance(found):  # a constant, or inside a single call
                         return tensor
                     going_on = copied(found)
                     if goes_on:
@@ -91,7 +92,7 @@ def _captured_of(
         calls.append(captured)
         return value, list(clones.values())
 
-    # While it is being removed, a hook may be called by another thread, without keyword arguments.
+    # While a hook is being removed, another thread may call it without keyword arguments.
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         if module is not layer or threading.get_ident() != thread:
             return None
@@ -110,7 +111,7 @@ def _captured_of(
         if not of_input:
             output, clones = capture(output)
             changed = [(t, clone) for t, clone in clones if any(t is own for own, _ in changed)]
-        for tensor, clone in changed:  # all who read the input see what the layer did to it
+        for tensor, clone in changed:  # apply the in-place changes to the original input
             tensor.copy_(clone)
         originals = {id(clone): tensor for tensor, clone in changed}
         return map_instances(Tensor, lambda tensor: originals.get(id(tensor), tensor), output)
@@ -120,7 +121,7 @@ def _captured_of(
     ) -> tuple[Any, Any] | None:
         if threading.get_ident() != thread:
             return None
-        # The calls of the layer itself are not looked at any more.
+        # Calls from here on belong to the layer and are not recorded.
         kwargs, seen = capture(kwargs, _clone_unseen)
         calls[-2:] = [calls[-2] + calls[-1]]
         running[-1] += [(tensor, clone, clone._version) for tensor, clone in seen]
@@ -129,8 +130,8 @@ def _captured_of(
     def register() -> Iterator[Any]:
         yield layer.register_forward_hook(after)
         if of_input and rule_of_layer(layer) is not None:
-            # The hooks of the recording, which come before those of the layer, cut its positional
-            # inputs off.
+            # The hooks of the recording, which run before those of the layer, detach its positional
+            # inputs.
             yield register_module_forward_pre_hook(before)
             yield layer.register_forward_pre_hook(before_with_keywords, with_kwargs=True)
         else:
@@ -141,7 +142,7 @@ def _captured_of(
 
 
 def _clone_unseen(tensor: Tensor) -> Tensor:
-    """A clone that the recording does not see."""
+    """Clone a tensor without recording the call."""
     with torch._C.DisableTorchFunction():
         clone = tensor.clone()
         mark_seen(clone)

@@ -21,25 +21,25 @@ T = TypeVar("T")
 
 
 class Samples(NamedTuple):
-    """Samples that are run together: inputs, targets, contrasts and further arguments."""
+    """Samples that are run together: inputs, targets, contrasts and additional arguments."""
 
     inputs: tuple[Tensor, ...]
     """(B, ...) each."""
     target: Tensor | None
     """Indices, (B, I)."""
     contrast: Any
-    """Indices, (B, I), or the contrast by its name."""
+    """Indices, (B, I), or the name of the contrast."""
     extra: tuple[Any, ...]
-    """Further arguments of the model; tensors of B rows are of the samples."""
+    """Additional arguments of the model; tensors with B rows are split with the samples."""
     scores: Scores | None = None
-    """What is explained, where it is given by functions."""
+    """The explained scores, if they are given by functions."""
 
     def target_in(self, output: Tensor) -> Tensor | None:
-        """Indices of the target in the explained output; None of a function that returned one score each."""
+        """The target indices in the explained output; None if a function returns one score per sample."""
         return None if self.scores is not None and output.dim() == 1 else self.target
 
     def rows(self, start: int, stop: int) -> Samples:
-        """Samples number `start` to `stop - 1`."""
+        """Return samples `start` to `stop - 1`."""
         batch_size = len(self.inputs[0])
 
         def rows_of(value: Any) -> Any:
@@ -63,14 +63,14 @@ def in_chunks(
     shrinks: bool,
     restart: Callable[[], None],
 ) -> list[T]:
-    """Explain samples chunk by chunk, or one at a time where the model does not keep them apart.
+    """Explain samples chunk by chunk, or one at a time if the model mixes samples.
 
     Args:
         samples: all samples.
-        size: how many of them a chunk has, at most.
-        explain: explains a chunk, given the number of its first sample.
-        shrinks: whether to go on with chunks of half the size where memory runs out.
-        restart: is called before the samples are explained again, one at a time.
+        size: maximum number of samples per chunk.
+        explain: explains a chunk, given the samples and the index of the first one.
+        shrinks: whether to halve the chunk size when memory runs out.
+        restart: called before all samples are explained again, one at a time.
 
     Returns:
         The result of each chunk.
@@ -80,31 +80,31 @@ def in_chunks(
     """
     try:
         return _run(samples, size, explain, shrinks)
-    except Misaligned:  # samples are not kept apart in the leading dimension somewhere
+    except Misaligned:  # the model mixes samples or moves them out of the leading dimension
         restart()
         try:
             return _run(samples, 1, explain, shrinks)
         except RuntimeError as error:
             if type(error) is not RuntimeError or is_out_of_memory(error):
-                raise  # an error of the model's own
+                raise  # not caused by the single sample
             raise ValueError(
                 f"Expected the model to run on one sample at a time, because it mixes samples or moves "
-                f"them out of the leading dimension, but it failed on one: {error}. Where the rows of "
-                f"`inputs` are parts of one whole, as the nodes of a graph are, make them one sample: "
-                f"pass `x.unsqueeze(0)`, to a model that takes it apart again."
+                f"them out of the leading dimension, but got an error: {error}. If the rows of `inputs` "
+                f"belong together, like the nodes of a graph, turn them into one sample: wrap the model in "
+                f"a module that calls it with `x.squeeze(0)`, and pass `x.unsqueeze(0)`."
             ) from error
 
 
 def _run(
     samples: Samples, size: int, explain: Callable[[Samples, int], T], shrinks: bool
 ) -> list[T]:
-    """The results of chunks of some size."""
+    """Explain chunks of a given size."""
     results: list[T] = []
     start, batch_size = 0, len(samples.inputs[0])
     while start < batch_size:
         try:
             result = explain(samples.rows(start, start + size), start)
-        except Exception as error:  # raised again, unless it says that memory was short
+        except Exception as error:  # out-of-memory errors have several types
             if not (shrinks and size > 1 and is_out_of_memory(error)):
                 raise
             size = size // 2

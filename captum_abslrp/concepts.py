@@ -1,9 +1,9 @@
-"""Concepts: the channels of a layer that matter for a class, and the images that show what they stand for.
+"""Concepts: the channels of a layer that are relevant for a class, and example images that illustrate them.
 
-A channel stands for what the images have in common whose relevance goes through it the most (relevance
+The concept of a channel is illustrated by the images with the most relevance through it (relevance
 maximization, Achtibat et al., *From attribution maps to human-understandable explanations through Concept
 Relevance Propagation*, Nature Machine Intelligence 5, 2023). The map of a channel is the part of the map of
-the class that goes through it, :meth:`LayerAbsLRP.attribute(select=...)
+the class that flows through it, :meth:`LayerAbsLRP.attribute(select=...)
 <captum_abslrp.LayerAbsLRP.attribute>`.
 
 Axes: N images of a data set, B images of a batch, D channels, C color channels, H height, W width.
@@ -34,10 +34,10 @@ __all__ = ["Concepts", "Example", "concept_section", "find_concepts", "plot_conc
 
 @dataclass(frozen=True)
 class Example:
-    """An image of a data set, and how much of the relevance of its class goes through a channel.
+    """An image of a data set, and the relevance of its class that flows through a channel.
 
     Attributes:
-        image: its number in the data set.
+        image: index of the image in the data set.
         target: the class that was explained.
         relevance: the sum of the channel's relevance.
     """
@@ -49,11 +49,11 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Concepts:
-    """The relevance of the channels of a layer for the images of a data set; :func:`find_concepts` makes it.
+    """The relevance of the channels of a layer for the images of a data set, from :func:`find_concepts`.
 
     Attributes:
         relevance: the sum of the relevance of each channel over positions, (N, D).
-        targets: the class that was explained of each image, (N,).
+        targets: the class that was explained for each image, (N,).
 
     Example:
         >>> relevance = torch.tensor([[0.1, 0.6], [0.2, 0.9], [0.8, 0.1]])
@@ -74,14 +74,14 @@ class Concepts:
         return found
 
     def top_channels(self, target: int, count: int = 5) -> list[tuple[int, float]]:
-        """The channels that matter most for a class.
+        """Return the most relevant channels for a class.
 
         Args:
             target: the class.
-            count: how many channels, at most.
+            count: maximum number of channels.
 
         Returns:
-            Pairs of a channel and its mean relevance over the images of the class, the largest first.
+            Pairs of a channel and its mean relevance over the images of the class, in descending order.
 
         Raises:
             ValueError: if no image was explained for the class.
@@ -95,12 +95,12 @@ class Concepts:
         return [(int(c), _rounded(v)) for c, v in zip(channels, values)]
 
     def examples(self, channel: int, count: int = 5, *, target: int | None = None) -> list[Example]:
-        """The images that a channel matters most for.
+        """Return the images with the most relevance through a channel.
 
         Args:
             channel: the channel.
-            count: how many images, at most.
-            target: only images of this class; None for all.
+            count: maximum number of images.
+            target: restricts the result to images of this class; None includes all classes.
 
         Raises:
             IndexError: if there is no such channel.
@@ -122,7 +122,7 @@ class Concepts:
 
 
 def _rounded(value: Tensor) -> float:
-    """A number with the digits that float32 has."""
+    """A number rounded to the precision of float32."""
     return float(f"{float(value):.6g}")
 
 
@@ -133,21 +133,21 @@ def find_concepts(
     contrast: Contrast = "others",
     channel_dim: int | None = None,
 ) -> Concepts:
-    """The relevance of each channel of a layer for each image of a data set.
+    """Compute the relevance of each channel of a layer for each image of a data set.
 
     Args:
-        attributor: explains the layer, one that returns a single tensor.
-        batches: pairs of images (B, ...) and targets: a class for each image, (B,) or a list; such as a
+        attributor: the attributor of a single layer, which returns one tensor.
+        batches: pairs of images, (B, ...), and targets, one class per image, (B,) or a list; for example a
             ``DataLoader``.
-        contrast: as for :meth:`AbsLRP.attribute <captum_abslrp.AbsLRP.attribute>`.
-        channel_dim: the dimension of the channels; None as for ``select_dim`` of :meth:`LayerAbsLRP.attribute
-            <captum_abslrp.LayerAbsLRP.attribute>`.
+        contrast: as in :meth:`AbsLRP.attribute <captum_abslrp.AbsLRP.attribute>`.
+        channel_dim: the channel dimension; None selects it as ``select_dim`` of
+            :meth:`LayerAbsLRP.attribute <captum_abslrp.LayerAbsLRP.attribute>` does.
 
     Returns:
         The relevance of all images, in the order of the batches.
 
     Raises:
-        ValueError: if there are no batches, or the targets of a batch are not one for each image.
+        ValueError: if there are no batches, or if a batch does not have one target per image.
         TypeError: if the attributor explains several layers, or inputs instead of a layer.
 
     Example:
@@ -166,12 +166,14 @@ def find_concepts(
         of_batch = torch.as_tensor(classes).reshape(-1).cpu()
         if len(of_batch) != len(images):
             raise ValueError(
-                f"Expected one target for each of {len(images)} images of a batch, but got {len(of_batch)}."
+                f"Expected one target for each of the {len(images)} images of a batch, but got "
+                f"{len(of_batch)}."
             )
         relevance = attributor.attribute(images, of_batch, contrast=contrast)
         if not isinstance(relevance, Tensor):
             raise ValueError(
-                f"Expected the layer to return one tensor, but got {len(relevance)}. Choose a layer inside."
+                f"Expected the layer to return one tensor, but got {len(relevance)}. Choose a layer inside "
+                f"it."
             )
         at = channel_dim
         if at is None:
@@ -180,7 +182,7 @@ def find_concepts(
         found.append((channels.sum(2) if channels.dim() > 2 else channels).cpu())
         targets.append(of_batch)
     if not found:
-        raise ValueError("Expected `batches` to hold at least one batch, but got none.")
+        raise ValueError("Expected `batches` to yield at least one batch, but got none.")
     return Concepts(torch.cat(found), torch.cat(targets))
 
 
@@ -199,28 +201,29 @@ def plot_concepts(
     channel_dim: int | None = None,
     smoothing: int = 1,
 ) -> Figure:
-    """A row for each channel: the images it matters most for, cut out around its relevance.
+    """Plot one row per channel with the images it is most relevant for, cropped around its relevance.
 
     Args:
-        concepts: of the data set.
-        attributor: the one that it was found by.
-        images: the data set, in the same order: model inputs, (C, H, W) each.
+        concepts: the result of :func:`find_concepts`.
+        attributor: the attributor that was passed to :func:`find_concepts`.
+        images: the data set in the same order, as model inputs (C, H, W).
         target: the class whose channels are shown.
-        channels: how many channels, or which.
-        examples: how many images of each channel, of any class.
-        contrast: as for :func:`find_concepts`.
-        show: from a model input to a picture with values in [0, 1]; None takes the input as it is.
-        names: of all classes; None for their numbers.
-        crop: height and width of what is cut out, as a share of the image; 1 shows whole images.
-        channel_dim: as for :func:`find_concepts`.
+        channels: the number of channels, or a list of channels.
+        examples: number of images per channel, of any class.
+        contrast: as in :func:`find_concepts`.
+        show: a function that maps a model input to a picture with values in [0, 1]; None shows the input
+            unchanged.
+        names: names of all classes; None shows their indices.
+        crop: height and width of the crop, as a fraction of the image; 1 shows whole images.
+        channel_dim: as in :func:`find_concepts`.
         smoothing: number of pixels that maps are smoothed over, see
             :func:`~captum_abslrp.visualization.smooth_map`.
 
     Returns:
-        A figure; the map over each picture is what goes through the channel.
+        A figure. The map on each picture is the relevance that flows through the channel.
 
     Raises:
-        ValueError: if ``crop`` is not in (0, 1], or as :meth:`Concepts.top_channels`.
+        ValueError: if ``crop`` is not in (0, 1], or as in :meth:`Concepts.top_channels`.
 
     Example:
         >>> model = timm.create_model("test_resnet").eval()
@@ -233,7 +236,7 @@ def plot_concepts(
     """
     if not 0 < crop <= 1:
         raise ValueError(
-            f"Expected `crop` to be a share of the image, in (0, 1], but got {crop!r}."
+            f"Expected `crop` to be a fraction of the image, in (0, 1], but got {crop!r}."
         )
     top = dict(concepts.top_channels(target, concepts.relevance.shape[1]))
     chosen = [*top][:channels] if isinstance(channels, int) else [*channels]
@@ -268,17 +271,17 @@ def plot_concepts(
             f"channel {c}\n{max(top[c], 0.0) / max(total, 1e-30):.0%} of relevance" for c in chosen
         ],
         cell_labels=above,
-        title=f"What matters for {of_class}, and the images that each channel matters most for",
+        title=f"Most relevant channels for {of_class}, and the images with the most relevance through each",
         note=SMOOTHED.format(smoothing) if smoothing > 1 else None,
     )
 
 
 def concept_section(figures: Sequence[tuple[str, Figure]], *, title: str = "Concepts") -> Section:
-    """A part of an HTML report that shows figures of concepts.
+    """Return a section of an HTML report with figures of concepts.
 
     Args:
-        figures: pairs of an alternative text and a figure of :func:`plot_concepts`.
-        title: heading of the part.
+        figures: pairs of an alternative text and a figure from :func:`plot_concepts`.
+        title: heading of the section.
 
     Returns:
         A section for :func:`captum_abslrp.report.render`.
@@ -295,9 +298,9 @@ def concept_section(figures: Sequence[tuple[str, Figure]], *, title: str = "Conc
         figure.savefig(file, format="png")
         pngs[alt] = file.getvalue()
     note = (
-        "Each row is a channel of a layer, with its share of the relevance of the class. Pictures are cut "
-        "out of the images that the channel matters most for. Colors show what of the map of the image's "
-        "class goes through the channel."
+        "Each row is a channel of a layer, with its share of the relevance of the class. The pictures are "
+        "crops of the images with the most relevance through the channel. Colors show the part of the map "
+        "of each image's class that flows through the channel."
     )
     return Section(title, figures=pngs, notes=[note])
 
@@ -307,7 +310,7 @@ def _name(names: Sequence[str] | None, index: int) -> str:
 
 
 def _window(relevance: Any, share: float) -> tuple[slice, slice]:
-    """Rows and columns of the window of an image that holds the most positive relevance."""
+    """Rows and columns of the window with the most positive relevance."""
     values = torch.from_numpy(np.ascontiguousarray(relevance)).clamp(min=0)[None, None].double()
     height, width = values.shape[2:]
     size = max(1, round(share * height)), max(1, round(share * width))

@@ -1,4 +1,4 @@
-"""Compiled modules and functions, run as the code that they were made from."""
+"""Eager execution of compiled modules and functions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["eager"]
 
 
 class _Shared:
-    """A context of the whole process, shared by the passes that run at the same time.
+    """A process-wide context that is shared by concurrent passes.
 
-    The first of them enters it, the last one leaves it, in whatever thread.
+    The first pass enters the context and the last one exits it, in any thread.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -60,9 +60,9 @@ _NO_HOOK_WARNING = _Shared(_ignore_hook_warning)
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Run compiled modules and functions as the code that they were made from."""
+    """Run compiled modules and functions in eager mode."""
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
             stack.enter_context(_EAGER)
         if any("_orig_mod" in module._modules for module in model.modules()):
             stack.enter_context(_NO_HOOK_WARNING)

@@ -1,4 +1,4 @@
-r"""The formulas of absLRP as functions of tensors.
+r"""The formulas of absLRP as pure functions of tensors.
 
 The definition (Vukadin et al., *Advancing Attribution-Based Neural Network Explainability through Relative
 Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component Evaluation*, ACM TIST 15(3), 2024)
@@ -7,11 +7,11 @@ at its end,
 
 .. math:: R_{in} = x \, \partial/\partial x \, \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle .
 
-Between two rules the one undoes the other. So what goes from call to call is the *relevance per magnitude*
-of a tensor, :math:`s_t = R_t / |t|`. Every function works on one call ``z = f(x; w, b)``. It takes ``x``,
-the weight and ``s``, shaped like ``z``, and returns the relevance per magnitude of ``x``, or the factor
-that ``s`` is multiplied by, up to a constant that is the same for all inputs of the call: relevance is
-scaled afterwards (:func:`scale`).
+Between two calls, the multiplication and the division cancel. Calls therefore exchange the *relevance per
+magnitude* of a tensor, :math:`s_t = R_t / |t|`. Every function handles one call ``z = f(x; w, b)``. It takes
+``x``, the weight and ``s``, which has the shape of ``z``. It returns the relevance per magnitude of ``x``, or
+a factor for ``s``, up to a constant that is the same for all inputs of the call, because relevance is scaled
+afterwards (:func:`scale`).
 """
 
 from captum_abslrp.engine.numerics import (

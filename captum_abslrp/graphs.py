@@ -1,4 +1,4 @@
-"""Graphs of ATen operators: what they compute of constants alone is computed once."""
+"""Constant folding for graphs of ATen operators."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from captum_abslrp.engine.saved import storage_of
 __all__ = ["simplify"]
 
 LARGEST = 2**16
-"""Elements of a constant that is kept, at most; what is larger is made again in every run."""
+"""Maximum number of elements of a folded constant; larger constants are recomputed in every run."""
 
 
 def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
-    """Leave out what does nothing, and compute constants once; in place.
+    """Remove operators without effect and fold constants, in place.
 
-    The values that the graph returns stay what they are, bit by bit.
+    The values that the graph returns stay identical, bit by bit.
 
     Args:
         module: a graph of ATen operators whose tensors are placeholders and attributes.
-        live: memory of attributes that may change, by :func:`~captum_abslrp.engine.saved.storage_of`.
+        live: memory of attributes that may change, from :func:`~captum_abslrp.engine.saved.storage_of`.
     """
     graph = module.graph
     for node in graph.nodes:
@@ -36,7 +36,7 @@ def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     changing: set[Node] = set()
-    while True:  # what depends on memory that is overwritten is no constant
+    while True:  # a node that depends on overwritten memory is not a constant
         values = _constants(module, live, changing)
         found = _overwritten(graph, values)
         if not found:
@@ -59,13 +59,13 @@ def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
 
 
 _NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-"""Operators that return what they get, where there is no history."""
+"""Operators that return their argument unchanged, apart from autograd history."""
 
 
 def _constants(
     module: GraphModule, live: Collection[int], changing: Collection[Node]
 ) -> dict[Node, Any]:
-    """The values of the nodes that are the same in every run."""
+    """The values of all constant nodes."""
     values: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -80,7 +80,7 @@ def _constants(
 
 
 def _is_constant(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether a node computes the same in every run, from what is computed already."""
+    """Whether a node is constant, given the constant nodes before it."""
     if node.op != "call_function" or any(n not in values for n in node.all_input_nodes):
         return False
     if node.target is operator.getitem:
@@ -102,11 +102,11 @@ _UNDEFINED = (
     _ATEN.new_empty.default,
     _ATEN.new_empty_strided.default,
 )
-"""Operators whose results have no values yet."""
+"""Operators with uninitialized results."""
 
 
 def _is_kept(node: Node, value: Any, values: dict[Node, Any]) -> bool:
-    """Whether a constant is asked for by what is none."""
+    """Whether a constant is used by a node that is not constant."""
     return (
         isinstance(value, Tensor)
         and value.numel() <= LARGEST
@@ -115,7 +115,7 @@ def _is_kept(node: Node, value: Any, values: dict[Node, Any]) -> bool:
 
 
 def _overwritten(graph: Graph, values: dict[Node, Any]) -> set[Node]:
-    """The constants whose memory an operator overwrites, by whatever name."""
+    """The constants whose memory an operator overwrites, directly or through another tensor."""
     written = set()
     for node in graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
@@ -124,7 +124,7 @@ def _overwritten(graph: Graph, values: dict[Node, Any]) -> set[Node]:
                     of = node.args[position : position + 1] or node.kwargs.get(argument.name)
                     written |= _memory_of([values.get(n) for n in instances_in(Node, of)])
         elif not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
-            written |= _memory_of([values.get(n) for n in node.all_input_nodes])  # who knows
+            written |= _memory_of([values.get(n) for n in node.all_input_nodes])  # may write
     return {node for node, value in values.items() if _memory_of(value) & written}
 
 

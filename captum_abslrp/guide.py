@@ -1,4 +1,4 @@
-"""The layer whose relevance guides the map of an image, and what a guided map is.
+"""Guided maps, and the search for the guide layer.
 
 Axes: B images, C channels, H height, W width; h, w of the layer's grid, D features, L tokens.
 """
@@ -27,23 +27,23 @@ def find_guide(
     *,
     position: float = 0.5,
 ) -> nn.Module:
-    """The layer in the middle of a model that everything goes through.
+    """Find a layer in the middle of a model that has no bypass.
 
-    Of the modules whose output lies on a grid (:func:`grid_of`), and which the output of the model depends
-    on the image through alone, it is the one that finishes nearest to the middle. The model runs once, on the
-    first image, under hooks that are removed whatever happens.
+    Candidates are modules whose output has a spatial grid (:func:`grid_of`) and separates the image from the
+    output of the model. The one that finishes closest to the middle is selected. The model runs once, on the
+    first image, with temporary hooks, which are always removed.
 
     Args:
-        model: a model of images.
-        inputs: the images, a sequence of one tensor (B, C, H, W).
-        run: the forward pass, from an image (1, C, H, W) to the explained output.
-        position: another place than the middle, from 0 (the first such module) to 1 (the last).
+        model: an image model.
+        inputs: the images, a sequence of one tensor, (B, C, H, W).
+        run: the forward pass from an image, (1, C, H, W), to the explained output.
+        position: relative position of the layer, from 0 (the first candidate) to 1 (the last).
 
     Returns:
         A module of the model, such as the middle block of a Vision Transformer.
 
     Raises:
-        ValueError: if ``inputs`` is not one tensor of images, or there is no such layer.
+        ValueError: if ``inputs`` is not one tensor of images, or if there is no such layer.
     """
     if len(inputs) != 1 or inputs[0].dim() != 4:
         raise ValueError(
@@ -63,9 +63,9 @@ def find_guide(
         calls[module] = calls.get(module, 0) + 1
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        if len(output) != 1 or not _has_grid(output, size, places, module):  # windows are no images
+        if len(output) != 1 or not _has_grid(output, size, places, module):  # excludes windows
             return
-        # What an identity returns, others may read, too.
+        # Exclude identities, because other modules may read the same tensor.
         if all(x.grad_fn is not output.grad_fn for x in args if isinstance(x, Tensor)):
             finished.append((module, output.grad_fn))
 
@@ -84,14 +84,14 @@ def find_guide(
         if calls[module] == 1 and not _goes_around(output.grad_fn, node, image):
             return module
     raise ValueError(
-        f"Expected a layer of {type(model).__name__} whose output lies on a grid, (B, D, h, w), (B, h, w, D) "
-        f'or tokens (B, L, D), and that everything goes through, for `combine="guided"`, but found none. '
-        f"Choose one, `guide=model.layer`, or another way to combine maps."
+        f'Expected {type(model).__name__} to have a layer for `combine="guided"`, without a bypass and with '
+        f"an output (B, D, h, w), (B, h, w, D) or (B, L, D), but got none. Pass `guide=model.layer`, or use "
+        f'`combine="difference"`.'
     )
 
 
 def _before_batch_norm(start: Any) -> set[Any]:
-    """The nodes whose output goes into a batch norm, which rules fold into the layer."""
+    """The nodes whose output goes into a batch norm, which signed rules fold into the layer."""
     seen, rest, found = set(), [start], set()
     while rest:
         node = rest.pop()
@@ -106,7 +106,7 @@ def _before_batch_norm(start: Any) -> set[Any]:
 
 
 def _goes_around(start: Any, node: Any, leaf: Tensor) -> bool:
-    """Whether the history of an output reaches a leaf without a node."""
+    """Whether the autograd history of an output reaches a leaf on a path around a node."""
     seen, rest = {node}, [start]
     while rest:
         found = rest.pop()
@@ -132,24 +132,23 @@ def grid_of(
     places: TokenPlaces | None = None,
     layer: nn.Module | None = None,
 ) -> Tensor:
-    """Values of a layer summed over features, where they lie in the image.
+    """Sum the values of a layer over features and arrange them on the grid of the image.
 
-    What the model says of its tokens decides, as for :func:`~captum_abslrp.token_map`. Where it says nothing,
-    or the values do not fit it, the proportions of the image do.
+    The token layout of the model is used if it is known, as in :func:`~captum_abslrp.token_map`, and if the
+    values match it. Otherwise, the grid is derived from the aspect ratio of the image.
 
     Args:
-        values: a feature map (B, D, h, w), one with channels last (B, h, w, D), or tokens (B, L, D), of
-            which those of patches come last, row by row, behind class tokens and registers, unless the
-            model says otherwise.
-        size: height and width of the image. The grid has these proportions, within a factor of 2.
-        places: what the model says, for images of this size.
-        layer: the layer of the model that the values are of.
+        values: a feature map, (B, D, h, w) or (B, h, w, D), or tokens, (B, L, D). In an unknown layout,
+            patch tokens are assumed to come last, in row-major order, after class and register tokens.
+        size: height and width of the image. The grid has the same aspect ratio, within a factor of 2.
+        places: the token layout of the model, for images of this size.
+        layer: the layer of the model that the values belong to.
 
     Returns:
         (B, h, w).
 
     Raises:
-        ValueError: if the values have another shape, or the grid would be a single place.
+        ValueError: if the values have another shape, or if the grid would have a single position.
 
     Example:
         >>> grid_of(torch.ones(2, 197, 64), (224, 224)).shape
@@ -163,7 +162,7 @@ def grid_of(
             if found.shape[1:].numel() > 1:
                 return found
     height, width = size
-    if values.dim() == 4:  # of two readings, the one of more alike proportions
+    if values.dim() == 4:  # choose the layout whose aspect ratio is closer to that of the image
         features = min((1, 3), key=lambda dim: _distortion(_without(values, dim), size))
         if _distortion(_without(values, features), size) < 2:
             return values.sum(features)
@@ -174,22 +173,22 @@ def grid_of(
         if rows * columns > 1 and tokens - rows * columns <= _MOST_PREFIX_TOKENS:
             return values[:, tokens - rows * columns :].sum(2).unflatten(1, (rows, columns))
     raise ValueError(
-        f"Expected values on a grid of the proportions of the image {tuple(size)}, but got shape "
-        f"{tuple(values.shape)}."
+        f"Expected values on a grid with the aspect ratio of the image {tuple(size)}, but got shape "
+        f"{tuple(values.shape)}. Choose another layer, `guide=model.layer`."
     )
 
 
 _MOST_PREFIX_TOKENS = 8
-"""Class tokens and registers before the patches, at most."""
+"""Maximum number of class and register tokens before the patches."""
 
 
 def _without(values: Tensor, dim: int) -> list[int]:
-    """Height and width of the grid, if features are in a dimension."""
+    """Height and width of the grid if `dim` is the feature dimension."""
     return [n for i, n in enumerate(values.shape) if i not in (0, dim)]
 
 
 def _distortion(grid: Sequence[int], size: Sequence[int]) -> float:
-    """How often the proportions of a grid are those of the image, at least 1; infinite for one place."""
+    """The ratio of the aspect ratios of grid and image, at least 1; infinite for a single position."""
     (h, w), (height, width) = grid, size
     if h * w <= 1 or height * width == 0:
         return float("inf")
@@ -200,27 +199,27 @@ def _distortion(grid: Sequence[int], size: Sequence[int]) -> float:
 def guided(
     fine: Tensor, coarse: Tensor, model: nn.Module | None = None, layer: nn.Module | None = None
 ) -> Tensor:
-    """A map weighted by what the layer has for the target.
+    """Weight the map of the target by the positive relevance of the guide layer.
 
     Args:
         fine: the map of the target, (B, C, H, W).
-        coarse: relevance of the layer, target less contrast, as for :func:`grid_of`.
-        model: the model, which may say where the tokens of the layer are.
+        coarse: relevance of the layer, target minus contrast, as in :func:`grid_of`.
+        model: the model, for the token layout of the layer.
         layer: the layer.
 
     Returns:
-        ``fine`` times the positive part of ``coarse``, bilinearly enlarged, (B, C, H, W). Its magnitudes add
-        up to those of ``fine``.
+        ``fine`` times the positive part of ``coarse``, upsampled bilinearly, (B, C, H, W), and rescaled to
+        the total magnitude of ``fine``.
 
     Raises:
-        ValueError: if the layer has another number of images, or no grid.
+        ValueError: if the layer has a different number of images, or no grid.
     """
     size = fine.shape[2:]
     places = None if model is None else TokenPlaces(model, tuple(size))
     weight = grid_of(coarse, size, places, layer).clamp(min=0).unsqueeze(1)
     if len(weight) != len(fine):
         raise ValueError(
-            f"Expected the guiding layer to have the images in its leading dimension ({len(fine)}), but got "
+            f"Expected the guide layer to have the images in its leading dimension ({len(fine)}), but got "
             f"shape {tuple(coarse.shape)}. Choose another layer, `guide=model.layer`."
         )
     found = fine * F.interpolate(weight.to(fine.dtype), size=size, mode="bilinear")

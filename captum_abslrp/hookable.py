@@ -1,7 +1,7 @@
-"""Copies of models for methods of Captum that hook modules, and checks of what these methods can see.
+"""Copies of models for Captum methods that hook modules, and checks of whether these methods are applicable.
 
-A method whose rules are of modules would return a plain gradient for what a model computes elsewhere. The
-checks run the model once and raise `TypeError` for such a model.
+A method with rules for modules would silently return plain gradients for functional calls. The checks run
+the model once and raise `TypeError` for such a model.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _RESCALED = (
 
 
 def leaf_of(inputs: Tensor) -> Tensor:
-    """A copy that requires gradients: Captum would switch them on at the caller's tensor."""
+    """Copy the inputs and require gradients; Captum would modify the tensor of the caller."""
     return inputs.detach().clone().requires_grad_()
 
 
 def hookable_copy(model: nn.Module) -> nn.Module:
-    """A copy whose activations are not in place, as Captum's module hooks need them."""
+    """Copy a model and disable in-place activations, as Captum's module hooks require."""
     separate = copy.deepcopy(model)
     for module in separate.modules():
         if getattr(module, "inplace", False) is True:
@@ -60,7 +60,7 @@ def hookable_copy(model: nn.Module) -> nn.Module:
 
 
 def _run_hooked(model: nn.Module, inputs: Tensor, handles: Iterable[RemovableHandle]) -> None:
-    """Run a model on the first image, and remove its hooks whatever happens."""
+    """Run a model on the first image, and always remove its hooks."""
     try:
         with torch.no_grad():
             model(inputs[:1])
@@ -70,7 +70,7 @@ def _run_hooked(model: nn.Module, inputs: Tensor, handles: Iterable[RemovableHan
 
 
 class _TakeTurns(nn.Module):
-    """Runs module 0, 1, ... for call 0, 1, ... of every forward pass; the modules are copies of one."""
+    """Run a different copy of a module for each of its calls in a forward pass."""
 
     def __init__(self, module: nn.Module, calls: int) -> None:
         super().__init__()
@@ -85,11 +85,11 @@ class _TakeTurns(nn.Module):
 
 
 class SecondName(nn.Module):
-    """Calls a module that is registered elsewhere: Captum would hook it once per name."""
+    """Call a module that is registered under another name; Captum would hook it once per name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # The module itself, as an attribute, would be registered under this name, too.
+        # The module itself, as an attribute, would also be registered under this name.
         self.call = module.__call__
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,11 +98,11 @@ class SecondName(nn.Module):
 
 
 _ONCE_ONLY = (nn.Dropout, *_RESCALED)
-"""Layers without parameters that DeepLift or LRP can handle once per forward pass only."""
+"""Layers without parameters that DeepLift or LRP can handle only once per forward pass."""
 
 
 def unshare_layers(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """Gives each call of a layer that is used again a module of its own; changes `model`."""
+    """Replace layers that are called several times by one copy per call; modifies `model`."""
     calls: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: object, output: object) -> None:
@@ -116,7 +116,7 @@ def unshare_layers(model: nn.Module, inputs: Tensor) -> nn.Module:
     _run_hooked(model, inputs, handles)
     registered: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
-        # Not named_children(), which leaves out the second name of a module that has two.
+        # Not named_children(), which omits the second name of a module.
         for name, child in list(parent._modules.items()):
             if child is None:
                 continue
@@ -129,22 +129,21 @@ def unshare_layers(model: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """The last convolutional feature layer: where Grad-CAM looks.
+    """Return the last convolutional feature layer, for Grad-CAM.
 
-    It is the module that finishes last among those that hold a convolution and whose output is a
-    map (B, D, h, w) larger than 1x1, of the proportions of the image (within a factor of 2: maps with
-    channels last are none). A convolution that only cuts the image into patches (stride
-    equal to kernel size, applied to the image's own channels) does not count, so a vision
-    transformer has no feature layer. Nor does anything behind a convolution without padding whose
-    kernel spans more than half of its map: the fully connected layers of timm's VGG are such. The
-    model runs once, on the first image, under hooks that are removed whatever happens.
+    Candidates are modules that contain a convolution and whose output is a map (B, D, h, w) larger than 1x1
+    with the aspect ratio of the image, within a factor of 2 (which excludes channels-last maps). The one
+    that finishes last is returned. A convolution that only embeds patches (stride equal to kernel size,
+    applied to the image) does not count, so a vision transformer has no feature layer. Modules after an
+    unpadded convolution whose kernel covers more than half of its map do not count either, such as the
+    fully connected layers of timm's VGG. The model runs once, on the first image, with temporary hooks.
 
     Args:
-        model: an image model in eval mode.
+        model: an image model in evaluation mode.
         inputs: images, (B, C, H, W).
 
     Raises:
-        ValueError: if no module qualifies.
+        ValueError: if there is no such module.
 
     Example:
         >>> body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -189,14 +188,14 @@ def find_feature_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
     _run_hooked(model, inputs, handles)
     if not finished:
         raise ValueError(
-            "Expected `model` to have a convolutional feature map larger than 1x1, "
-            f"but got {type(model).__name__} without one; Grad-CAM needs it."
+            "Expected `model` to have a convolutional feature map larger than 1x1 for Grad-CAM, "
+            f"but got {type(model).__name__} without one. Use another method, such as 'abslrp'."
         )
     return finished[-1]
 
 
 def require_no_way_around(model: nn.Module, layer: nn.Module, inputs: Tensor) -> None:
-    """Raise where Grad-CAM would see a part only of what the output depends on; `model` is a copy."""
+    """Raise if the Grad-CAM layer has a bypass; `model` is a copy."""
     model.requires_grad_(False)
     handle = layer.register_forward_hook(lambda module, args, output: output.detach())
     try:
@@ -207,29 +206,29 @@ def require_no_way_around(model: nn.Module, layer: nn.Module, inputs: Tensor) ->
     if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
         path = next(path for path, module in model.named_modules() if module is layer)
         raise ValueError(
-            "Expected `model` to have a convolutional feature map that its output depends on the image "
-            f"through, which Grad-CAM needs, but got {type(model).__name__}, whose last one, that of "
-            f"`{path}`, has a way around it. Use Captum's `LayerGradCam` with a layer of your choice, or "
-            "another method, such as 'abslrp'."
+            "Expected `model` to have a convolutional feature map without a bypass for Grad-CAM, but got "
+            f"{type(model).__name__}, whose last one, that of `{path}`, has a bypass. Use Captum's "
+            "`LayerGradCam` with another layer, or another method, such as 'abslrp'."
         )
 
 
 def require_layers(model: nn.Module, inputs: Tensor) -> None:
-    """Raise where Captum's LRP, whose rules are of layers, would take a gradient for relevance."""
+    """Raise if Captum's LRP, which has rules for layers, would use a plain gradient as relevance."""
     leaves = {part for part in model.modules() if part is not model and not list(part.children())}
-    # A ReLU is 0, and so is its relevance, just where its gradient is.
+    # The output, the relevance and the gradient of a ReLU are 0 at the same elements.
     found = find_operation(model, inputs, MOVING | {"relu"}, leaves)
     if found is None:
         return
     if found.name == "add":
         raise TypeError(
-            "Expected `model` to add tensors in modules only, which is all that Captum's LRP has "
-            f"a rule for, but got {type(model).__name__} with additions outside of modules: {found}."
+            "Expected `model` to add tensors only in modules, as Captum's LRP requires, but got "
+            f"{type(model).__name__} with additions outside of modules: {found}. Use another method, such "
+            "as 'abslrp'."
         )
     raise TypeError(
-        "Expected `model` to compute in layers of torch.nn only, which is all that Captum's LRP has "
-        f"rules for, but got {type(model).__name__} with {found}. Use a layer there, or another "
-        "method, such as 'abslrp'."
+        "Expected `model` to compute only in torch.nn layers, as Captum's LRP requires, but got "
+        f"{type(model).__name__} with {found}. Use a layer for this operation, or another method, such as "
+        "'abslrp'."
     )
 
 
@@ -238,15 +237,15 @@ def _is_rescaled(module: nn.Module) -> bool:
 
 
 def require_rescaled(model: nn.Module, inputs: Tensor) -> None:
-    """Raise where DeepLift, whose rule is of modules, would leave a gradient as it is."""
+    """Raise if DeepLift, which has a rule for modules, would use a plain gradient."""
     layers = {module for module in model.modules() if _is_rescaled(module)}
     found = find_operation(model, inputs, LINEAR, layers)
     if found is not None:
         known = ", ".join(layer.__name__ for layer in _RESCALED)
         raise TypeError(
-            f"Expected `model` to be linear outside of the layers that DeepLift has a rule for ({known} "
-            f"of torch.nn), but got {type(model).__name__} with {found}. Use such a layer there, or "
-            "another method, such as 'ig'."
+            f"Expected `model` to be linear outside of the torch.nn layers that DeepLift supports ({known}), "
+            f"but got {type(model).__name__} with {found}. Use such a layer for this operation, or another "
+            "method, such as 'ig'."
         )
 
 
@@ -273,16 +272,16 @@ _NOT_GUIDED = LINEAR | {
     "native_group_norm",
     "native_layer_norm",
 }
-"""What guided backpropagation leaves to the plain gradient: all but activations."""
+"""Operations for which guided backpropagation uses the plain gradient: all except activations."""
 
 
 def require_relu_modules(model: nn.Module, inputs: Tensor) -> None:
-    """Raise where guided backpropagation does not change one of the activations."""
+    """Raise if guided backpropagation does not handle one of the activations."""
     layers = {module for module in model.modules() if isinstance(module, nn.ReLU)}
     found = find_operation(model, inputs, _NOT_GUIDED, layers, products=True)
     if found is not None:
         raise TypeError(
-            "Expected `model` to have no activations but nn.ReLU modules, which guided backpropagation "
-            f"changes, but got {type(model).__name__} with {found}. Use nn.ReLU there, or another "
-            "method, such as 'saliency'."
+            "Expected `model` to have only nn.ReLU modules as activations, as guided backpropagation "
+            f"requires, but got {type(model).__name__} with {found}. Use nn.ReLU for this operation, or "
+            "another method, such as 'saliency'."
         )

@@ -1,6 +1,6 @@
-"""What one forward pass tells of a model: the rule of each call, and the stride of the first convolution.
+"""Inspection of a model by one forward pass: the rule of each call, and the stride of the first convolution.
 
-Nothing is explained, and no call is refused: calls without a rule are listed as well, all at once.
+No relevance is computed. Calls without a rule raise no error; all of them are listed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class InspectedCall:
         call: the function, for example ``"torch.nn.functional.conv2d"``.
         path: the module that makes the call, for example ``"blocks.0.attn.proj"``.
         layer: the type of this module.
-        rule: its rule; None where it has none.
-        origin: where the rule comes from: ``"mapping 'vit'"``, ``"registered"``, ``"module.rule"``.
+        rule: its rule, or None.
+        origin: the source of the rule: ``"mapping 'vit'"``, ``"registered"``, ``"module.rule"``.
     """
 
     call: str
@@ -57,10 +57,10 @@ class InspectedCall:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The calls of a model in the order of its forward pass; printed as a table.
+    """The calls of a model in the order of its forward pass; prints as a table.
 
     Attributes:
-        calls: every call that relevance goes through.
+        calls: every call that relevance flows through.
     """
 
     calls: tuple[InspectedCall, ...]
@@ -71,12 +71,12 @@ class Inspection:
         return tuple(call for call in self.calls if call.rule is None)
 
     def __str__(self) -> str:
-        """One line for each call and rule, with how often and where first."""
+        """One line per pair of call and rule, with the number of calls and the first module."""
         groups: dict[tuple[str, str, str], list[InspectedCall]] = {}
         for call in self.calls:
             rule = "NONE" if call.rule is None else call.rule
             groups.setdefault((call.call, rule, call.origin), []).append(call)
-        # What has no rule comes first.
+        # Calls without a rule come first.
         ordered = sorted(groups.items(), key=lambda group: group[1][0].rule is not None)
         return markdown_table(
             ["call", "rule", "from", "calls", "first in"],
@@ -98,17 +98,17 @@ def inspect_rules(
     """Run a model once and list the rule of each of its calls.
 
     Args:
-        model, mapping, output: as for :class:`~captum_abslrp.AbsLRP`.
-        inputs: an example input, of shape (B, ...), or a tuple of them; one sample is enough. A model and
-            an input on the ``meta`` device, without values, will do: large models cost nothing.
+        model, mapping, output: as in :class:`~captum_abslrp.AbsLRP`.
+        inputs: an example input of shape (B, ...), or a tuple of inputs; one sample is enough. Put the model
+            and the input on the ``meta`` device to inspect a large model without computing values.
         additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
 
     Returns:
-        The calls and their rules. Calls inside a call that is run part by part (attention) come after
-        it.
+        The calls and their rules. A call that is decomposed (attention) is followed by the calls that it
+        consists of.
 
     Raises:
-        TypeError, ValueError: as :class:`~captum_abslrp.AbsLRP` and its ``attribute``.
+        TypeError, ValueError: as in :class:`~captum_abslrp.AbsLRP` and its ``attribute``.
 
     Example:
         >>> class Net(nn.Sequential):
@@ -130,26 +130,26 @@ def inspect_rules(
 
 
 def stem_stride(model: nn.Module, inputs: Tensor, additional_forward_args: Any = None) -> int:
-    """The step in which a model reads its image: the stride of its first convolution, or its patch size.
+    """Return the stride of a model's first convolution, or its patch size.
 
-    Maps have a grid of this step, which :func:`~captum_abslrp.visualization.smooth_map` takes out. The
-    function runs the model up to the first convolution that depends on the image, be it a module or a call
-    of ``torch.nn.functional``. It does not change the model.
+    Maps show a grid of this size, which :func:`~captum_abslrp.visualization.smooth_map` removes. The
+    function runs the model up to the first convolution that depends on the image, whether a module or a call
+    of ``torch.nn.functional``. It does not modify the model.
 
     Args:
-        model: as for :class:`~captum_abslrp.AbsLRP`.
+        model: as in :class:`~captum_abslrp.AbsLRP`.
         inputs: an example image, (B, C, H, W); one sample is enough.
         additional_forward_args: arguments of the model after the inputs, one argument or a tuple.
 
     Returns:
-        The step in pixels of the image: the stride of the convolution (the larger one of height and width),
-        times the factor by which the model has made the image smaller before. It is 1 where no
-        two-dimensional convolution depends on the image, also if a linear layer reads patches.
+        The stride in pixels of the image: the stride of the convolution (the larger one of height and width)
+        times the factor by which the model downsamples the image before. It is 1 if no two-dimensional
+        convolution depends on the image, even if a linear layer embeds patches.
 
     Raises:
-        ValueError: if `inputs` are not (B, C, H, W), or a layer of the model has no weights yet.
-        TypeError: if `inputs` are not floating-point numbers, or the model cannot be explained.
-        UnsupportedCallError: if a call before the convolution hides what depends on the image.
+        ValueError: if `inputs` do not have shape (B, C, H, W), or if a lazy layer is not initialized.
+        TypeError: if `inputs` are not floating-point, or if the model cannot be explained.
+        UnsupportedCallError: if the result of a call before the convolution cannot be tracked.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 7, stride=2, padding=3), nn.ReLU(), nn.Flatten())
@@ -177,7 +177,7 @@ def _surveyed(
     additional_forward_args: Any,
     start: Callable[[Mapping | None, nn.Module, list[Tensor]], Run],
 ) -> Run:
-    """The recording of one forward pass of a model, which is left as it was."""
+    """Record one forward pass of a model without modifying it."""
     check_initialized(attributor.model)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     extra = _format_additional_forward_args(additional_forward_args) or ()
@@ -196,7 +196,7 @@ def _surveyed(
 
 
 class _Survey(Recording):
-    """Notes the rule of each call, and goes on where there is none."""
+    """Records the rule of each call, and continues after calls without a rule."""
 
     scope: type[MappingScope] = MappingScope
 
@@ -236,7 +236,7 @@ class _Survey(Recording):
     def run_without_rule(self, call: Call) -> Any:
         with torch.no_grad():
             result = call.func(*call.args, **call.kwargs)
-        if not tensors_in(result):  # a fact about a tensor
+        if not tensors_in(result):  # a property of a tensor, not a computation
             return result
         inputs = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
         self._note(_name_of(call.func), None, "")
@@ -257,7 +257,7 @@ class _Survey(Recording):
 
 
 class _StemFound(BaseException):
-    """Ends the forward pass at the first convolution; no handler of the model's takes it for an error."""
+    """Ends the forward pass at the first convolution; `except Exception` in a model does not catch it."""
 
     def __init__(self, stride: int) -> None:
         super().__init__(stride)
@@ -265,7 +265,7 @@ class _StemFound(BaseException):
 
 
 class _NoRules(MappingScope):
-    """A scope without rules, in which no layer hides the calls that it makes."""
+    """A scope without rules, so that layers do not hide their calls."""
 
     rule_of_module = rule_of_layer = staticmethod(lambda module: None)
 
@@ -274,7 +274,7 @@ class _NoRules(MappingScope):
 
 
 class _StemSearch(_Survey):
-    """Looks for the first convolution of the image."""
+    """Finds the first convolution that depends on the image."""
 
     scope = _NoRules
 
@@ -287,7 +287,7 @@ class _StemSearch(_Survey):
             return super().run_without_rule(call)
         given = dict(zip(("input", "weight", "bias", "stride"), call.operands)) | call.kwargs
         stride = given.get("stride", 1)
-        # An image cut into tiles keeps its pixels; one that is resized or folded into channels does not.
+        # Tiling an image keeps its number of pixels; resizing it or folding it into channels does not.
         before = max(1, round(math.sqrt(self.pixels / _pixels(given["input"]))))
         raise _StemFound(before * (stride if isinstance(stride, int) else max(stride)))
 

@@ -1,9 +1,9 @@
-"""Integer inputs: which tensors of a layer are explained where the inputs are token indices.
+"""Integer inputs: selection of the tensors of a layer to explain if the inputs are token indices.
 
-Integers have no relevance, so relevance ends at the tensors of the explained layer: an embedding, or a
-layer behind one. A layer gets and returns other floating-point tensors as well: masks, the sines and
-cosines of rotary positions, tables of positions. Those are constants of the explanation. What a tensor was
-made from distinguishes them: it is explained if it depends on the inputs and on parameters of the model.
+Integers cannot have relevance, so relevance ends at the tensors of the explained layer: an embedding, or a
+layer after one. A layer also receives and returns other floating-point tensors, such as masks, the sines
+and cosines of rotary positions, or position embeddings, which are constants of the explanation. A tensor is
+explained if it depends on both the inputs and parameters of the model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["IntegerInputs", "new_leaf"]
 
 
 class IntegerInputs(TorchFunctionMode):
-    """Context that marks what a forward pass makes of integer inputs, until relevance starts.
+    """Context that tracks the tensors that depend on integer inputs, before relevance starts.
 
-    It is entered around an :class:`~captum_abslrp.engine.recording.Recording`, which follows what depends on
-    floating-point inputs by its history.
+    It is entered around an :class:`~captum_abslrp.engine.recording.Recording`, which tracks dependence on
+    floating-point inputs by autograd history.
 
     Args:
         inputs: the inputs of the model, integers and others.
@@ -35,7 +35,7 @@ class IntegerInputs(TorchFunctionMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        # Not attributes of the tensors, some of which are the model's own.
+        # Not attributes of the tensors, because some of them belong to the model.
         self._from_inputs = WeakTensorKeyDictionary()
         self._learned = WeakTensorKeyDictionary()
         for tensor in inputs:
@@ -56,7 +56,7 @@ class IntegerInputs(TorchFunctionMode):
             return result
         name, _, _ = canonical_name(func)
         made = [args[0]] if name == "__setitem__" else tensors_in(result)
-        if name in _SHAPED_AS:  # the other argument gives its shape or type alone
+        if name in _SHAPED_AS:  # only the shape or dtype of the other argument is used
             given = tensors_in(args[:1])
         if name.endswith("_like") or name.startswith("new_"):
             return result
@@ -73,14 +73,14 @@ class IntegerInputs(TorchFunctionMode):
         return isinstance(tensor, nn.Parameter) or tensor in self._learned
 
     def starting(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of a layer that become inputs of the explanation, because the inputs are integers.
+        """Return the tensors of a layer at which relevance ends.
 
         Args:
-            tensors: all that a call of the layer gets or returns.
+            tensors: all tensors that a call of the layer receives or returns.
 
         Returns:
-            Those that depend on the inputs and on parameters, but carry no relevance yet. Where none of
-            its tensors does (a table of positions, say), all floating-point ones.
+            The tensors that depend on the inputs and on parameters, but do not carry relevance yet. If there
+            are none (for example for a position embedding), all floating-point tensors.
         """
         constant = [t for t in tensors if t.is_floating_point() and not carries_relevance(t)]
         found = [t for t in constant if t in self._from_inputs and self._is_learned(t)]
@@ -88,12 +88,12 @@ class IntegerInputs(TorchFunctionMode):
 
 
 def new_leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of a tensor, and a clone of it that takes the place of the tensor.
+    """Return a leaf with the values of a tensor, and a clone of the leaf that replaces the tensor.
 
-    Its samples count as those of its leading dimension. Where they are elsewhere, the model moves them back
-    afterwards, which the recording sees as a move out of order: the samples are run one at a time then.
+    Samples are assumed to be in the leading dimension. If they are in another dimension, the model moves
+    them back later. The recording detects this, and the samples are then run one at a time.
     """
-    with torch._C.DisableTorchFunction():  # calls on parameters and leaves are run without history
+    with torch._C.DisableTorchFunction():  # recorded calls on leaves would have no autograd history
         leaf = tensor.detach().clone().requires_grad_()
         add_input(leaf)
         going_on = leaf.clone()

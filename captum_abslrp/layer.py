@@ -1,4 +1,4 @@
-"""Relevance inside a model: at the input or the output of any of its modules."""
+"""Relevance of the inputs or outputs of layers inside a model."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ __all__ = ["LayerAbsLRP"]
 class LayerAbsLRP(AbsLRP, LayerAttribution):
     r"""absLRP relevance of the output or the input of a layer of the model.
 
-    Relevance starts and goes back as for :class:`AbsLRP`; what has arrived at the layer is returned,
-    and nothing is asked of the calls before it.
+    Relevance is propagated as in :class:`AbsLRP`, but the backward pass stops at the layer.
 
-    The relevance of one seed (``contrast=None``) adds up to one over all tensors that cut the way from
-    the inputs to the output, as far as no relevance is lost. With ``normalization="joint"`` this holds:
+    The relevance of one seed (``contrast=None``) sums to one over any set of tensors that separates the
+    inputs from the output, if no relevance is lost. With ``normalization="joint"`` this holds:
 
     - at the input and the output of every block of a ResNet;
-    - at those of every block of a Vision Transformer, too, as long as relevance is positive. The
-      softmax of attention can make some of it negative where its inputs are, and what every call
-      keeps is the sum of magnitudes. Before the blocks less than one arrives: the class token and
-      the position embedding are constants, which keep their part;
-    - not inside of a block, where more than one path leads past a layer: each gets its part.
+    - at the input and the output of every block of a Vision Transformer, as long as relevance is positive.
+      The softmax of attention can produce negative relevance from negative inputs; calls then conserve the
+      sum of magnitudes. Less than one reaches the tensors before the blocks, because the class token and
+      the position embedding are constants, which absorb their share.
 
-    With ``normalization="separate"`` every input of a call gets a total of one on its own. Where two
-    calls read the same tensor, as between two blocks, it adds up to two; a single call before them
-    brings it back to one.
+    It does not hold inside a block, where several paths run in parallel and each carries a share.
 
-    The weights of the model are never changed. While the forward pass runs, the layer has hooks that
-    let the calls of other threads through; they are removed whatever happens.
+    With ``normalization="separate"`` each input of a call gets a total of one. A tensor that two calls
+    read, such as the one between two blocks, therefore has a total of two; the next single call reduces it
+    to one again.
 
-    Where the inputs are integers (token indices), relevance ends at the tensors of the layer: an
-    embedding, or a layer behind one. Of these tensors those are explained that depend on the inputs and on
-    parameters of the model, not masks and the like; where there is none, all floating-point ones, so that a
-    table of positions can be explained as well. Several such layers are explained together: with
-    ``normalization="joint"`` a sum of what they return divides relevance among them.
+    The weights of the model are never modified. During the forward pass the layer has hooks, which ignore
+    calls from other threads. They are always removed, even after an error.
+
+    With integer inputs (token indices), relevance ends at the tensors of the layer: an embedding, or a layer
+    after one. The explained tensors are those that depend on both the inputs and parameters of the model,
+    which excludes masks. If there is none, all floating-point tensors of the layer are explained, so that a
+    position embedding can be explained as well. Several such layers are explained together: with
+    ``normalization="joint"`` a sum of their outputs divides the relevance among them.
 
     Args:
-        model: as for :class:`AbsLRP`.
+        model: as in :class:`AbsLRP`.
         layer: a module of the model, or the model itself; or a list of such modules, in any order.
-        mapping, normalization, output: as for :class:`AbsLRP`.
+        mapping, normalization, output: as in :class:`AbsLRP`.
 
     Raises:
-        TypeError: as for :class:`AbsLRP`, or if ``layer`` is no module and no list of modules.
-        ValueError: as for :class:`AbsLRP`, or if ``layer`` is not part of the model, or an empty list.
+        TypeError: as in :class:`AbsLRP`, or if ``layer`` is neither a module nor a list of modules.
+        ValueError: as in :class:`AbsLRP`, or if ``layer`` is not part of the model or is an empty list.
 
     Example:
         >>> model = timm.create_model("test_vit").eval()
@@ -91,7 +91,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         given: Sequence[Any] = layer if isinstance(layer, (list, tuple)) else [layer]
         layers = [part_of_model(self.model, part) for part in given]
         if not layers:
-            raise ValueError("Expected `layer` to hold at least one module, but got an empty list.")
+            raise ValueError("Expected `layer` to have at least one module, but got an empty list.")
         LayerAttribution.__init__(self, self.model, layers if several else layers[0])
 
     @for_captum
@@ -115,45 +115,45 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         r"""Attribute the target's output to the elements of the layer's output or input.
 
         Args:
-            inputs: as for :meth:`AbsLRP.attribute`, or integers such as token indices.
+            inputs: as in :meth:`AbsLRP.attribute`, or integers such as token indices.
             target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
-                as for :meth:`AbsLRP.attribute`; ``combine`` cannot be ``"guided"`` here.
+                as in :meth:`AbsLRP.attribute`, except that ``combine`` cannot be ``"guided"``.
             attribute_to_layer_input: explain the input of the layer instead of its output. Relevance that
-                a shortcut takes past the layer is not counted.
-            call_index: which call of the layer to explain, counted from 0 in the order of the forward
-                pass (of the calls' ends for outputs), where the model calls it more than once. Of several
-                layers an int for all, or a list with an entry for each.
-            select: channels of the layer, by index; a list or a tensor of indices; a weight or a boolean for
-                each channel; or weights of the elements of a sample, a tensor that broadcasts with it. Then
-                not relevance of the layer is returned, but the part of the relevance of the *inputs* that
-                goes through these channels: how a concept in the middle of the model reaches the pixels
-                (concept relevance propagation, Achtibat et al. 2023). Several such selections in a list,
-                ``[[3], [7, 8]]``, take one pass together.
-            select_dim: the dimension of the channels. None is the last one of tokens, (B, L, D), and of
-                feature maps of layers whose linear layers or layer norms say so; otherwise dimension 1.
+                bypasses the layer through a shortcut is not included.
+            call_index: index of the call to explain if the model calls the layer more than once, counted
+                from 0 in the order in which calls start (for inputs) or return (for outputs). For several
+                layers, an int for all or a list with one entry per layer.
+            select: channels of the layer: an index; a list or a tensor of indices; one weight or boolean per
+                channel; or a tensor of weights that broadcasts with the elements of a sample. The result is
+                then the part of the relevance of the *inputs* that flows through these channels, instead of
+                the relevance of the layer. It shows where a concept of the layer lies in the input (concept
+                relevance propagation, Achtibat et al. 2023). A list of selections, ``[[3], [7, 8]]``, is
+                computed in one pass.
+            select_dim: the channel dimension. None selects the last dimension for tokens, (B, L, D), and for
+                feature maps of layers whose linear layers or layer norms expect it; otherwise dimension 1.
                 Pass 1 to select tokens of (B, L, D).
-            return_convergence_delta: whether to return the delta, too.
+            return_convergence_delta: whether to return the delta as well.
 
         Returns:
-            Relevance shaped like the layer's output (or input), same dtype and device, without
-            history. A tuple of such tensors where more than one tensor that depends on the inputs is
-            returned by the layer (or given to it, by position or keyword): Captum's convention.
-            A tensor that is given twice is counted once. Zeros where the output of the model does
-            not depend on the tensor.
+            Relevance with the shape, dtype and device of the layer's output (or input), without autograd
+            history. If the layer returns (or receives, by position or keyword) several tensors that depend on
+            the inputs, a tuple of such tensors, as is Captum's convention. A tensor that is passed twice is
+            included once. Relevance is zero if the output of the model does not depend on the tensor.
 
-            For a list of layers a list with one entry for each, in its order, all from one forward and
-            one backward pass. With ``select`` relevance shaped like ``inputs``, or a list of it, one for each
-            selection. Parts add up: over all channels of a layer that everything goes through, to the map of
-            the model. With ``return_convergence_delta`` a pair of it and the delta, (B,), or a
-            list of one for each layer: the sum of the relevance of the layer's tensors less that of the
-            seeds (1, or 0 for a difference). It shows how much passes the layer by, or is counted twice.
+            For a list of layers, a list with one entry per layer, in the same order, from one forward and
+            one backward pass. With ``select``, relevance with the shape of ``inputs``, or a list of it with
+            one entry per selection. If the layer has no bypass, the maps of all its channels sum to the map
+            of the model. With ``return_convergence_delta``, a pair of the relevance and the delta, (B,), or
+            a list of deltas with one per layer: the sum of the relevance of the layer's tensors minus the
+            sum of the seeds (1, or 0 for a difference). The delta shows how much relevance bypasses the
+            layer or is counted twice.
 
         Raises:
-            TypeError, IndexError, FloatingPointError, UnsupportedCallError: as for :meth:`AbsLRP.attribute`.
-            ValueError: as there; or if a layer is not called, is called more than once without
-                a ``call_index``, or its tensors do not depend on the inputs; or if samples that
-                are not run together, or whose delta is asked for, are not in the leading dimension of
-                its tensors.
+            TypeError, IndexError, FloatingPointError, UnsupportedCallError: as in :meth:`AbsLRP.attribute`.
+            ValueError: as in :meth:`AbsLRP.attribute`; or if a layer is not called, if it is called more than
+                once and ``call_index`` is None, or if its tensors do not depend on the inputs; or if samples
+                are not in the leading dimension of its tensors, although they are run in several batches or
+                the delta is requested.
 
         Example:
             >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
@@ -163,7 +163,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> relevance.sum(dim=(2, 3)).shape  # share of each channel
             torch.Size([2, 4])
 
-            Of a model of token indices:
+            Explain a model of token indices:
 
             >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5)).eval()
             >>> tokens = torch.tensor([[1, 5, 2], [8, 0, 3]])
@@ -171,7 +171,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> relevance.sum(-1).shape  # of each token
             torch.Size([2, 3])
 
-            What of the map of a class goes through the first two channels of a layer, and through the others:
+            Split the map of a class into the parts that flow through the first two channels and the others:
 
             >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
             >>> x = torch.rand(2, 3, 8, 8)
@@ -191,8 +191,8 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             }
             if return_convergence_delta:
                 raise ValueError(
-                    "Expected no `return_convergence_delta` with `select`: a part of the relevance has no "
-                    "total of its own. Leave one of them out."
+                    "Expected no `return_convergence_delta` with `select`, because the total of a part of "
+                    "the relevance is not known, but got both. Omit one of them."
                 )
             return self._attribute_through(
                 select,
@@ -242,8 +242,8 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
                         raise
                     raise IndependentOutput(
                         f"Expected the output of the model to depend on the tensors of "
-                        f"{' or '.join(map(self._name, layers))}, but got one that does not: the model "
-                        f"does not use them, detaches them or runs under `torch.no_grad()` behind them."
+                        f"{' or '.join(map(self._name, layers))}, but got an output that does not. The model "
+                        f"does not use them, detaches them or runs under `torch.no_grad()` after them."
                     ) from error
             chosen = choose()
             sizes[:] = map(len, chosen)
@@ -266,7 +266,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         )
         batch_size = sum(len(started) for _, started in chunks)
         parts = [iter(relevances) for relevances, _ in chunks]
-        most = max(count for count, _ in in_order)  # of one sample only the shape says it
+        most = max(count for count, _ in in_order)  # for one sample, only the shape is known
         of_most = [flags for count, flags in in_order if count == most]
         ordered = [all(flags) for flags in zip(*of_most, strict=True)]
         attributions: list[Any] = []
@@ -276,9 +276,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             if not apart and (len(parts) > 1 or (return_convergence_delta and batch_size > 1)):
                 raise ValueError(
                     f"Expected samples to be in the leading dimension of the tensors of "
-                    f"{self._name(layer)} where they are not run together or their delta is asked for, "
-                    f"but got relevance of shape {tuple(of_parts[0][0].shape)} for the first of "
-                    f"{len(parts)} parts. Call `attribute` for one sample at a time."
+                    f"{self._name(layer)}, because they are run in several batches or the delta is "
+                    f"requested, but got relevance of shape {tuple(of_parts[0][0].shape)} for the first of "
+                    f"{len(parts)} batches. Call `attribute` for one sample at a time."
                 )
             relevances = tuple(map(_joined, zip(*of_parts, strict=True)))
             attributions.append(relevances if size > 1 else relevances[0])
@@ -302,15 +302,16 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         of_input: bool,
         call_index: int | Sequence[int | None] | None,
     ) -> Any:
-        """Relevance of the inputs that goes through parts of the layer."""
+        """Compute the relevance of the inputs that flows through parts of the layer."""
         if isinstance(self.layer, list):
             raise ValueError(
-                f"Expected one layer with `select`, but got {len(self.layer)}. Make a `LayerAbsLRP` of one."
+                f"Expected one layer with `select`, but got {len(self.layer)}. Construct `LayerAbsLRP` with "
+                f"a single layer."
             )
         if combine != "difference":
             raise ValueError(
-                f'Expected `combine` to be "difference" with `select`, because parts add up, but got '
-                f"{combine!r}."
+                f'Expected `combine` to be "difference" with `select`, because the maps of parts must sum to '
+                f"the whole map, but got {combine!r}."
             )
         inputs = arguments[0]
         (wanted,) = _call_indices(call_index, None)
@@ -322,10 +323,10 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             nonlocal several
             if not all(leaf.is_floating_point() for leaf in leaves):
                 raise TypeError(
-                    "Expected `inputs` to be of a floating-point dtype with `select`, because parts of their "
-                    "relevance are asked for, but got integers. Explain a model of embeddings."
+                    "Expected `inputs` to have a floating-point dtype with `select`, because the result is "
+                    "the relevance of the inputs, but got integers. Explain a model that takes embeddings."
                 )
-            # Attention that is recorded as one call scales relevance inside, by the seed.
+            # Fused attention scales relevance inside the call, by seed, which would break the split.
             fuses = self.normalization != "joint"
             with captured([self.layer], of_input=of_input, integers=None, goes_on=True) as (calls,):
                 output = self._forward(leaves, samples, observer, fuses=fuses)
@@ -333,7 +334,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             if len(found) != 1:
                 raise ValueError(
                     f"Expected {self._name(self.layer)} to have one tensor with `select`, but got "
-                    f"{len(found)}. Choose a layer inside of it, or behind it."
+                    f"{len(found)}. Choose a layer inside it or after it."
                 )
             dim = channel_dimension(self.layer, found[0]) if select_dim is None else select_dim
             parts, several = parts_of(select, found[0], dim)
@@ -355,7 +356,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         return maps if several else maps[0]
 
     def trace(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: a program explains inputs.
+        """Not supported: a traced program explains inputs, not layers.
 
         Raises:
             NotImplementedError: always.
@@ -366,13 +367,13 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             torch.Size([2, 3])
         """
         raise NotImplementedError(
-            "Expected the relevance of inputs to be traced, but got layers. Use `AbsLRP(model).trace(...)`, "
-            "or `attribute` of layers."
+            "Expected `AbsLRP` for `trace`, which explains inputs, but got `LayerAbsLRP`. Use "
+            "`AbsLRP(model).trace(...)`, or `attribute` for layers."
         )
 
     def _name(self, layer: nn.Module) -> str:
         paths = (path for path, m in self.model.named_modules() if m is layer)
-        path = next(paths, "layer")  # replaced in the model since
+        path = next(paths, "layer")  # the default: the layer has been removed from the model since
         return f"`{path or 'model'}` ({type(layer).__name__})"
 
     def _choose(
@@ -384,19 +385,19 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         of_input: bool,
         integers: bool,
     ) -> list[Tensor]:
-        """The tensors of the call of a layer that is explained."""
+        """The tensors of the selected call of a layer."""
         name = self._name(layer)
         if not calls:
             raise ValueError(
-                f"Expected {name} to be called by the model, but got no call of it. Containers "
-                f"such as `nn.ModuleList` are not called, nor are layers whose weights the module "
-                f"around them uses by itself, as `nn.MultiheadAttention` does: explain one that is, or "
-                f"all parts of a container, `LayerAbsLRP(model, list(container))`."
+                f"Expected {name} to be called by the model, but got no call of it. The model does not "
+                f"call containers such as `nn.ModuleList`, nor layers whose weights the parent module uses "
+                f"directly, as in `nn.MultiheadAttention`. Choose a layer that is called, or all modules "
+                f"of a container, `LayerAbsLRP(model, list(container))`."
             )
         if call_index is None and len(calls) > 1:
             raise ValueError(
                 f"Expected {name} to be called once, but got {len(calls)} calls in one forward "
-                f"pass. Choose one with `call_index=0` to `call_index={len(calls) - 1}`."
+                f"pass. Select one with `call_index=0` to `call_index={len(calls) - 1}`."
             )
         if call_index is not None and not 0 <= call_index < len(calls):
             raise ValueError(
@@ -406,31 +407,31 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         found = calls[call_index or 0]
         if not found and integers and of_input:
             raise ValueError(
-                f"Expected the input of {name} to be of a floating-point dtype where `inputs` are "
-                f"integers, but got none that is. Explain its output, `attribute_to_layer_input=False`."
+                f"Expected {name} to have a floating-point input, because `inputs` are integers, but got "
+                f"none. Explain its output with `attribute_to_layer_input=False`."
             )
         if not found:
             raise ValueError(
                 f"Expected the {'input' if of_input else 'output'} of {name} to depend on "
-                f"`inputs`, but got one that does not, or that is under `torch.no_grad()` or inside of a "
-                f"module that has one rule as a whole."
+                f"`inputs`, but got one that does not, that is computed under `torch.no_grad()`, or that is "
+                f"inside a module with a rule of its own. Choose another layer."
             )
         return found
 
 
 def _call_indices(call_index: Any, layers: int | None) -> list[int | None]:
-    """The call to explain for each of several layers, or for one (None)."""
+    """The call index of each layer; `layers` is None for a single layer."""
     if layers is not None and isinstance(call_index, (list, tuple)):
         if len(call_index) != layers:
             raise ValueError(
-                f"Expected `call_index` to have an entry for each layer ({layers}), but got {call_index!r}."
+                f"Expected `call_index` to have one entry per layer ({layers}), but got {call_index!r}."
             )
         indices = list(call_index)
     else:
         indices = [call_index] * (layers or 1)
     for index in indices:
         if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
-            several = "" if layers is None else ", or a list with an entry for each layer"
+            several = "" if layers is None else " or a list with one entry per layer"
             raise ValueError(
                 f"Expected `call_index` to be an int{several}, but got {call_index!r}."
             )
@@ -443,7 +444,7 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _in_order(tensor: Tensor, batch_size: int) -> bool:
     """Whether samples are in the leading dimension."""
-    if batch_size == 1:  # not followed: only the shape says it
+    if batch_size == 1:  # samples are not tracked, only the shape is known
         return tensor.dim() > 0 and len(tensor) == 1
     try:
         check_aligned(tensor, batch_size)

@@ -1,4 +1,4 @@
-"""The Captum attribution class of LRP by its composites."""
+"""The Captum attribution class of LRP with its composites."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ __all__ = ["LRP"]
 
 
 class LRP(AbsLRP):
-    r"""Layer-wise relevance propagation by signed rules, on the engine of :class:`AbsLRP`.
+    r"""Layer-wise relevance propagation with signed rules, on the engine of :class:`AbsLRP`.
 
-    Relevance starts as the logit of the target, :math:`R = z_t`, and is shared call by call by contributions
-    of both signs. With a contrast one pass explains the difference of logits, :math:`z_t - \bar z_o` of the
-    others, or :math:`z_t - z_c` of a class. The map is in the unit of the logit; what goes to biases is lost.
+    Relevance starts as the logit of the target, :math:`R = z_t`. Each call distributes it in proportion to
+    contributions of both signs. With a contrast, one pass explains the difference of logits: :math:`z_t -
+    \bar z_o` for the mean of the other classes, or :math:`z_t - z_c` for a class. Relevance is in the unit of
+    the logit. The share of biases is lost.
 
     Sources: Bach et al. 2015; Montavon et al. 2019; Achtibat et al. 2024 (AttnLRP); Ali et al. 2022 (CP-LRP);
-    Berend et al. 2026 (ResLRP). The model is never changed; batch norm is folded into the layer before it on
-    the fly.
+    Berend et al. 2026 (ResLRP). The model is never modified: batch norm is folded into the layer before it
+    on the fly.
 
     Args:
-        model: as for :class:`AbsLRP`.
+        model: as in :class:`AbsLRP`.
         composite: the name of a composite, or a :class:`~captum_abslrp.mappings.Mapping` of signed rules:
 
             - ``"epsilon"``: the epsilon rule everywhere;
-            - ``"epsilon_plus"``: z-plus in convolutions, epsilon in linear layers;
-            - ``"epsilon_plus_flat"``: the same with the flat rule in the first layer;
-            - ``"epsilon_alpha2_beta1"``: alpha-beta (2, 1) in convolutions, epsilon in linear layers;
-            - ``"epsilon_gamma_box"``: z-box in the first convolution, gamma in the others; needs ``low`` and
-              ``high``, the limits of the input;
-            - ``"attnlrp"``: for transformers: softmax by its gradient, products shared evenly;
-            - ``"cp_lrp"``: the same with attention as a constant;
-            - ``"res_lrp"``: AttnLRP with ``residual_gamma=1``.
-        output: as for :class:`AbsLRP`.
+            - ``"epsilon_plus"``: z-plus for convolutions, epsilon for linear layers;
+            - ``"epsilon_plus_flat"``: ``"epsilon_plus"`` with the flat rule for the first layer;
+            - ``"epsilon_alpha2_beta1"``: alpha-beta (2, 1) for convolutions, epsilon for linear layers;
+            - ``"epsilon_gamma_box"``: z-box for the first convolution, gamma for the others; requires ``low``
+              and ``high``, the limits of the input;
+            - ``"attnlrp"``: for transformers; softmax by its gradient, products split evenly;
+            - ``"cp_lrp"``: ``"attnlrp"`` with attention weights as constants;
+            - ``"res_lrp"``: ``"attnlrp"`` with ``residual_gamma=1``.
+        output: as in :class:`AbsLRP`.
         parameters: parameters of the composite: ``epsilon``, ``stabilizer``, ``gamma``, ``conv_gamma``,
             ``linear_gamma``, ``residual_gamma``, ``low``, ``high``.
 
     Raises:
-        TypeError: as for :class:`AbsLRP`, or if the composite does not have a parameter or lacks one.
-        ValueError: if there is no such composite, or the mapping is not one of signed rules.
+        TypeError: as in :class:`AbsLRP`, or if a parameter is unknown to the composite or is missing.
+        ValueError: if the composite is unknown, or if the mapping does not have signed rules.
 
     Example:
         >>> model = timm.create_model("test_vit").eval()
@@ -76,22 +77,22 @@ class LRP(AbsLRP):
         contrast: Contrast = None,
         **options: Any,
     ) -> Any:
-        """Attribute the logit of the target, or its difference to a contrast, to the elements of the inputs.
+        """Attribute the target's logit, or its difference from a contrast, to the elements of the inputs.
 
         Args:
-            inputs, target, additional_forward_args: as for :meth:`AbsLRP.attribute`.
-            contrast: what is subtracted from the logit of the target: None (nothing), ``"others"`` (the
-                mean of the other logits), ``"softmax"`` (their mean by probability), or classes.
+            inputs, target, additional_forward_args: as in :meth:`AbsLRP.attribute`.
+            contrast: the logit that is subtracted from the target's logit: None (nothing), ``"others"`` (the
+                mean of the other logits), ``"softmax"`` (their mean, weighted by probability), or classes.
             options: ``combine`` (``"difference"`` or ``"guided"``), ``guide``, ``class_dim``,
                 ``internal_batch_size``, ``return_convergence_delta`` and ``check_finite`` of
                 :meth:`AbsLRP.attribute`.
 
         Returns:
-            Relevance shaped like ``inputs``, in the unit of the logits. The delta is the sum of relevance
-            less what was explained.
+            Relevance with the shape of ``inputs``, in the unit of the logits. The delta is the sum of
+            relevance minus the explained logit (or difference of logits).
 
         Raises:
-            As :meth:`AbsLRP.attribute`.
+            The same errors as :meth:`AbsLRP.attribute`.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 5, bias=False))
@@ -111,12 +112,12 @@ def _table(given: Any, parameters: dict[str, Any]) -> Mapping:
         return composite(given, **parameters)
     if parameters:
         raise TypeError(
-            f"Expected no parameters beside a mapping of your own, but got {[*parameters]}. Give them to its "
-            f"rules."
+            f"Expected no parameters with a custom mapping, but got {[*parameters]}. Pass them to the rules "
+            f"of the mapping."
         )
     if not given.signed:
         raise ValueError(
-            f"Expected `composite` to be a mapping of signed rules, but got {given.name!r}. Pass "
-            f"`Mapping(..., signed=True)` for rules that explain the logit, or use `AbsLRP(model, mapping)`."
+            f"Expected `composite` to be a mapping with signed rules, but got {given.name!r}. Pass "
+            f"`Mapping(..., signed=True)` if its rules explain the logit, or use `AbsLRP(model, mapping)`."
         )
     return given

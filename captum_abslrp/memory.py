@@ -1,4 +1,4 @@
-"""How many samples fit into memory together."""
+"""Estimation of the number of samples that fit into memory together."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from captum_abslrp.engine.propagation import saved_bytes
 __all__ = ["fitting", "free_bytes", "is_out_of_memory"]
 
 NEEDED = 3
-"""Peak memory of an attribution, as a multiple of what is kept for the backward pass: two has been seen for
-small batches of large images, and less for others."""
+"""Peak memory of an attribution as a multiple of its saved tensors. The largest measured value is two, for
+small batches of large images."""
 
 SHARE = 0.5
-"""How much of the free memory is used."""
+"""Fraction of the free memory to use."""
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where it is not known.
+    """Return the free memory of a device in bytes, or None if it is unknown.
 
     Example:
         >>> free_bytes(torch.device("meta")) is None
@@ -46,14 +46,14 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def fitting(output: Tensor, batch_size: int) -> int:
-    """How many samples fit into the free memory, by what one of them keeps.
+    """Estimate how many samples fit into the free memory, from the saved tensors of one sample.
 
     Args:
-        output: the output for one sample, (1, ...), with its history.
-        batch_size: how many there are.
+        output: the output for one sample, (1, ...), with its autograd history.
+        batch_size: the number of samples.
 
     Returns:
-        At least 1, at most ``batch_size``; all of them where the free memory is not known.
+        At least 1 and at most ``batch_size``, which is also the result if the free memory is unknown.
     """
     free = free_bytes(output.device)
     if free is None:
@@ -62,7 +62,7 @@ def fitting(output: Tensor, batch_size: int) -> int:
 
 
 def is_out_of_memory(error: Any) -> bool:
-    """Whether an error says that there was no memory left."""
+    """Whether an error is an out-of-memory error."""
     kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     return isinstance(error, (kind, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,12 +1,12 @@
-"""Attribution methods by name: what the command line and comparisons of methods choose from.
+"""Registry of attribution methods, for the command line and for comparisons.
 
-A method is a factory ``model -> attribute``; ``attribute(inputs, target)`` returns maps (B, C, H, W) of
-images (B, C, H, W) and classes (one for all, or (B,)). Methods expect a model in eval mode and leave it,
-and the inputs, as they were: those of Captum that hook modules, reassign them or fail on in-place
-activations run on a copy. A method whose rules are of modules would return a plain gradient for what a
-model computes elsewhere, and raises `TypeError` for such a model. Random numbers depend on the image
-alone: a second call gives the same maps, and a batch gives those of its images. Wherever a
-method needs a baseline it is 0, the mean color of images normalized by mean and standard deviation.
+A method is a factory ``model -> attribute``; ``attribute(inputs, target)`` returns maps, (B, C, H, W), for
+images, (B, C, H, W), and classes (one for all, or (B,)). Methods expect a model in evaluation mode and
+modify neither the model nor the inputs: Captum methods that hook modules, reassign them or fail on in-place
+activations run on a copy. A method with rules for modules would return plain gradients for functional calls,
+and therefore raises `TypeError` for models that use them. Random numbers depend only on the image, so
+results are deterministic and do not depend on the batch. The baseline, where one is needed, is 0, the mean
+color of normalized images.
 
 Axes: B images, C channels, H height, W width.
 """
@@ -60,10 +60,10 @@ __all__ = [
 ]
 
 AttributionFunction = Callable[[Tensor, int | Tensor], Tensor]
-"""From images (B, C, H, W) and a target for all or for each to maps of the same shape."""
+"""Maps images, (B, C, H, W), and one target for all or for each to attributions of the same shape."""
 
 MethodFactory = Callable[[nn.Module], AttributionFunction]
-"""Makes the attribution function of a model."""
+"""Creates the attribution function of a model."""
 
 _METHODS: dict[str, MethodFactory] = {}
 
@@ -71,14 +71,14 @@ _METHODS: dict[str, MethodFactory] = {}
 def register_method(
     name: str, *, overwrite: bool = False
 ) -> Callable[[MethodFactory], MethodFactory]:
-    """Decorator that adds a factory to the registry.
+    """Register a factory under a name; for use as a decorator.
 
     Args:
-        name: what the method is called, also by ``captum_abslrp.cli.main`` in this process.
-        overwrite: replace a method that has this name already.
+        name: the name of the method, also for ``captum_abslrp.cli.main`` in this process.
+        overwrite: whether to replace an existing method of this name.
 
     Raises:
-        ValueError: if the name is taken and `overwrite` is False.
+        ValueError: if the name is already registered and `overwrite` is False.
 
     Example:
         >>> @register_method("half", overwrite=True)
@@ -90,8 +90,8 @@ def register_method(
     """
     if name in _METHODS and not overwrite:
         raise ValueError(
-            f"Expected `name` to be new, but got {name!r}, which is registered already; "
-            "pass overwrite=True to replace it."
+            f"Expected `name` to be new, but got {name!r}, which is already registered. "
+            "Pass `overwrite=True` to replace it."
         )
 
     def register(factory: MethodFactory) -> MethodFactory:
@@ -102,7 +102,7 @@ def register_method(
 
 
 def list_methods() -> list[str]:
-    """Names of all methods, in the order of their registration.
+    """Return the names of all methods, in the order of registration.
 
     Example:
         >>> list_methods()[:3]
@@ -112,10 +112,10 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> MethodFactory:
-    """The factory registered under a name.
+    """Return the factory that is registered under a name.
 
     Raises:
-        ValueError: if there is none; the message has the nearest names.
+        ValueError: if the name is unknown. The message suggests similar names.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
@@ -126,12 +126,12 @@ def get_method(name: str) -> MethodFactory:
         return _METHODS[name]
     raise ValueError(
         f"Expected `name` to be an attribution method, but got {name!r}"
-        f"{did_you_mean(name, _METHODS)}. There are: {', '.join(_METHODS)}."
+        f"{did_you_mean(name, _METHODS)}. Available methods: {', '.join(_METHODS)}."
     )
 
 
 def positive_share(attribution: Tensor, mask: Tensor) -> Tensor:
-    """How much of the positive relevance lies inside a mask.
+    """Compute the share of positive relevance inside a mask.
 
     Relevance is summed over channels first; then ``share = sum of r^+ inside / sum of r^+``.
 
@@ -143,7 +143,7 @@ def positive_share(attribution: Tensor, mask: Tensor) -> Tensor:
         One share in [0, 1] per image, (B,); 0 where no relevance is positive.
 
     Raises:
-        ValueError: if the shapes do not fit or the mask is not boolean.
+        ValueError: if the shapes do not match or the mask is not boolean.
 
     Example:
         >>> attribution = torch.tensor([[[[3.0, 1.0], [-5.0, 0.0]]]])
@@ -179,13 +179,13 @@ def _abslrp_recommended(model: nn.Module) -> AttributionFunction:
 
 
 class _LRPOfOperations(LRP):  # type: ignore[misc,unused-ignore]  # untyped base
-    """Captum's LRP, which asks for no rule of layers that compute nothing."""
+    """Captum's LRP without the requirement of rules for layers that compute nothing."""
 
     layers: list[nn.Module]
 
     def _get_layers(self, model: nn.Module) -> None:
         super()._get_layers(model)
-        # The plain backward pass moves relevance with its element there.
+        # In these layers, the plain backward pass moves relevance with its element.
         no_layers = (nn.Identity, nn.Flatten, SecondName)
         self.layers = [layer for layer in self.layers if not isinstance(layer, no_layers)]
 
@@ -203,7 +203,7 @@ def _lrp(model: nn.Module) -> AttributionFunction:
 @register_method("ig")
 def _integrated_gradients(model: nn.Module) -> AttributionFunction:
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
-        # 50 points of the path at once would need the memory of a batch 50 times as large.
+        # Running all 50 points of the path at once would need 50 times the memory.
         at_once = max(16, len(inputs))
         return _maps(IntegratedGradients(model), inputs, target, internal_batch_size=at_once)
 
@@ -235,7 +235,7 @@ def _deeplift(model: nn.Module) -> AttributionFunction:
 def _guided_backprop(model: nn.Module) -> AttributionFunction:
     if not any(isinstance(module, nn.ReLU) for module in model.modules()):
         raise ValueError(
-            "Expected `model` to have nn.ReLU modules, which guided backpropagation changes, "
+            "Expected `model` to have nn.ReLU modules for guided backpropagation, "
             f"but got {type(model).__name__} without any."
         )
 
@@ -253,7 +253,7 @@ def _gradient_shap(model: nn.Module) -> AttributionFunction:
     def attribute(inputs: Tensor, target: int | Tensor) -> Tensor:
         method = GradientShap(model)
         maps = []
-        # One image at a time: Captum runs all samples of all images as one batch.
+        # One image at a time, because Captum runs all samples of all images as one batch.
         for i, image in enumerate(inputs):
             with _global_seed(_seed_of(image), inputs.device):
                 maps.append(
@@ -281,7 +281,7 @@ def _gradcam(model: nn.Module) -> AttributionFunction:
         coarse = method.attribute(leaf_of(inputs), target=target, relu_attributions=True)
         channels, *size = inputs.shape[1:]
         maps: Tensor = LayerAttribution.interpolate(coarse.detach(), tuple(size), "bilinear")
-        # Shared out evenly, so that the sum over channels is the class activation map.
+        # Split evenly, so that the sum over channels is the class activation map.
         return maps.expand(-1, channels, -1, -1) / channels
 
     return attribute
@@ -323,12 +323,12 @@ def _random(model: nn.Module) -> AttributionFunction:
 
 
 def _seed_of(image: Tensor) -> int:
-    """A seed that depends on the image alone, so that a second call gives the same map."""
+    """A random seed that depends only on the image, so that results are deterministic."""
     return zlib.crc32(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _maps(method: Any, inputs: Tensor, target: int | Tensor, **options: Any) -> Tensor:
-    """The maps of a method of Captum, without history and in the dtype of the images."""
+    """The maps of a Captum method, detached and in the dtype of the images."""
     maps: Tensor = method.attribute(leaf_of(inputs), target=target, **options)
     return maps.detach().to(inputs.dtype)
 
@@ -341,7 +341,7 @@ def _target_of(target: int | Tensor, index: int) -> int:
 
 @contextmanager
 def _silenced(message: str) -> Iterator[None]:
-    """Without the warning that Captum gives whenever it hooks a model (here: a copy)."""
+    """Suppress the warning that Captum raises when it hooks a model (here: a copy)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
@@ -349,7 +349,7 @@ def _silenced(message: str) -> Iterator[None]:
 
 @contextmanager
 def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the global generators, which Captum draws from, and puts their states back."""
+    """Seed the global generators, which Captum uses, and restore their states on exit."""
     numpy_state = np.random.get_state()
     devices = [device] if device.type == "cuda" else []
     try:

@@ -1,4 +1,4 @@
-"""Methods ``attribute`` as Captum calls them: with usage logs, and from its ``NoiseTunnel``."""
+"""Integration of ``attribute`` with Captum: usage logs and ``NoiseTunnel``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["for_captum", "repeated"]
 
 
 def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an ``attribute`` method as Captum expects it: calls are logged, unless Captum makes them.
+    """Wrap an ``attribute`` method as Captum expects: calls are logged, except those from Captum itself.
 
     Captum's ``NoiseTunnel`` calls ``attribute.__wrapped__``. It repeats each sample and its target, and
-    passes all other arguments as they are. There, and only there, a contrast per sample is repeated, too, and
-    so are functions as targets that know of samples.
+    passes keyword arguments unchanged. For these calls only, a contrast per sample is repeated as well, and
+    so are target functions with values per sample.
     """
 
     @wraps(attribute)
@@ -36,14 +36,14 @@ def for_captum(attribute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def repeated(classes: Any, batch_size: int) -> Any:
-    """Classes for samples that Captum has repeated, one behind the other, for noise to be added to each.
+    """Repeat classes for samples that Captum has repeated to add noise.
 
     Args:
-        classes: a target or contrast as ``attribute`` takes it.
-        batch_size: how many samples there are now.
+        classes: a target or contrast, as in ``attribute``.
+        batch_size: the number of samples after repetition.
 
     Returns:
-        One class per sample, where ``classes`` has one for every n of them; else the same as given.
+        One class per sample if ``classes`` has one for every n samples; otherwise ``classes`` unchanged.
 
     Example:
         >>> repeated([3, 1], 4)
@@ -58,7 +58,7 @@ def repeated(classes: Any, batch_size: int) -> Any:
         return classes if count == 1 or batch_size % count else classes.repeated(times)
     if isinstance(classes, list) or (isinstance(classes, Tensor) and classes.dim() == 1):
         count = len(classes)
-    # A tensor of one element is for all samples.
+    # A one-element tensor applies to all samples.
     per_sample = isinstance(classes, list) or count > 1
     if not per_sample or count == 0 or batch_size % count:
         return classes

@@ -1,8 +1,8 @@
-"""The operations that a model applies to what depends on its inputs.
+"""Detection of operations that attribution methods for modules do not handle.
 
-Methods that change the backward pass at modules see only these modules. For what a model computes
-elsewhere they would silently return a plain gradient. One forward pass, which sees each operation of
-PyTorch (of functions, methods, scripted code and `autograd.Function` alike), finds this out before.
+Methods that modify the backward pass of modules silently return plain gradients for operations outside of
+these modules. This module finds such operations in one forward pass, which intercepts all PyTorch
+operations (of functions, methods, scripted code and `autograd.Function`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOVING = frozenset(
     take transpose unbind unfold unsafe_split unsqueeze view where zero
     """.split()
 )
-"""Operations that move and copy elements and compute nothing, by their names in ATen."""
+"""ATen names of operations that only move and copy elements."""
 
 LINEAR = MOVING | frozenset(
     """
@@ -41,7 +41,7 @@ LINEAR = MOVING | frozenset(
     upsample_nearest2d upsample_nearest3d upsample_trilinear3d
     """.split()
 )
-"""Operations that are linear, but for a constant, in what :func:`find_operation` lets depend on inputs."""
+"""ATen names of operations that are affine in the arguments that may depend on inputs."""
 
 # At most one of these arguments may depend on the inputs.
 _FACTORS = {
@@ -58,7 +58,7 @@ _FACTORS = {
     "mv": ("self", "vec"),
 }
 
-# None of these may.
+# None of these arguments may depend on the inputs.
 _CONSTANTS = {
     "_batch_norm_no_update": ("weight", "running_mean", "running_var"),
     "_native_batch_norm_legit_no_training": ("weight", "running_mean", "running_var"),
@@ -70,7 +70,7 @@ _CONSTANTS = {
     "native_batch_norm": ("weight", "running_mean", "running_var"),
 }
 
-# They take the shape and dtype of a tensor, and not its values.
+# These operations use the shape and dtype of a tensor, but not its values.
 _OF_SHAPE = frozenset(
     """
     empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like
@@ -81,14 +81,14 @@ _OF_SHAPE = frozenset(
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, and where a model applies it; printed as words.
+    """An operation and the module that calls it; prints as a description.
 
     Attributes:
-        order: how many operations came before it.
-        name: its name in ATen, for example ``"native_layer_norm"``.
-        path: the module that calls it, for example ``"blocks.0.norm1"``.
+        order: index of the operation in the forward pass.
+        name: ATen name, for example ``"native_layer_norm"``.
+        path: path of the module that calls it, for example ``"blocks.0.norm1"``.
         layer: the type of this module.
-        trouble: what is special about it; empty for operations that are not allowed at all.
+        trouble: the reason why this use is not allowed; empty for operations that are never allowed.
     """
 
     order: int
@@ -110,22 +110,21 @@ def find_operation(
     *,
     products: bool = False,
 ) -> Operation | None:
-    """The first operation that is not allowed and that the output of a model depends on.
+    """Find the first operation that is not allowed and that the output of a model depends on.
 
-    The model runs once, on the first sample. It keeps the hooks that note where operations are called
-    from, so pass a copy.
+    The model runs once, on the first sample. Pass a copy, because the model is modified.
 
     Args:
-        model: a copy of a model; its parameters no longer require gradients afterwards.
+        model: a copy of a model; afterwards, its parameters do not require gradients.
         inputs: an example input, (B, ...).
-        allowed: names of operations, such as :data:`LINEAR`.
-        layers: modules inside of which any operation is allowed.
-        products: whether two factors that both depend on the input may be multiplied or divided.
+        allowed: ATen names of allowed operations, such as :data:`LINEAR`.
+        layers: modules inside which any operation is allowed.
+        products: whether products and quotients of two factors that both depend on the input are allowed.
 
     Returns:
-        The operation, or None where all are allowed. An operation is not allowed either where it cuts
-        gradients off (`detach`, `no_grad`, `autograd.Function`), and where its result is of integers,
-        booleans or Python's numbers that the output depends on.
+        The operation, or None if all are allowed. An operation is also not allowed if it cuts off gradients
+        (`detach`, `no_grad`, `autograd.Function`), or if the output depends on its integer or boolean
+        result or on a Python number.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.ReLU())
@@ -144,7 +143,7 @@ def find_operation(
         handles.append(module.register_forward_hook(mode.leave, always_call=True))
     try:
         with torch.enable_grad():
-            # A clone, because a leaf cannot be changed in place, which the model may do.
+            # Clone the leaf: the model may modify its input in place, which autograd forbids for leaves.
             sample = inputs[:1].detach().clone().requires_grad_().clone()
             mode.mark(sample, None)
             with mode:
@@ -156,7 +155,7 @@ def find_operation(
 
 
 class _Watch(TorchDispatchMode):
-    """Follows what depends on the input, with the first operation on the way that is not allowed."""
+    """Tracks the tensors that depend on the input, each with the first disallowed operation before it."""
 
     def __init__(
         self,
@@ -170,7 +169,7 @@ class _Watch(TorchDispatchMode):
         self.running: list[tuple[str, nn.Module]] = []
         self.exempt = 0
         self.order = 0
-        # By storage, so that a view and what it is a view of are one; kept, so that none is used again.
+        # By storage, so that views count as their base; kept alive, so that no address is reused.
         self.troubles: dict[int, Operation | None] = {}
         self.storages: list[torch.UntypedStorage] = []
         self.escaped: Operation | None = None
@@ -201,7 +200,7 @@ class _Watch(TorchDispatchMode):
         return [leaf for leaf in tree_leaves(value) if self.depends(leaf)]
 
     def trouble_of(self, *values: object) -> Operation | None:
-        """The first operation that is not allowed on the way to some of these."""
+        """The first disallowed operation that some of these values depend on."""
         known = [self.troubles[t.untyped_storage()._cdata] for t in self.dependent(values)]
         return _first([*known, self.escaped])
 
@@ -212,7 +211,7 @@ class _Watch(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         sources = self.dependent(given)
-        # Before it runs: some operations change their arguments.
+        # Check before the operation runs, because it may modify its arguments.
         before, cut = self.trouble_of(given), _is_cut(sources)
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::").rstrip("_")
@@ -247,8 +246,8 @@ class _Watch(TorchDispatchMode):
             elif isinstance(value, Tensor) or (
                 name == "_local_scalar_dense" and type(value) is not bool
             ):
-                # It cannot be followed, and is taken to reach the output. Truth values are none of
-                # these: they decide what is computed.
+                # The value cannot be tracked, so the output is assumed to depend on it. Booleans are
+                # excluded, because they only control which operations run.
                 self.escaped = _first([self.escaped, before, operation])
         return result
 
@@ -260,14 +259,14 @@ class _Watch(TorchDispatchMode):
 
 
 def _storage(value: object) -> torch.UntypedStorage | None:
-    """The memory of a tensor; None for anything else, and for sparse tensors, which have no one memory."""
+    """The storage of a dense tensor; None for anything else."""
     if isinstance(value, Tensor) and value.layout == torch.strided:
         return value.untyped_storage()
     return None
 
 
 def _is_cut(sources: list[Tensor]) -> bool:
-    """Whether no gradient will reach some of these tensors, all of which depend on the input."""
+    """Whether gradients cannot reach some of these tensors, all of which depend on the input."""
     reals = [source for source in sources if source.is_floating_point() or source.is_complex()]
     return bool(reals) and not (
         torch.is_grad_enabled() and all(source.requires_grad for source in reals)

@@ -1,7 +1,7 @@
-"""Work that is shared by the processes of ``torch.distributed``, where it is initialized.
+"""Distribution of work among processes with ``torch.distributed``, if it is initialized.
 
-What is exchanged are small Python objects (scores, paths, messages), never tensors of the model. Without
-``torch.distributed`` everything here is what one process does alone.
+Processes exchange small Python objects (scores, paths, messages), never tensors of the model. Without
+``torch.distributed``, the functions behave as in a single process.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ __all__ = ["count", "from_first", "gather", "own_device", "rank", "share", "star
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
-"""How long a process waits for the others, which may have much more left to do. One that has died is
-noticed at once: its connection is closed."""
+"""Timeout for other processes, which may have much more work left. A process that dies is noticed
+immediately, because its connection is closed."""
 
 _group: Any = None
-"""The group of processes that exchanges objects; None for the default group."""
+"""The process group that exchanges objects; None for the default group."""
 
 _exchanged: deque[list[torch.Tensor]] = deque(maxlen=8)
-"""The last tensors that were exchanged. A thread of gloo may be about to drop them when all have arrived;
-were it the last to hold them, it would wait for Python's lock, and the end of the group, which has the lock,
-for the thread (seen with PyTorch 2.6). ``all_gather_object`` does not keep its own."""
+"""The last exchanged tensors, kept alive to avoid a deadlock (seen with PyTorch 2.6). If a thread of gloo
+held the last reference, it would wait for the GIL to free them, while the destruction of the group holds the
+GIL and waits for the thread. ``all_gather_object`` does not keep its tensors."""
 
 
 @contextmanager
 def started() -> Iterator[None]:
-    """The processes that ``torchrun`` has started, connected with each other; else this one alone.
+    """Connect the processes that ``torchrun`` has started; do nothing for a single process.
 
     Example:
         >>> with started():
@@ -48,7 +48,7 @@ def started() -> Iterator[None]:
         yield
         return
     global _group
-    distributed.init_process_group()  # gloo for the host and, where there is a GPU, NCCL
+    distributed.init_process_group()  # gloo for the CPU and, if there is a GPU, NCCL
     _group = distributed.new_group(timeout=PATIENCE, backend="gloo")
     try:
         yield
@@ -63,22 +63,22 @@ def _initialized() -> bool:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the rank of this process."""
     return distributed.get_rank() if _initialized() else 0
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return distributed.get_world_size() if _initialized() else 1
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """The items that this process works on: each item is one process's."""
+    """Return the items that this process works on; each item belongs to one process."""
     return items[rank() :: count()]
 
 
 def gather(value: T) -> list[T]:
-    """The value of each process, in order of their numbers, for all of them."""
+    """Return the values of all processes, in order of rank, in every process."""
     if count() == 1:
         return [value]
     device = torch.device("cuda" if distributed.get_backend(_group) == "nccl" else "cpu")
@@ -98,7 +98,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """The value that the first process makes, in all processes; its exception is raised in all of them."""
+    """Return the value that the first process computes, in all processes; an error is raised in all."""
     if count() == 1:
         return make()
     made: Any = None
@@ -106,16 +106,16 @@ def from_first(make: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             made = make()
-        except Exception as error:  # raised below, in each process
+        except Exception as error:  # raised below in every process
             failure = error
     made, failure = gather((made, failure))[0]
     if failure is not None:
         raise failure
-    return made  # type: ignore[no-any-return]  # of the first process
+    return made  # type: ignore[no-any-return]  # from the first process
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: where CUDA is asked for, each process of a machine has its own GPU.
+    """Return the device of this process: for ``"cuda"``, each process of a machine gets its own GPU.
 
     Example:
         >>> own_device(torch.device("cpu"))

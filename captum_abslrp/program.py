@@ -33,14 +33,14 @@ __all__ = ["Program", "trace"]
 class Program(nn.Module):
     """An explanation as one graph of ATen operators, for inputs of one shape.
 
-    :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` makes it. It holds no Python of the model or of this
-    package, so that it runs with less overhead, in CUDA graphs, under ``torch.compile`` and ``torch.export``.
-    It reads the memory that the model's weights had when it was traced: where they are updated in place, it
-    explains the updated model; where they were replaced (``model.to(...)``, ``assign=True``), the old one.
+    :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` creates it. The graph contains no Python code of the
+    model or of this package. It therefore has less overhead and works with CUDA graphs, ``torch.compile``
+    and ``torch.export``. It shares memory with the weights of the model at the time of tracing: in-place
+    updates of the weights take effect, but replaced weights (``model.to(...)``, ``assign=True``) do not.
 
     Attributes:
-        graph: the operators, a :class:`torch.fx.GraphModule` from the flat tensors of the arguments to
-            the output and the maps.
+        graph: a :class:`torch.fx.GraphModule` that maps the flat list of input tensors to the output and the
+            maps.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
@@ -66,19 +66,19 @@ class Program(nn.Module):
         """Run the program.
 
         Args:
-            inputs: as in the example: tensors of the same shapes, dtypes and devices.
-            target: as for ``attribute``, with as many indices as in the example; None where the example had
-                none. A tensor on the device of the inputs makes nothing wait.
-            additional_forward_args: as in the example. Only tensors may have other values.
+            inputs: tensors with the shapes, dtypes and devices of the example.
+            target: as in ``attribute``, with as many indices as in the example; None if the example had no
+                target. A tensor on the device of the inputs avoids synchronization.
+            additional_forward_args: as in the example. Only the values of tensors may differ.
 
         Returns:
-            The explained output of the model, (B, ...), and relevance shaped like ``inputs``. Of samples that
-            ``attribute`` would refuse, relevance is NaN: where an input is not finite, a target is out of
-            range, or the contrast is the target itself. So it is where ``attribute`` would run once more,
-            because relevance of both signs became so little that it may be a rounding error.
+            The explained output of the model, (B, ...), and relevance with the shape of ``inputs``. Relevance
+            is NaN for samples for which ``attribute`` would raise an error: if an input is not finite, if a
+            target is out of range, or if the contrast equals the target. It is also NaN where ``attribute``
+            would run a second time, because relevance of both signs cancels up to rounding errors.
 
         Raises:
-            TypeError, ValueError: if an argument is not as in the example.
+            TypeError, ValueError: if an argument does not match the example.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
@@ -93,15 +93,15 @@ class Program(nn.Module):
             tensors.append(_rows(target, batch_size, tensors[0].device))
         elif target is not None:
             raise ValueError(
-                "Expected no `target`, because the program was traced without one, or with a function, and "
-                "what it explains is fixed, but got one. Trace it with a class: `trace(inputs, target=0)`."
+                "Expected no `target`, because the program was traced without a target or with a function, "
+                "but got one. Trace it with a class: `trace(inputs, target=0)`."
             )
         found = [_layout(x) for x in tensors]
         if spec != self._spec or found != self._expected:
             raise ValueError(
-                f"Expected arguments as the program was traced with, of shapes, dtypes and devices "
-                f"{_described(self._expected)}, but got {_described(found)}. The batch size is fixed, too: "
-                f"trace another program for another shape."
+                f"Expected arguments with the shapes, dtypes and devices of the example, "
+                f"{_described(self._expected)}, but got {_described(found)}. Trace another program for "
+                f"other shapes or batch sizes."
             )
         # Casts of autocast are part of the program.
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
@@ -110,8 +110,8 @@ class Program(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise RuntimeError(
-            "Expected the program to stay on its device and in its dtype, which are part of it, but got a "
-            "call that moves or casts it. Move the model and trace it there."
+            "Expected the program to keep its device and dtype, which are fixed, but got a call that moves "
+            "or casts it. Move or cast the model, and trace it again."
         )
 
     def extra_repr(self) -> str:
@@ -128,18 +128,19 @@ def trace(
     contrast: Contrast,
     expected: Any,
 ) -> Program:
-    """Trace what an explanation computes.
+    """Trace an explanation into a program.
 
     Args:
-        model: the model, in evaluation mode, which is left as it is.
-        explain: from samples, and whether relevance may stay unscaled for some steps, to the explained
-            output, (B, ...), which samples have a target that fits, (B,), and relevance of each input.
+        model: the model, in evaluation mode; it is not modified.
+        explain: a function of samples, and of whether relevance may stay unscaled for some steps, that
+            returns the explained output, (B, ...), which samples have a valid target, (B,), and the
+            relevance of each input.
         inputs, target, additional_forward_args, contrast: the example.
-        expected: the map of the example, as the program shall compute it.
+        expected: the map of the example, to check the program.
 
     Raises:
         ValueError: if the model mixes samples.
-        RuntimeError: if the program computes another map.
+        RuntimeError: if the program computes a different map.
     """
     tensors, spec = _flat(inputs, additional_forward_args)
     count = len(inputs) if isinstance(inputs, tuple) else 1
@@ -172,7 +173,7 @@ def trace(
         return [output, *masked]
 
     indices = 0 if target is None else tensors[-1].shape[1]
-    for chains in (True, False):  # where relevance has to be scaled at each step
+    for chains in (True, False):  # scaling at every step may avoid values that are not finite
         graph = _graph(partial(run, chains), tensors, model)
         program = Program(graph, tensors, spec, indices=indices)
         found = program(inputs, target, additional_forward_args)[1]
@@ -183,8 +184,8 @@ def trace(
         largest = float(of_example.abs().max())
         if not torch.allclose(relevance, of_example, rtol=1e-2, atol=1e-2 * largest):
             raise RuntimeError(
-                "Expected the program to give the map of the explanation that it was traced with, but got "
-                "another one: the model, or a rule of yours, does not compute the same in every run."
+                "Expected the program to reproduce the map of the example, but got a different map. Make "
+                "sure that the model and custom rules are deterministic."
             )
     return program
 
@@ -197,21 +198,21 @@ def _graph(run: Callable[..., Any], tensors: Sequence[Tensor], model: nn.Module)
     """The graph of a function of tensors that runs a model."""
     example = [x.detach().clone() for x in tensors]
     with warnings.catch_warnings(), torch.inference_mode(False), unchanged(model):
-        warnings.simplefilter("ignore")  # the explanation of the example has warned
+        warnings.simplefilter("ignore")  # the explanation of the example has already warned
         try:
             with torch.enable_grad():
                 graph = make_fx(lambda *given: run(*given))(*example)
         except Misaligned as error:
             raise ValueError(
-                "Expected the model to keep samples apart in the leading dimension to be traced for a batch, "
-                "but got one that moves or mixes them. Trace it for one sample."
+                "Expected the model to keep samples separate in the leading dimension, because it is traced "
+                "for a batch, but got a model that moves or mixes them. Trace it for one sample."
             ) from error
         except (RuntimeError, NotImplementedError) as error:
             if type(error) not in (RuntimeError, NotImplementedError):
-                raise  # of a kind of its own: it says what is wrong
+                raise  # a more specific error
             raise ValueError(
-                f"Expected the forward pass of {type(model).__name__} to run the same operators whatever the "
-                f"values are, and to overwrite none of its own tensors, to be traced, but got: "
+                f"Expected the forward pass of {type(model).__name__} to run the same operators for all "
+                f"values and to overwrite none of its tensors, as tracing requires, but got: "
                 f"{str(error).splitlines()[0]} Use `attribute`."
             ) from error
     _own(graph)
@@ -222,7 +223,7 @@ def _graph(run: Callable[..., Any], tensors: Sequence[Tensor], model: nn.Module)
 
 
 def _flat(inputs: Any, additional_forward_args: Any) -> tuple[list[Tensor], Any]:
-    """The tensors among the arguments, and where they belong, with everything else."""
+    """Return the tensors among the arguments, and the structure of the arguments without tensors."""
     given = plain(inputs if isinstance(inputs, tuple) else (inputs,))
     extra = _format_additional_forward_args(additional_forward_args) or ()
     leaves, spec = tree_flatten(extra)
@@ -232,20 +233,20 @@ def _flat(inputs: Any, additional_forward_args: Any) -> tuple[list[Tensor], Any]
 
 
 def _rows(target: Target, batch_size: int, device: torch.device) -> Tensor:
-    """Indices of each sample, (B, I), on a device; a tensor that is there is not waited for."""
+    """The target indices of each sample, (B, I), on a device, without synchronization if possible."""
     if isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == (batch_size,):
         return target.detach().to(device).view(-1, 1)
     rows = expand_target(target, batch_size)
     if rows is None:
         raise ValueError(
-            "Expected `target`, because the program was traced with one, but got None. Pass the classes, or "
-            "trace a program of the predicted class, `trace(inputs)`."
+            "Expected `target`, because the program was traced with a target, but got None. Pass a target, "
+            "or trace a program for the predicted class, `trace(inputs)`."
         )
     return rows.to(device)
 
 
 def _own(graph: GraphModule) -> None:
-    """Give the graph tensors of its own on the memory of the model's, so that nobody moves both."""
+    """Replace the parameters of the graph by buffers that share memory with those of the model."""
     for name, parameter in [*graph.named_parameters()]:
         delattr(graph, name)
         graph.register_buffer(name, parameter.detach())

@@ -1,6 +1,6 @@
-"""How to explain a model best, by what was measured on models of its kind.
+"""Recommended settings for kinds of models, based on benchmarks.
 
-The figures are those of ``benchmarks/RESULTS.md``, "Real models"; ``python -m benchmarks.real`` reproduces
+The figures are from ``benchmarks/RESULTS.md``, "Real models"; ``python -m benchmarks.real`` reproduces
 them.
 """
 
@@ -17,15 +17,15 @@ __all__ = ["Recommendation", "recommend"]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Options of :class:`~captum_abslrp.AbsLRP` for a kind of model, and what they were chosen by.
+    """Recommended options of :class:`~captum_abslrp.AbsLRP` for a kind of model.
 
     Attributes:
         kind: the kind of model.
         mapping: the name of the mapping, or None for that of the model's class.
-        normalization: as for :class:`~captum_abslrp.AbsLRP`.
-        contrast: the default of :meth:`~captum_abslrp.AbsLRP.attribute`, as is ``combine``.
-        combine: see ``contrast``.
-        figures: what was measured, and on which models.
+        normalization: as in :class:`~captum_abslrp.AbsLRP`.
+        contrast: the default of ``contrast`` in :meth:`~captum_abslrp.AbsLRP.attribute`.
+        combine: the default of ``combine`` in :meth:`~captum_abslrp.AbsLRP.attribute`.
+        figures: the benchmark results, with the models that they were measured on.
     """
 
     kind: str
@@ -46,19 +46,19 @@ class Recommendation:
 
 
 def _of(kind: str, figures: str) -> Recommendation:
-    """The recommended mapping for a kind of model that it was measured on."""
+    """The recommendation for a kind of model that was measured."""
     return Recommendation(kind, "recommended", "joint", "softmax", "guided", figures)
 
 
 TRANSFORMER = _of(
     "Vision Transformer",
-    "GridPG (chance 0.25) of this and of the published method: ViT-Tiny/16 (ImageNet) 0.72 and 0.25, DINOv2 "
-    "ViT-S/14 (four classes) 0.71 and 0.32.",
+    "GridPG (chance level 0.25), recommended vs. published: ViT-Tiny/16 (ImageNet) 0.72 vs. 0.25, DINOv2 "
+    "ViT-S/14 (four classes) 0.71 vs. 0.32.",
 )
 CONVOLUTIONAL = _of(
     "convolutional network with batch norm",
-    "GridPG (chance 0.25) of this and of the published method: EfficientNet-Lite0 (ImageNet) 0.91 and 0.77, "
-    "ResNet-56 (CIFAR-10) 0.85 and 0.74.",
+    "GridPG (chance level 0.25), recommended vs. published: EfficientNet-Lite0 (ImageNet) 0.91 vs. 0.77, "
+    "ResNet-56 (CIFAR-10) 0.85 vs. 0.74.",
 )
 OTHER = Recommendation(
     "model of another kind",
@@ -66,16 +66,16 @@ OTHER = Recommendation(
     "separate",
     "others",
     "difference",
-    "This is the published method: nothing was measured on models of this kind.",
+    "This is the published method, because models of this kind were not measured.",
 )
 
 
 def recommend(model: nn.Module) -> Recommendation:
-    """The recommendation for a model, by its structure.
+    """Return the recommendation for a model, based on its layers.
 
-    A Vision Transformer has layers of attention and no batch norm: ViT, DeiT, DINOv2, Swin, EVA, of timm,
-    torchvision or Hugging Face. A convolutional network has convolutions and batch norm, and neither
-    attention nor layer norm: ResNet, EfficientNet, MobileNet.
+    A model with attention layers and without batch norm counts as a Vision Transformer: ViT, DeiT, DINOv2,
+    Swin, EVA, from timm, torchvision or Hugging Face. A model with convolutions and batch norm, but without
+    attention or layer norm, counts as a convolutional network: ResNet, EfficientNet, MobileNet.
 
     Example:
         >>> recommend(timm.create_model("test_vit")).kind
@@ -95,13 +95,13 @@ def recommend(model: nn.Module) -> Recommendation:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is a layer of attention: it has a number of heads."""
+    """Whether a module is an attention layer, which has a number of heads."""
     heads = (getattr(module, name, None) for name in _HEADS)
     return any(isinstance(number, int) for number in heads)
 
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
-"""What layers of attention call the number of their heads."""
+"""Names of the attribute for the number of heads in attention layers."""
 
 
 def _is_layer_norm(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Scores of a model's output that a user asks about, where a class by its index does not say it.
+"""Scores of a model's output that are given by functions instead of class indices.
 
 Axes: B samples, K classes.
 """
@@ -16,27 +16,27 @@ from captum_abslrp.checks import differs_in_training
 __all__ = ["Score", "Scores", "scores_of"]
 
 Score = Callable[[Any], Tensor]
-"""From what a model returns for B samples to one score per sample, (B,), or to scores of classes, (B, K)."""
+"""Maps the output of a model for B samples to one score per sample, (B,), or to class scores, (B, K)."""
 
 
 class Scores(NamedTuple):
-    """The score that is explained, and the score that it is compared with, if that is a function, too."""
+    """The target function, and the contrast if it is a function."""
 
     target: Score
     contrast: Score | None = None
 
     @property
     def index(self) -> Any:
-        """The class to explain where the function returns scores of classes; None for the predicted one."""
+        """The class to explain if the function returns class scores; None for the predicted class."""
         return 0 if self.contrast is not None else getattr(self.target, "index", None)
 
     @property
     def has_rows(self) -> bool:
-        """Whether all functions say what they are for some of the samples."""
+        """Whether all functions have a method `rows` to select samples."""
         return all(score is None or hasattr(score, "rows") for score in self)
 
     def rows(self, start: int, stop: int) -> Scores:
-        """The scores for samples number `start` to `stop - 1`; a function that knows of samples has rows."""
+        """Return the scores for samples `start` to `stop - 1`, by the method `rows` of the functions."""
 
         def rows_of(score: Any) -> Any:
             own = getattr(score, "rows", None)
@@ -45,7 +45,7 @@ class Scores(NamedTuple):
         return Scores(*map(rows_of, self))
 
     def __call__(self, output: Any, batch_size: int) -> Tensor:
-        """The scores that an output holds, (B,) or (B, K); with a contrast (B, 2), the target first."""
+        """Compute the scores of an output, (B,) or (B, K); with a contrast (B, 2), the target first."""
         of_target = _checked(self.target(output), batch_size, "target")
         if self.contrast is None:
             return of_target
@@ -58,16 +58,16 @@ class Scores(NamedTuple):
 
 
 def scores_of(target: Any, contrast: Any, batch_size: int) -> Scores | None:
-    """The scores where the target is a function, or None.
+    """Return the scores if the target is a function, or None.
 
     Args:
-        target, contrast: as ``attribute`` takes them.
+        target, contrast: as in ``attribute``.
         batch_size: B.
 
     Raises:
-        TypeError: if the contrast alone is a function.
-        ValueError: if a module is in training mode, a function knows of another number of samples, or target
-            and contrast are the same.
+        TypeError: if the contrast is a function, but the target is not.
+        ValueError: if a function is a module in training mode, if it is for a different number of samples, or
+            if target and contrast are the same.
 
     Example:
         >>> scores = scores_of(lambda out: out[:, 1], lambda out: out[:, 2:].mean(1), 2)
@@ -78,13 +78,13 @@ def scores_of(target: Any, contrast: Any, batch_size: int) -> Scores | None:
     if not callable(target):
         if callable(contrast):
             raise TypeError(
-                f"Expected `target` to be a function of the output, too, where `contrast` is one, but got "
-                f"{target!r}. Pass `target=lambda out: out[:, {target if isinstance(target, int) else 0}]`."
+                f"Expected `target` to be a function, because `contrast` is a function, but got {target!r}. "
+                f"Pass `target=lambda out: out[:, {target if isinstance(target, int) else 0}]`."
             )
         return None
     if contrast is target:
         raise ValueError(
-            f"Expected `contrast` to be another score than `target`, but got the same function for both, "
+            f"Expected `contrast` and `target` to be different functions, but got the same function, "
             f"{target!r}."
         )
     found = Scores(target, contrast if callable(contrast) else None)
@@ -94,13 +94,13 @@ def scores_of(target: Any, contrast: Any, batch_size: int) -> Scores | None:
         ):
             raise ValueError(
                 f"Expected the module `{name}` to be in evaluation mode, but got {type(score).__name__} in "
-                f"training mode, in which it may change or draw at random. Call `{name}.eval()`."
+                f"training mode, in which it may be random. Call `{name}.eval()`."
             )
         known = getattr(score, "samples", None)
         if known not in (None, 1, batch_size):
             raise ValueError(
-                f"Expected `{name}` to be for one sample, or for all {batch_size} of `inputs`, but got "
-                f"{score!r}, which is for {known}."
+                f"Expected `{name}` to be for one sample or for all {batch_size} samples of `inputs`, but "
+                f"got {score!r}, which is for {known} samples."
             )
     return found
 
@@ -116,22 +116,22 @@ def _checked(scores: Any, batch_size: int, name: str) -> Tensor:
         return scores.reshape(1)
     if scores.dim() not in (1, 2) or len(scores) != batch_size or scores.numel() == 0:
         raise ValueError(
-            f"Expected the function `{name}` to return one score per sample, ({batch_size},), or scores of "
-            f"classes, ({batch_size}, K), but got shape {tuple(scores.shape)}. It sees the samples that are "
-            f"run together; all of them may be fewer than `inputs` has."
+            f"Expected the function `{name}` to return one score per sample, ({batch_size},), or class "
+            f"scores, ({batch_size}, K), but got shape {tuple(scores.shape)}. The function receives one "
+            f"internal batch, which can have fewer samples than `inputs`."
         )
     return scores
 
 
 def _single(scores: Tensor, score: Score, name: str) -> Tensor:
-    """One score per sample; of classes that of the function's own class."""
+    """Return one score per sample; from class scores, pick the class of the function."""
     if scores.dim() == 1:
         return scores
     index = getattr(score, "index", None)
     if index is None and scores.shape[1] > 1:
         raise ValueError(
-            f"Expected the function `{name}` to return one score per sample where `contrast` is a function, "
-            f"but got shape {tuple(scores.shape)}. Choose one: `lambda out: ...[:, 0]`."
+            f"Expected the function `{name}` to return one score per sample, because `contrast` is a "
+            f"function, but got shape {tuple(scores.shape)}. Pick one score: `lambda out: ...[:, 0]`."
         )
     columns = torch.as_tensor(0 if index is None else index, device=scores.device)
     columns = columns.remainder(scores.shape[1]).reshape(-1, 1)

@@ -1,7 +1,7 @@
-"""Seeds: the relevance of the output that the backward pass starts from, of the target and its contrast.
+"""Seeds: the initial relevance of the backward pass, for the target and for the contrast.
 
-Axes: B samples, K classes. A *seed* is relevance of the model's output: shaped like the output, its
-sum over each sample is one.
+Axes: B samples, K classes. A *seed* is the relevance of the model's output. It has the shape of the output
+and sums to one over each sample.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 Target = None | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | Score
-"""Target in every form that Captum takes, or a function of the output."""
+"""A target in any form that Captum accepts, or a function of the output."""
 
 Contrast = None | str | int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | Score
-"""``"others"``, ``"softmax"``, None, classes in every form of :data:`Target`, or a function of the output."""
+"""``"others"``, ``"softmax"``, None, classes in any form of :data:`Target`, or a function of the output."""
 
 
 class Default:
-    """Stands for an argument that is not given, where None means something."""
+    """Placeholder for an argument that is not passed, where None is a valid value."""
 
     def __repr__(self) -> str:
         return "default"
@@ -47,20 +47,20 @@ DEFAULT = Default()
 
 
 def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tensor | None:
-    """Bring a target in any of Captum's forms to one row of indices per sample.
+    """Convert a target in any of Captum's forms to one row of indices per sample.
 
     Args:
-        target: None; an int or a tensor of one element (for all samples); a list or 1-d tensor of B
-            ints; a tuple of ints (one index for each dimension of all samples of an output of more
-            than two dimensions); a list of B such tuples.
+        target: None; an int or a one-element tensor (for all samples); a list or 1-d tensor of B ints; a
+            tuple of ints (one index per dimension, for all samples) for outputs with more than two
+            dimensions; or a list of B such tuples.
         batch_size: B.
         name: name of the argument, for messages.
 
     Returns:
-        Integer tensor of shape (B, number of indices of each sample), or None.
+        Integer tensor of shape (B, number of indices per sample), or None.
 
     Raises:
-        TypeError: if it is none of these.
+        TypeError: if the target has none of these forms.
         ValueError: if its length is not B.
 
     Example:
@@ -90,11 +90,11 @@ def expand_target(target: Any, batch_size: int, *, name: str = "target") -> Tens
     elif isinstance(target, list) and target and all(isinstance(t, tuple) for t in target):
         if len({len(t) for t in target}) > 1:
             raise ValueError(
-                f"Expected the tuples of `{name}` to have one length, but got {target}."
+                f"Expected the tuples of `{name}` to have the same length, but got {target}."
             )
         rows = torch.tensor(target)
         if rows.is_floating_point():
-            raise TypeError(f"Expected the tuples of `{name}` to hold integers, but got {target}.")
+            raise TypeError(f"Expected the tuples of `{name}` to contain ints, but got {target}.")
     else:
         raise TypeError(
             f"Expected `{name}` to be an int, a tuple of ints, a list of either or a tensor of "
@@ -118,27 +118,27 @@ def target_seed(
     signed: bool = False,
     checked: bool = True,
 ) -> Tensor:
-    """The seed of the target: one at one element, or spread over the elements of a sum.
+    """Compute the seed of the target: one at a single element, or spread over the elements of a sum.
 
     Args:
         output: (B, K), (B,), or (B, ...) with more dimensions.
-        target: indices as returned by :func:`expand_target`, (B, I): those of the first I dimensions
-            behind the samples. Where the output has more dimensions, the target is the sum over the
-            rest; the seed spreads over it by the share of the magnitudes, ``|x_i| / sum |x_j|``, and
-            evenly where all are zero. None: the predicted class of an output with one value per
-            class, or the only output of each sample.
-        class_dim: as for :func:`class_dimension`.
+        target: indices from :func:`expand_target`, (B, I), for the first I dimensions after the batch
+            dimension. If the output has more dimensions, the target is the sum over the remaining ones, and
+            the seed is distributed by magnitude, ``|x_i| / sum |x_j|``, or evenly if all values are zero.
+            None selects the predicted class of an output with one value per class, or the only output.
+        class_dim: as in :func:`class_dimension`.
         name: name of the argument, for messages.
-        signed: whether the seed is the output itself there, instead of a share of one.
-        checked: whether indices that are out of range are errors; otherwise the seed has no meaning there.
+        signed: whether the seed is the value of the output instead of one.
+        checked: whether to raise an error for indices that are out of range; otherwise the seed of such a
+            sample is undefined.
 
     Returns:
-        Tensor shaped like ``output``, in float32 where that is of half precision.
+        Tensor with the shape of ``output``, in float32 if ``output`` has half precision.
 
     Raises:
-        ValueError: if no target was given for an output of more than one value per class, if the target
+        ValueError: if the target is None and the output has several values per class, if the target
             has more indices than the output has dimensions, if the output is empty, or if the class
-            dimension is that of the samples.
+            dimension is the batch dimension.
         IndexError: if an index or the class dimension is out of range.
 
     Example:
@@ -169,7 +169,7 @@ def target_seed(
             raise ValueError(
                 f"Expected `{name}` to be a tuple of {output.dim() - 1} indices for an output of shape "
                 f"{tuple(output.shape)}, which has more than one value per class (dimension {classes}), "
-                f"but got None. Fewer indices explain the sum over the other dimensions."
+                f"but got None. Pass fewer indices to explain the sum over the remaining dimensions."
             )
         ones = torch.zeros_like(output).scatter(classes, output.argmax(classes, keepdim=True), 1.0)
         return ones * output if signed else ones
@@ -184,7 +184,7 @@ def target_seed(
         outside = ~_in_range(scores, target)
         if on_host(outside.any()):
             raise IndexError(
-                f"Expected `{name}` to lie within the output shape {tuple(scores.shape[1:])} of each "
+                f"Expected `{name}` to be within the output shape {tuple(scores.shape[1:])} of each "
                 f"sample, but got {target[outside][0].squeeze().tolist()}."
             )
     ones = _one_hot(scores, target)
@@ -201,28 +201,27 @@ def contrast_seed(
     signed: bool = False,
     checked: bool = True,
 ) -> Tensor | None:
-    """The seed of the contrast.
+    """Compute the seed of the contrast.
 
     Args:
-        output, target, class_dim: as for :func:`target_seed`.
-        contrast: ``"others"``: uniform over all other classes, as published; ``"softmax"``: the
-            other classes weighted by their softmax probability; indices as returned by
-            :func:`expand_target`: one other class; None: no contrast. Where the target is a sum over
-            some dimensions, so is each class.
-        logits: what the output has the probabilities of; by default the output itself.
-        signed, checked: as for :func:`target_seed`.
+        output, target, class_dim: as in :func:`target_seed`.
+        contrast: ``"others"`` is uniform over all other classes, as published; ``"softmax"`` weights the
+            other classes by their softmax probability; indices from :func:`expand_target` select one other
+            class; None means no contrast. If the target is a sum over some dimensions, so is each class.
+        logits: the logits of the output if it consists of probabilities; by default, the output itself.
+        signed, checked: as in :func:`target_seed`.
 
     Returns:
-        Tensor as from :func:`target_seed`, or None where there is no contrast or only one class.
+        Tensor as in :func:`target_seed`, or None if there is no contrast or only one class.
 
     Warns:
-        UserWarning: if an output of several values per sample has a single class in dimension 1, and
-            ``class_dim`` does not say that the classes are there.
+        UserWarning: if an output with several values per sample has a single class in dimension 1, and
+            ``class_dim`` is None.
 
     Raises:
-        ValueError: if ``contrast`` is an unknown word, or the target itself, or if classes are to be
-            compared though the target is a sum over them.
-        IndexError: as :func:`target_seed`.
+        ValueError: if ``contrast`` is an unknown string or equals the target, or if the target is a sum
+            over classes, which has no contrast.
+        IndexError: as in :func:`target_seed`.
 
     Example:
         >>> output = torch.tensor([[0.0, 1.0, 1.0]])
@@ -237,7 +236,7 @@ def contrast_seed(
         same = _is_same(seed, target_seed(output, target, class_dim=class_dim, checked=checked))
         if checked and on_host(same.any()):
             raise ValueError(
-                "Expected `contrast` to be another class than `target`, but got the same one for "
+                "Expected `contrast` and `target` to be different classes, but got the same class for "
                 f"sample {same.tolist().index(True)}."
             )
         if signed:
@@ -247,22 +246,22 @@ def contrast_seed(
     indexed = output.dim() - 1 if target is None else target.shape[1]
     if classes > indexed:
         raise ValueError(
-            f"Expected `target` to name a class where `contrast` is {contrast!r}, but got "
-            f"{indexed} of the {output.dim() - 1} indices of an output of shape {tuple(output.shape)}, whose "
-            f"classes are dimension {classes}: the sum over all classes has no others. Pass "
-            f"`contrast=None`, or pass in `class_dim` where the classes are."
+            f"Expected `target` to select a class with `contrast={contrast!r}`, but got {indexed} of the "
+            f"{output.dim() - 1} indices of an output of shape {tuple(output.shape)} with classes in "
+            f"dimension {classes}, which is a sum over all classes. Pass `contrast=None`, or the class "
+            f"dimension as `class_dim`."
         )
     scores = _sums_behind(in_full_precision(output), indexed)
     if scores.shape[classes] == 1:
         if class_dim is None:
             warn(
                 f"Expected more than one class in dimension 1 of the output for `contrast={contrast!r}`, but "
-                f"got shape {tuple(output.shape)}: the map is that of the target alone. Pass `class_dim` if "
+                f"got shape {tuple(output.shape)}. The map is that of the target alone. Pass `class_dim` if "
                 f"the classes are in another dimension, or `contrast=None`."
             )
         return None
     chosen = target_seed(scores, target, class_dim=classes, checked=checked)
-    # 1 at every class of the position that the target is in, and 0 elsewhere.
+    # 1 at every other class at the position of the target, and 0 elsewhere.
     others = chosen.sum(classes, keepdim=True) - chosen
     if contrast == "softmax":
         if logits is not None:
@@ -274,16 +273,16 @@ def contrast_seed(
 
 
 def class_dimension(output: Tensor, class_dim: int | None) -> int:
-    """The dimension of an output that its classes are in.
+    """Return the class dimension of an output.
 
     Args:
         output: (B, ...).
-        class_dim: a dimension by its number, counted from the end if it is negative; None: 1, which is
-            the convention of Captum and PyTorch and the last of (B, K).
+        class_dim: index of the dimension, which can be negative. None is dimension 1, the convention of
+            Captum and PyTorch.
 
     Raises:
         IndexError: if the output has no such dimension.
-        ValueError: if it is that of the samples.
+        ValueError: if it is the batch dimension.
 
     Example:
         >>> class_dimension(torch.rand(2, 5, 7, 7), None), class_dimension(torch.rand(2, 9, 5), -1)
@@ -300,25 +299,25 @@ def class_dimension(output: Tensor, class_dim: int | None) -> int:
     if not -dims <= class_dim < dims:
         raise IndexError(f"{message}.")
     if class_dim % dims == 0:
-        raise ValueError(f"{message}, which is that of the samples.")
+        raise ValueError(f"{message}, which is the batch dimension.")
     return class_dim % dims
 
 
 def _sums_behind(output: Tensor, indexed: int) -> Tensor:
-    """The sums of an output (B, ...) over all dimensions behind the first `indexed` of each sample."""
+    """The sums of an output (B, ...) over all dimensions after the first `indexed` ones of each sample."""
     return output if indexed == output.dim() - 1 else output.flatten(indexed + 1).sum(-1)
 
 
 def fitting_targets(
     output: Tensor, target: Tensor | None, contrast: Contrast, class_dim: int | None
 ) -> Tensor:
-    """Which samples have a target and a contrast that :func:`contrast_seed` takes, without raising.
+    """Return which samples have a valid target and contrast for :func:`contrast_seed`.
 
     Args:
-        output, target, contrast, class_dim: as for :func:`contrast_seed`.
+        output, target, contrast, class_dim: as in :func:`contrast_seed`.
 
     Returns:
-        Tensor of B bools.
+        Boolean tensor, (B,).
 
     Example:
         >>> fitting_targets(torch.zeros(2, 3), torch.tensor([[2], [3]]), None, None)
@@ -341,14 +340,14 @@ def _is_same(seed: Tensor, other: Tensor) -> Tensor:
 
 
 def _in_range(output: Tensor, target: Tensor) -> Tensor:
-    """Which samples have indices that are in the range of the first dimensions of an output, (B,)."""
+    """Which samples have indices within the first dimensions of an output, (B,)."""
     sizes = [*output.shape[1:]] if output[0].numel() > 1 else [1] * target.shape[1]
     found = [(at >= -size) & (at < size) for at, size in zip(target.unbind(1), sizes)]
     return torch.stack(found).all(0)
 
 
 def _one_hot(scores: Tensor, target: Tensor) -> Tensor:
-    """One at the target of each sample; there is an index for each dimension of the scores."""
+    """One at the target of each sample, which has one index per dimension of the scores."""
     at = target.to(scores.device, non_blocking=True)
     chosen = torch.ones((), dtype=torch.bool, device=scores.device)
     for dim, size in enumerate(scores.shape[1:]):
@@ -359,7 +358,7 @@ def _one_hot(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def _spread(seed: Tensor, output: Tensor, indexed: int, *, signed: bool) -> Tensor:
-    """A seed of the output, from one of its sums: see :func:`_sums_behind`."""
+    """Distribute a seed of sums (see :func:`_sums_behind`) over the output."""
     if signed:
         return seed.reshape(*seed.shape, *[1] * (output.dim() - seed.dim())) * in_full_precision(
             output
@@ -373,22 +372,22 @@ def _spread(seed: Tensor, output: Tensor, indexed: int, *, signed: bool) -> Tens
 
 
 def check_class_dim(class_dim: Any) -> None:
-    """Raise where a class dimension cannot be one of any output."""
+    """Raise if a class dimension is invalid for any output."""
     if class_dim is None:
         return
     if isinstance(class_dim, bool) or not isinstance(class_dim, numbers.Integral):
         raise TypeError(
-            f"Expected `class_dim` to be the number of a dimension, an int, or None, but got {class_dim!r}."
+            f"Expected `class_dim` to be the index of a dimension, an int, or None, but got {class_dim!r}."
         )
     if class_dim == 0:
         raise ValueError(
-            "Expected `class_dim` to be a dimension of each sample, 1 or more, or counted from the end, "
-            "but got 0, which is that of the samples."
+            "Expected `class_dim` to be a dimension of each sample, at least 1 or negative, but got 0, "
+            "which is the batch dimension."
         )
 
 
 def check_contrast(contrast: Any) -> None:
-    """Raise a ValueError where a contrast is an unknown word."""
+    """Raise if a contrast is an unknown string."""
     if isinstance(contrast, str) and contrast not in ("others", "softmax"):
         raise ValueError(
             f'Expected `contrast` to be "others", "softmax", None or other classes, but got '

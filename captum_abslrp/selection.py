@@ -1,4 +1,4 @@
-"""Channels, heads or tokens of a layer that relevance is followed through.
+"""Selection of channels, heads or tokens of a layer, to compute the relevance that flows through them.
 
 Axes: B samples, L tokens, D channels.
 """
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 __all__ = ["Selection", "channel_dimension", "parts_of"]
 
 Selection = int | Sequence[int] | Tensor | Sequence[Sequence[int] | Tensor]
-"""Indices of channels, a tensor of them, or a tensor of weights; several of these in a list."""
+"""Channel indices, a tensor of indices, or a tensor of weights; or a list of several of these."""
 
 
 def channel_dimension(layer: nn.Module, tensor: Tensor) -> int:
-    """The dimension of a layer's tensor that its channels are in.
+    """Return the channel dimension of a layer's tensor.
 
-    Tokens (B, L, D) have them last, and feature maps (B, D, h, w) in dimension 1. The sizes of linear layers,
-    norms and convolutions inside of the layer tell feature maps with channels last, as those of a Swin
-    Transformer, and sequences of a one-dimensional convolution apart from these.
+    It is the last dimension for tokens, (B, L, D), and dimension 1 for feature maps, (B, D, h, w).
+    Exceptions, such as the channels-last feature maps of a Swin Transformer or the sequences of a
+    one-dimensional convolution, are recognized by the sizes of linear layers, norms and convolutions inside
+    the layer.
 
     Args:
         layer: the layer.
@@ -58,19 +59,19 @@ def channel_dimension(layer: nn.Module, tensor: Tensor) -> int:
 
 
 def parts_of(select: Any, tensor: Tensor, dim: int | None) -> tuple[list[Tensor], bool]:
-    """The weights of each part that is selected, and whether several parts were asked for.
+    """Return the weights of each selected part, and whether several parts are selected.
 
     Args:
         select: see :data:`Selection`.
-        tensor: what it is a part of, (B, ...).
-        dim: the dimension that indices are of; None is the last one of tokens, (B, L, D), and dimension 1
+        tensor: the tensor to select from, (B, ...).
+        dim: the dimension of the indices; None is the last dimension for tokens, (B, L, D), and dimension 1
             otherwise.
 
     Returns:
-        Tensors that broadcast with ``tensor``, in its dtype.
+        Tensors that broadcast with ``tensor``, in its dtype, and a bool.
 
     Raises:
-        TypeError: if the selection is of another type.
+        TypeError: if the selection has the wrong type.
         ValueError: if weights do not broadcast with a sample, or nothing is selected.
         IndexError: if an index or the dimension is out of range.
 
@@ -94,11 +95,11 @@ def _weights(part: Any, tensor: Tensor, dim: int | None) -> Tensor:
         indices = part.reshape(-1).tolist()
     if not isinstance(indices, (list, tuple, range)) or not all(map(_is_int, indices)):
         raise TypeError(
-            f"Expected `select` to be the index of a channel, a list of them, a tensor of weights, or a list "
-            f"of such lists or tensors, but got {part!r}."
+            f"Expected `select` to be a channel index, a list of indices, a tensor of weights, or a list of "
+            f"such lists or tensors, but got {part!r}."
         )
     if len(indices) == 0:
-        raise ValueError("Expected `select` to choose at least one channel, but got none.")
+        raise ValueError("Expected `select` to have at least one channel, but got an empty list.")
     at = _dimension(tensor, dim)
     size = tensor.shape[at]
     outside = [index for index in indices if not -size <= index < size]
@@ -114,12 +115,12 @@ def _weights(part: Any, tensor: Tensor, dim: int | None) -> Tensor:
 
 
 def _has_indices(part: Tensor) -> bool:
-    """Whether a tensor holds indices of channels, as ``topk`` and ``argmax`` return them."""
+    """Whether a tensor contains channel indices, for example from ``topk`` or ``argmax``."""
     return part.dim() <= 1 and not (part.is_floating_point() or part.dtype == torch.bool)
 
 
 def _dimension(tensor: Tensor, dim: int | None) -> int:
-    """The dimension of the channels, counted from the first one."""
+    """The channel dimension as a nonnegative index."""
     dims = tensor.dim()
     at = (dims - 1 if dims == 3 else 1) if dim is None else dim
     if not -dims <= at < dims or at % dims == 0:
@@ -131,7 +132,7 @@ def _dimension(tensor: Tensor, dim: int | None) -> int:
 
 
 def _along(weights: Tensor, tensor: Tensor, at: int) -> Tensor:
-    """Weights of channels, as they broadcast with the tensor."""
+    """Reshape channel weights to broadcast with the tensor."""
     return weights.view([len(weights) if i == at else 1 for i in range(tensor.dim())])
 
 
@@ -139,12 +140,14 @@ def _broadcast(weights: Tensor, tensor: Tensor, dim: int | None) -> Tensor:
     sample = tensor.shape[1:]
     if not (weights.is_floating_point() or weights.dtype == torch.bool):
         raise TypeError(
-            f"Expected weights in `select` to be floating-point numbers or booleans, but got {weights.dtype} "
-            f"of shape {tuple(weights.shape)}. Indices of channels have one dimension."
+            f"Expected weights in `select` to be floating-point or boolean, but got {weights.dtype} of shape "
+            f"{tuple(weights.shape)}. Pass channel indices as a one-dimensional tensor."
         )
     if not weights.isfinite().all():
-        raise ValueError("Expected weights in `select` to be finite, but got NaN or infinite ones.")
-    if weights.dim() == 1 and len(weights) > 1:  # one for each channel
+        raise ValueError(
+            "Expected weights in `select` to be finite, but got NaN or infinite values."
+        )
+    if weights.dim() == 1 and len(weights) > 1:  # one weight per channel
         at = _dimension(tensor, dim)
         if len(weights) != tensor.shape[at]:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Scores to explain beyond a class: segments, boxes, similarities, attributes.
+"""Target functions for scores other than a class: segments, boxes, similarities, attributes.
 
-Each is a function of what a model returns, and is passed as ``target`` of :meth:`AbsLRP.attribute
-<captum_abslrp.AbsLRP.attribute>`, or as its ``contrast``. A function of your own does as well:
+A target function maps the model's output to scores. Pass it as ``target`` or ``contrast`` of
+:meth:`AbsLRP.attribute <captum_abslrp.AbsLRP.attribute>`. Any function works, for example
 ``target=lambda out: out["depth"].mean((1, 2))``.
 
 Axes: B samples, K classes, H height, W width, D features, N boxes, Q queries.
@@ -39,10 +39,10 @@ __all__ = [
 
 
 class _PerSample:
-    """A score that holds tensors of one row for all samples, or of one row for each.
+    """Base class of scores whose tensors have one row for all samples or one row per sample.
 
     Attributes:
-        samples: how many samples it is for; 1 where it is the same for all.
+        samples: number of samples; 1 if all samples share the same row.
     """
 
     _fields: tuple[str, ...] = ()
@@ -65,22 +65,21 @@ class _PerSample:
         return copy
 
     def rows(self, start: int, stop: int) -> Any:
-        """The score for samples number `start` to `stop - 1`."""
+        """Return the score for samples `start` to `stop - 1`."""
         return self._with(lambda value: value[start:stop])
 
     def repeated(self, times: int) -> Any:
-        """The score for samples of which each was repeated, one behind the other."""
+        """Return the score for a batch in which each sample is repeated `times` times in a row."""
         return self._with(lambda value: value.repeat_interleave(times, 0))
 
 
 class Attribute:
-    """One of several attributes that a model scores independently of each other, as multi-label models do.
+    """One output of a multi-label model, which scores several attributes independently.
 
-    The map is that of the attribute alone. Other attributes do not compete with it, so that none of them is
-    a contrast.
+    The other attributes do not compete with the target, so the map has no contrast.
 
     Args:
-        index: the attribute.
+        index: index of the attribute.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
@@ -94,7 +93,7 @@ class Attribute:
         self._index = index
 
     def __call__(self, output: Any) -> Tensor:
-        """The score of the attribute, (B,), of logits (B, K), or of an object that has them."""
+        """Return the score of the attribute, (B,), from logits (B, K) or an object that has them."""
         scores: Tensor = logits_of(output)
         return scores[:, self._index]
 
@@ -103,17 +102,17 @@ class Attribute:
 
 
 class Segment(_PerSample):
-    """A class of a segmentation, over a region: why are these pixels a cat?
+    """A class of a segmentation model over a region: why are these pixels a cat?
 
-    The score of each class is the mean over the region, so that classes are compared there.
+    The score of each class is its mean over the region, so classes are compared within the region.
 
     Args:
-        index: the class, or a list of one for each sample.
-        mask: the region: booleans or weights, (H, W) or (B, H, W), of any resolution. None is where the
-            model sees the class itself.
+        index: the class, or a list with one class per sample.
+        mask: the region: booleans or weights, (H, W) or (B, H, W), of any resolution. None uses the pixels
+            for which the model predicts the class.
 
     Raises:
-        ValueError: on a call, if the region of a sample is empty, or the output is no segmentation.
+        ValueError: when called, if the region of a sample is empty or the output is not a segmentation.
 
     Example:
         >>> model = nn.Conv2d(3, 5, 3, padding=1).eval()
@@ -136,18 +135,18 @@ class Segment(_PerSample):
         self._mask = None if mask is None else mask.detach().float().view(-1, *mask.shape[-2:])
 
     def __call__(self, output: Any) -> Tensor:
-        """The mean score of each class over the region, (B, K).
+        """Return the mean score of each class over the region, (B, K).
 
         Args:
             output: scores (B, K, H, W); or an object or dict that has them as ``logits`` or ``out``; or
-                queries for masks and classes, as of Hugging Face's MaskFormer and Mask2Former.
+                mask and class queries, as in Hugging Face's MaskFormer and Mask2Former.
         """
         scores = _pixel_scores(output)
         size = scores.shape[1]
         outside = (self._index < -size) | (self._index >= size)
         if outside.any():
             raise IndexError(
-                f"Expected the class of {self!r} to be one of {size}, but got "
+                f"Expected the class of {self!r} to be one of {size} classes, but got "
                 f"{int(self._index[outside][0])}."
             )
         if self._mask is None:
@@ -160,10 +159,10 @@ class Segment(_PerSample):
         whole = region.sum((1, 2), keepdim=True)
         empty = (whole <= 0).flatten()
         if on_host(empty.any()):
-            where = "the model sees the class nowhere" if self._mask is None else "`mask` is zero"
+            found = "no pixel of the class" if self._mask is None else "a `mask` that is zero"
             raise ValueError(
-                f"Expected a region for {self!r}, but {where} in sample {empty.tolist().index(True)}. Pass "
-                f"a `mask` of the pixels to explain."
+                f"Expected a region for {self!r}, but got {found} in sample {empty.tolist().index(True)}. "
+                f"Pass a `mask` of the pixels to explain."
             )
         return (scores * (region / whole).unsqueeze(1)).sum((2, 3))
 
@@ -179,9 +178,9 @@ class Segment(_PerSample):
 
 
 def _pixel_scores(output: Any) -> Tensor:
-    """Scores of classes for each pixel, (B, K, H, W)."""
+    """Class scores for each pixel, (B, K, H, W)."""
     of_queries = [_entry(output, f"{name}_queries_logits") for name in ("class", "masks")]
-    if all(isinstance(part, Tensor) for part in of_queries):  # the last class is none
+    if all(isinstance(part, Tensor) for part in of_queries):  # the last class means "no object"
         classes, masks = of_queries
         return torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :-1], masks.sigmoid())
     out = _entry(output, "out")
@@ -189,35 +188,34 @@ def _pixel_scores(output: Any) -> Tensor:
     if not isinstance(scores, Tensor) or scores.dim() != 4:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"Expected the model to return scores of classes for each pixel, (B, K, H, W), but got {found}. "
+            f"Expected the model to return class scores for each pixel, (B, K, H, W), but got {found}. "
             f'Pick them with `output=lambda out: out["..."]`.'
         )
     return scores
 
 
 def _entry(output: Any, name: str) -> Any:
-    """What an object or dict holds under a name, or None."""
+    """The entry of a dict or attribute of an object with this name, or None."""
     if isinstance(output, Tensor):
         return None
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 class Box(_PerSample):
-    """One box of a detector by the score of its class: why is this a dog?
+    """One box of a detector, by its class score: why is this a dog?
 
-    In each run the detection of the class that overlaps the box most is taken, because the boxes of another
-    run (of other rules, of noise) may lie elsewhere. The score is that of the class; where the box lies is
-    not explained.
+    Boxes can move between runs (with other rules, or with noise). Each run therefore uses the detection of
+    the class that overlaps the box most. The class score is explained, not the position of the box.
 
     Args:
-        box: x1, y1, x2, y2: (4,), or (B, 4) for one box of each sample. In pixels, as torchvision's detectors
-            return them; of DETR and YOLOS in shares of width and height.
+        box: x1, y1, x2, y2: (4,), or (B, 4) for one box per sample. In pixels for torchvision's detectors;
+            as fractions of width and height for DETR and YOLOS.
         label: its class, or a list of B classes.
-        min_iou: how much a detection has to overlap the box at least (intersection over union).
+        min_iou: minimum intersection over union of the detection with the box.
 
     Raises:
-        ValueError: on a call, if no detection overlaps the box so much (of torchvision's detectors: no
-            detection of the class), or the output is none of a detector.
+        ValueError: when called, if no detection overlaps the box enough (for torchvision's detectors: no
+            detection of the class), or if the output is not that of a detector.
 
     Example:
         >>> class Detector(nn.Module):
@@ -255,25 +253,26 @@ class Box(_PerSample):
         return labels[0] if len(labels) == 1 else labels
 
     def __call__(self, output: Any) -> Tensor:
-        """The score of the detection.
+        """Return the score of the detection.
 
         Args:
-            output: of torchvision's detectors: a list of B dicts with ``boxes`` (N, 4), ``labels`` (N,) and
-                ``scores`` (N,); or of Hugging Face's: ``logits`` (B, Q, K) and ``pred_boxes`` (B, Q, 4).
+            output: for torchvision's detectors, a list of B dicts with ``boxes`` (N, 4), ``labels`` (N,) and
+                ``scores`` (N,); for Hugging Face's detectors, an object with ``logits`` (B, Q, K) and
+                ``pred_boxes`` (B, Q, 4).
 
         Returns:
-            (B,), or (B, K) where the detector tells the scores of other classes for the same box, too.
+            (B,), or (B, K) if the detector scores every class for the same box.
         """
         logits, boxes = _entry(output, "logits"), _entry(output, "pred_boxes")
         if isinstance(logits, Tensor) and isinstance(boxes, Tensor):
             return self._of_queries(logits, boxes.detach())
         if isinstance(output, (list, tuple)) and all(isinstance(d, Mapping) for d in output):
             found = [self._of_image(d, n) for n, d in enumerate(output)]
-            # One score behind the other is one row per sample again.
+            # Stacking the scores restores one row per sample.
             return torch.stack(found)
         raise ValueError(
-            f"Expected the model to return what a detector does, a list of dicts with `boxes`, `labels` and "
-            f"`scores`, or an object with `logits` and `pred_boxes`, but got {type(output).__name__}."
+            f"Expected the model to return detections, a list of dicts with `boxes`, `labels` and `scores` "
+            f"or an object with `logits` and `pred_boxes`, but got {type(output).__name__}."
         )
 
     def _of_queries(self, logits: Tensor, boxes: Tensor) -> Tensor:
@@ -282,7 +281,7 @@ class Box(_PerSample):
         chosen = []
         for n in range(len(boxes)):
             overlap = self._overlap(corners[n], n)
-            # Of queries at the same place the one that is surest of the class.
+            # Among queries at the same place, take the most confident one for the class.
             sure = logits[n].detach().float().log_softmax(-1)[:, int(self._row(self._label, n))]
             near = overlap >= self.min_iou
             self._check(near, overlap, n)
@@ -300,11 +299,11 @@ class Box(_PerSample):
         if near.any():
             return
         best = float(overlap.max()) if overlap.numel() else -1.0
-        found = "none of the class" if best < 0 else f"an IoU of {best:.2f} at most"
+        found = "no detection of the class" if best < 0 else f"an IoU of at most {best:.2f}"
         raise ValueError(
             f"Expected a detection of class {int(self._row(self._label, n))} that overlaps the box "
             f"{self._row(self._box, n).tolist()} by an IoU of at least {self.min_iou} in sample {n}, but got "
-            f"{found}. Take the box and the label from the detections of the model."
+            f"{found}. Use a box and a label that the model detects."
         )
 
     @staticmethod
@@ -313,7 +312,7 @@ class Box(_PerSample):
 
     def _overlap(self, boxes: Tensor, n: int) -> Tensor:
         """Intersection over union of the box with others (N, 4), (N,)."""
-        boxes = boxes.float()  # areas in pixels are beyond the range of float16
+        boxes = boxes.float()  # areas in pixels exceed the range of float16
         box = self._row(self._box, n).to(boxes)
         low, high = torch.maximum(boxes[:, :2], box[:2]), torch.minimum(boxes[:, 2:], box[2:])
         shared = (high - low).clamp(min=0).prod(1)
@@ -325,7 +324,7 @@ class Box(_PerSample):
 
 
 class _Reference(_PerSample):
-    """A score by an embedding that others are compared with."""
+    """Base class of scores that compare embeddings with a reference."""
 
     _fields = ("_reference",)
 
@@ -335,8 +334,8 @@ class _Reference(_PerSample):
         if reference is not None:
             if reference.dim() not in (1, 2, 3) or not reference.is_floating_point():
                 raise ValueError(
-                    f"Expected `reference` to be embeddings, (D,), (B, D), (1, M, D) or (B, M, D), but got "
-                    f"{reference.dtype} of shape {tuple(reference.shape)}."
+                    f"Expected `reference` to be floating-point embeddings of shape (D,), (B, D), (1, M, D) "
+                    f"or (B, M, D), but got {reference.dtype} of shape {tuple(reference.shape)}."
                 )
             reference = reference.detach()
             if reference.dim() < 3:
@@ -345,20 +344,21 @@ class _Reference(_PerSample):
         self._embedding = embedding
 
     def _pair(self, output: Any) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D), and what they are compared with, (1 or B, M, D)."""
+        """Return embeddings, (B, D), and their references, (1 or B, M, D)."""
         if self._reference is None:
             if not isinstance(output, (list, tuple)) or len(output) != 2:
                 raise ValueError(
-                    f"Expected the model to return a pair of embeddings where no `reference` is given, but "
-                    f"got {type(output).__name__}. Explain `Pair(encoder)`, or pass the reference."
+                    f"Expected the model to return a pair of embeddings, because `reference` is None, but "
+                    f"got {type(output).__name__}. Explain `Pair(encoder)`, or pass a reference."
                 )
             first, second = map(self._embedded, output)
             return first, second.unsqueeze(1)
         found = self._embedded(output)
         if self._reference.shape[-1] != found.shape[-1]:
             raise ValueError(
-                f"Expected embeddings of the model and the reference to have the same size, but got "
-                f"{found.shape[-1]} and {self._reference.shape[-1]}."
+                f"Expected the embeddings of the model and the reference to have the same size, but got "
+                f"{found.shape[-1]} and {self._reference.shape[-1]}. Compute the reference with the same "
+                f"model."
             )
         return found, self._reference.to(found)
 
@@ -390,15 +390,16 @@ class Similarity(_Reference):
     """Cosine similarity of embeddings: why does this image look like that one?
 
     Args:
-        reference: the embedding to compare with, (D,), or one of each sample, (B, D), computed by the same
-            model, ``model(other_image)``. Several, (1, M, D) or (B, M, D), count as their mean: pass those of
-            other images as the contrast, ``contrast=Similarity(others[None])``. None: the model returns a
-            pair of embeddings, see :class:`Pair`.
-        embedding: picks the embedding (B, D) from what the model returns. None takes the tensor itself, or
-            ``image_embeds``, ``text_embeds`` or ``pooler_output`` of an object.
+        reference: the embedding to compare with, (D,), or one per sample, (B, D), computed by the same model,
+            ``model(other_image)``. For several references, (1, M, D) or (B, M, D), the score is the mean
+            similarity; such a score of other images suits the contrast,
+            ``contrast=Similarity(others[None])``. None means that the model returns a pair of embeddings,
+            see :class:`Pair`.
+        embedding: a function that picks the embedding, (B, D), from the model's output. None uses the
+            returned tensor, or ``image_embeds``, ``text_embeds`` or ``pooler_output`` of an object.
 
     Raises:
-        ValueError: if the reference has another shape; on a call, if the output is none of embeddings.
+        ValueError: if the reference has the wrong shape; when called, if the output is not an embedding.
 
     Example:
         >>> encoder = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
@@ -412,23 +413,23 @@ class Similarity(_Reference):
     """
 
     def __call__(self, output: Any) -> Tensor:
-        """The similarity, (B,): the mean over the references."""
+        """Return the similarity, (B,), averaged over the references."""
         found, reference = self._pair(output)
-        # A linear layer whose weights are the references: its rule is that of such layers. Lengths come last,
-        # so that they only scale its output.
+        # The product acts as a linear layer whose weights are the references, and gets the rule of one. The
+        # division by the lengths comes last, so that it only scales the output.
         products = found.unsqueeze(1) @ reference.mT
         lengths = found.norm(dim=-1)[:, None, None] * reference.norm(dim=-1).unsqueeze(1)
         return (products / lengths.clamp(min=1e-12)).mean((1, 2))
 
 
 class Distance(_Reference):
-    """Euclidean distance of embeddings: why is this image far from that one?
+    """Euclidean distance between embeddings: why is this image far from that one?
 
     Args:
-        reference, embedding: as for :class:`Similarity`.
+        reference, embedding: as in :class:`Similarity`.
 
     Raises:
-        ValueError: as for :class:`Similarity`.
+        ValueError: as in :class:`Similarity`.
 
     Example:
         >>> encoder = nn.Linear(3, 4).eval()
@@ -438,17 +439,17 @@ class Distance(_Reference):
     """
 
     def __call__(self, output: Any) -> Tensor:
-        """The distance, (B,): the mean over the references."""
+        """Return the distance, (B,), averaged over the references."""
         found, reference = self._pair(output)
         apart = found.unsqueeze(1) - reference
         return apart.pow(2).sum(-1).sqrt().mean(1)
 
 
 class Pair(nn.Module):
-    """A module that compares two inputs by one encoder: relevance of both sides of a similarity, in one call.
+    """Encode two inputs with the same encoder, to explain their similarity with respect to both.
 
     Args:
-        encoder: from inputs to embeddings, (B, D), or to an object that has them.
+        encoder: a module that maps inputs to embeddings, (B, D), or to an object that has them.
 
     Example:
         >>> encoder = nn.Linear(3, 4).eval()
@@ -464,20 +465,20 @@ class Pair(nn.Module):
         self.training = encoder.training  # `train()` would change modules inside
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
-        """What the encoder returns for each of the two."""
+        """Return the encoder's outputs for both inputs."""
         return self.encoder(first), self.encoder(second)
 
 
 class WithKeywords(nn.Module):
-    """A module that passes its arguments to another one by keyword, with others that stay the same.
+    """Call a module with its positional arguments as keywords, plus fixed keyword arguments.
 
-    Explained inputs are the first arguments of a model. Many models of Hugging Face's have something else
-    there: CLIP takes texts before images.
+    The explained inputs must be the first arguments of a model. Many Hugging Face models have a different
+    order: CLIP takes texts before images.
 
     Args:
         model: the module.
-        names: the keywords that the arguments of this module are passed by, in their order.
-        fixed: keywords that are the same in each call, such as the texts that images are compared with.
+        names: the keywords for the positional arguments, in order.
+        fixed: keyword arguments that are the same in each call, such as the texts to compare images with.
 
     Example:
         >>> class Both(nn.Module):
@@ -496,7 +497,7 @@ class WithKeywords(nn.Module):
         self.training = model.training  # `train()` would change modules inside
 
     def forward(self, *args: Any) -> Any:
-        """What the module returns for these arguments."""
+        """Return the output of the module for these arguments."""
         if len(args) > len(self.names):
             raise TypeError(
                 f"Expected at most {len(self.names)} arguments, {', '.join(self.names)}, but got "
@@ -506,17 +507,17 @@ class WithKeywords(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """A module that returns embeddings of sentences: the mean of the vectors of their tokens.
+    """Compute sentence embeddings as the mean of the token vectors, excluding padding.
 
-    Most models of sentence-transformers are used in this way. Padding does not count, which is why the mean
-    belongs to the model: the attention mask is an argument of it.
+    Most sentence-transformers models use this pooling. It is part of the module because it needs the
+    attention mask.
 
     Args:
-        model: from token ids (B, L) to vectors (B, L, D), or to an object or dict that has them as
-            ``last_hidden_state``.
+        model: a module that maps token ids, (B, L), to vectors, (B, L, D), or to an object or dict that has
+            them as ``last_hidden_state``.
 
     Raises:
-        ValueError: on a call, if the model does not return one vector for each token.
+        ValueError: when called, if the model does not return one vector per token.
 
     Example:
         >>> class Words(nn.Embedding):
@@ -540,12 +541,12 @@ class MeanPooling(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any
     ) -> Tensor:
-        """Embeddings of sentences, (B, D).
+        """Return sentence embeddings, (B, D).
 
         Args:
             input_ids: token ids, (B, L).
-            attention_mask: 1 for tokens, 0 for padding, (B, L). None: there is no padding.
-            others: keywords of the model.
+            attention_mask: 1 for tokens, 0 for padding, (B, L). None means no padding.
+            others: other keyword arguments of the model.
         """
         if attention_mask is not None:
             others["attention_mask"] = attention_mask
@@ -554,8 +555,8 @@ class MeanPooling(nn.Module):
         if not isinstance(found, Tensor) or found.shape[:-1] != input_ids.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
             raise ValueError(
-                f"Expected the model to return a vector for each of {tuple(input_ids.shape)} tokens, or "
-                f"`last_hidden_state`, but got {got}. Pass the encoder without its head."
+                f"Expected the model to return one vector for each of {tuple(input_ids.shape)} tokens, or "
+                f"an object with `last_hidden_state`, but got {got}. Pass the encoder without its head."
             )
         if attention_mask is None:
             return found.mean(1)

@@ -1,4 +1,4 @@
-"""Texts that several parts write: tables in Markdown, and suggestions for misspelled names."""
+"""Markdown tables, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["did_you_mean", "markdown_table"]
 def markdown_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, aligned: bool = True
 ) -> str:
-    """Rows of text as a table in Markdown, without a line break at the end.
+    """Format rows of text as a Markdown table, without a trailing newline.
 
     Args:
         header: names of the columns.
-        rows: as many cells each.
-        aligned: pad the cells, so that columns are aligned in the source as well.
+        rows: rows with one cell per column.
+        aligned: whether to pad the cells, so that columns are aligned in the source.
 
     Example:
         >>> print(markdown_table(["call", "rule"], [["relu", "AbsLRPRule()"]]))
@@ -24,7 +24,7 @@ def markdown_table(
         | ---- | ------------ |
         | relu | AbsLRPRule() |
     """
-    # A bar would end the cell.
+    # An unescaped bar would end the cell.
     cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) if aligned else 0 for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * (width or 3) for width in widths])
@@ -33,12 +33,12 @@ def markdown_table(
 
 
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """Names that are close to an unknown one, as the end of the message about it; "" where none is.
+    """Suggest known names that are similar to an unknown name, as a suffix for a message; "" if none is.
 
     Args:
         name: the unknown name.
-        known: the names that it could have been.
-        prefix: is written before each suggestion.
+        known: the known names.
+        prefix: prefix of each suggestion.
 
     Example:
         >>> "got 'vitt'" + did_you_mean("vitt", ["generic", "vit"])

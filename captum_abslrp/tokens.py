@@ -1,6 +1,6 @@
-"""Where the tokens of a transformer lie in the image.
+"""Maps from the tokens of a transformer to positions in the image.
 
-Axes: B images, L tokens, D features; h, w of the grid of patches; H, W of an image.
+Axes: B images, L tokens, D features, h and w the size of the patch grid, H and W the size of an image.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ def token_map(
     size: Sequence[int] | None = None,
     extra_tokens: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Sum the relevance of tokens over features, and lay it out as a map of the image.
+    """Sum the relevance of tokens over features and arrange it as a map of the image.
 
-    The model says how many patches an image has and which tokens are not patches: class, distillation,
-    register and detection tokens. This is known of
+    The number of patches and of other tokens (class, distillation, register and detection tokens) is read
+    from the model. Supported models are
 
-    - timm: Vision Transformers of all kinds (``num_prefix_tokens`` and ``patch_embed``), SAM, Swin, Swin V2;
+    - timm: all Vision Transformers (``num_prefix_tokens`` and ``patch_embed``), SAM, Swin, Swin V2;
     - torchvision: ``VisionTransformer`` and ``SwinTransformer``, both versions;
-    - Hugging Face: ViT, DeiT, DINOv2 (with registers, too), DINOv3, BEiT, CLIP, SigLIP, BLIP, OWL-ViT, YOLOS,
-      SAM, Swin, Swin V2 and others.
+    - Hugging Face: ViT, DeiT, DINOv2 (with or without registers), DINOv3, BEiT, CLIP, SigLIP, BLIP, OWL-ViT,
+      YOLOS, SAM, Swin, Swin V2 and others.
 
-    Inside of the window attention of Swin and SAM, tokens are in the order of windows. Their order, the
-    cyclic shift and the padding are undone; which windows these are follows from ``layer``.
+    In the window attention of Swin and SAM, tokens are grouped by window. The grouping, the cyclic shift
+    and the padding are undone, according to the windows of ``layer``.
 
     Args:
-        relevance: what :meth:`LayerAbsLRP.attribute` returns for one tensor of a layer: tokens (B, L, D), a
-            feature map (B, h, w, D) or (B, D, h, w), or windows (B * n, wh * ww, D) or (B * n, wh, ww, D).
+        relevance: the relevance of one tensor of a layer, from :meth:`LayerAbsLRP.attribute`: tokens
+            (B, L, D), a feature map (B, h, w, D) or (B, D, h, w), or windows (B * n, wh * ww, D) or
+            (B * n, wh, ww, D).
         model: the model that was explained.
-        layer: the layer that was explained. None will do, unless the model has windows of the relevance's
-            shape, or more than one transformer.
-        size: height and width of the images, ``x.shape[2:]``. None is the size that the model is made for.
-        extra_tokens: how many tokens are in front of those of the patches, or how many are in front of and
-            behind them. None leaves it to the model. With it, models of other origin are understood, if
-            they have patches by a convolution whose stride is the size of its kernel, row by row.
+        layer: the layer that was explained. It is required if the relevance could be that of windows, or if
+            the model has several transformers.
+        size: height and width of the images, ``x.shape[2:]``. None uses the image size of the model.
+        extra_tokens: number of tokens before the patch tokens, or a pair with the numbers before and after
+            them. None reads them from the model. Pass it to support any other model whose patches come from
+            a convolution with a stride equal to its kernel size, in row-major order.
 
     Returns:
-        The map, (B, h, w), with the dtype and device of the relevance. It adds up to the relevance of the
-        patches: that of extra tokens, and of the padding of windows, has no place in the image.
+        The map, (B, h, w), with the dtype and device of the relevance. It sums to the relevance of the patch
+        tokens. The relevance of extra tokens and of window padding has no position in the image.
 
     Raises:
-        TypeError: if the relevance is no tensor, or the model or the layer no module.
+        TypeError: if the relevance is not a tensor, or if the model or the layer is not a module.
         ValueError: if the layer is not part of the model, if the patches of the model are not known, or
-            if the relevance has not the shape that the model, the layer and the size ask for.
+            if the shape of the relevance does not match the model, the layer and the size.
 
     Example:
         >>> model = timm.create_model("test_vit").eval()
@@ -69,8 +70,8 @@ def token_map(
     """
     if not isinstance(relevance, Tensor):
         raise TypeError(
-            f"Expected `relevance` to be a tensor, but got {type(relevance).__name__}. Pass one tensor "
-            f"at a time where a layer has several, or several layers were explained."
+            f"Expected `relevance` to be a tensor, but got {type(relevance).__name__}. If a layer has "
+            f"several tensors, or several layers were explained, pass one tensor at a time."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -87,39 +88,39 @@ def token_map(
 
 
 class _Transformer(NamedTuple):
-    """What a model says about the patches of its images."""
+    """The patch layout of a transformer."""
 
     path: str
-    """Where the transformer is in the model."""
+    """Path of the transformer in the model."""
     module: nn.Module
     grid: Callable[[Size], Size]
-    """From the size of an image to the number of patches, by height and width."""
+    """Maps the size of an image to the number of patches along height and width."""
     size: Size | None
-    """The size of images that the model is made for, if it is made for one."""
+    """The image size that the model expects, or None for any size."""
     extra: Size
-    """How many tokens are in front of the patches, and behind them."""
+    """The number of tokens before and after the patches."""
 
 
 class _Windows(NamedTuple):
-    """The windows that a block cuts its grid into."""
+    """The windows that a block partitions its grid into."""
 
     grid: Size
     window: Size
     shift: Size
-    """How far the grid is moved up and to the left before it is cut."""
+    """Cyclic shift up and to the left before the partition."""
     shifts_first: bool
-    """As of its convention."""
+    """See :class:`_Convention`."""
 
 
 class _Convention(NamedTuple):
-    """How the blocks of a class cut their grid into windows."""
+    """How the blocks of a class partition their grid into windows."""
 
     inside: tuple[str, ...]
-    """The children that see windows."""
+    """The children that process windows."""
     shifts_first: bool = False
     """Whether the grid is shifted and then padded, instead of padded and then shifted."""
     unclear: tuple[str, ...] = ()
-    """Layers with the heads in their leading dimension, or with windows in one of two calls."""
+    """Layers with heads in their leading dimension, or that process windows in only one of two calls."""
 
 
 _SWIN, _SWIN_OF_TIMM = _Convention(("attention",)), _Convention(("attn",), shifts_first=True)
@@ -138,10 +139,10 @@ _CONVENTIONS = {
     "transformers.Swinv2Layer": _SWIN,
     "transformers.VitDetLayer": _SWIN,
 }
-"""Blocks that may have windows. Windows of torchvision's Swin are inside of a function."""
+"""Blocks that may have windows. In torchvision's Swin, windows only exist inside a function."""
 
 _FEATURES_FIRST = (nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.BatchNorm1d, nn.Conv1d)
-"""Layers of which tokens are last, (B, D, L)."""
+"""Layers whose tensors have tokens in the last dimension, (B, D, L)."""
 
 _EMBEDDINGS = {
     f"transformers.{name}"
@@ -157,21 +158,21 @@ _EMBEDDINGS = {
         "VitPoseBackboneEmbeddings YolosEmbeddings"
     ).split()
 }
-"""Parts of Hugging Face's models that cut an image into patches and keep their order. Those of Hiera, of
-ViTMAE and of models that get patches for inputs do not."""
+"""Hugging Face modules that partition an image into patches and keep their order. The modules of Hiera, of
+ViTMAE and of models whose inputs are patches do not."""
 
 _PATCHES = ("patch_embeddings", "patch_embedding", "patch_embed")
 _IN_FRONT = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 _BEHIND = ("detection_tokens",)
-"""What these parts call the layer of patches, and the parameters that are tokens."""
+"""Names of the patch layer and of the token parameters in these modules."""
 
 
 class TokenPlaces:
-    """The places of a model's tokens in images of one size.
+    """The positions of a model's tokens in images of a given size.
 
     Args:
         model: the model, without wrappers.
-        size, extra_tokens: as for :func:`token_map`.
+        size, extra_tokens: as in :func:`token_map`.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class TokenPlaces:
         self.extra = None if extra_tokens is None else _checked_extra(extra_tokens)
         self.modules = dict(model.named_modules())
         self.paths = {module: path for path, module in self.modules.items()}
-        # Parts are made, and listed, in the order in which they are called.
+        # Submodules are registered, and listed, in the order in which they are called.
         self.order = {path: index for index, path in enumerate(self.modules)}
         self.merges = [path for path, module in self.modules.items() if _merges_patches(module)]
         found = [_transformer_at(path, module) for path, module in self.modules.items()]
@@ -194,13 +195,13 @@ class TokenPlaces:
         self.transformers = [transformer for transformer in found if transformer is not None]
 
     def map(self, relevance: Tensor, layer: nn.Module | None = None) -> Tensor:
-        """Relevance of a layer as a map, (B, h, w); see :func:`token_map`."""
+        """Return the relevance of a layer as a map, (B, h, w); see :func:`token_map`."""
         path = None if layer is None else self.paths[layer]
         transformer = self._transformer_of(path)
         size = self.size or transformer.size
         if size is None:
             raise ValueError(
-                f"Expected `size`, because {_name(transformer.module)} takes images of any size, but got "
+                f"Expected `size`, because {_name(transformer.module)} accepts images of any size, but got "
                 f"None. Pass `size=x.shape[2:]`."
             )
         base = transformer.grid(size)
@@ -225,9 +226,9 @@ class TokenPlaces:
             found = sorted(around, key=lambda t: len(t.path))[-1:] or found
         if not found:
             raise ValueError(
-                f"Expected a model whose patches are known, but got {_name(self.model)}, of which nothing is "
-                f"known. If its patches are in order, row by row, pass `size=x.shape[2:]` and the number of "
-                f"tokens in front of them (and behind), `extra_tokens=1` or `extra_tokens=(0, 1)`."
+                f"Expected a supported transformer, but got {_name(self.model)}, whose patches are not "
+                f"known. If its patches are in row-major order, pass `size=x.shape[2:]` and the number of "
+                f"tokens before (and after) them, `extra_tokens=1` or `extra_tokens=(0, 1)`."
             )
         if len(found) > 1:
             raise ValueError(
@@ -239,7 +240,7 @@ class TokenPlaces:
         return found[0]
 
     def _block_around(self, path: str, relevance: Tensor) -> str | None:
-        """The path of the block whose windows a layer sees, if it does."""
+        """The path of the block whose windows a layer processes, or None."""
         unclear = isinstance(self.modules[path], _FEATURES_FIRST) and relevance.dim() == 3
         found = None
         parts = path.split(".")
@@ -252,14 +253,14 @@ class TokenPlaces:
                     found = block
         if unclear:
             raise ValueError(
-                f"Expected a layer whose relevance has one place for each token, but got `{path}` "
-                f"({_name(self.modules[path])}), where shapes do not tell it. Explain a layer around it or "
-                f"next to it."
+                f"Expected a layer whose relevance has one position per token, but got `{path}` "
+                f"({_name(self.modules[path])}), whose shape does not show the positions. Explain a layer "
+                f"around it or next to it."
             )
         return found
 
     def _windows(self, transformer: _Transformer, base: Size, path: str) -> _Windows:
-        """The windows that a block cuts its grid into, by the grid of the transformer's first block."""
+        """The windows of a block; `base` is the grid of the transformer's first block."""
         block: Any = self.modules[path]
         convention = _convention_of(block)
         assert convention is not None
@@ -270,22 +271,24 @@ class TokenPlaces:
         ]
         grid = _halved(base, len(before))
         window, shift = _pair(block.window_size), _pair(getattr(block, "shift_size", 0))
-        if hasattr(block, "set_shift_and_window_size"):  # which is done as the block runs
+        if hasattr(
+            block, "set_shift_and_window_size"
+        ):  # the block sets them during its forward pass
             around = [module for name, module in self.modules.items() if _is_inside(path, name)]
             is_backbone = any("Backbone" in type(module).__name__ for module in around)
-            if min(grid) <= min(window) and not is_backbone:  # a backbone never does
+            if min(grid) <= min(window) and not is_backbone:  # a backbone never changes them
                 window, shift = (min(grid), min(grid)), (0, 0)
         return _Windows(grid, window, shift, convention.shifts_first)
 
     def _from_windows(self, relevance: Tensor, path: str, windows: _Windows) -> Tensor:
-        """The map of a layer that sees windows, (B * n, wh * ww, D) or (B * n, wh, ww, D)."""
+        """The map of a layer that processes windows, (B * n, wh * ww, D) or (B * n, wh, ww, D)."""
         (h, w), (wh, ww) = windows.grid, windows.window
         rows, columns = -(-h // wh), -(-w // ww)
         shape = tuple(relevance.shape)
         if shape[1:-1] not in ((wh * ww,), (wh, ww)) or shape[0] % (rows * columns) != 0:
             raise ValueError(
-                f"Expected relevance of `{path}` ({_name(self.modules[path])}), whose block cuts {h} x {w} "
-                f"patches into {rows} x {columns} windows, to have shape (B * {rows * columns}, "
+                f"Expected the relevance of `{path}` ({_name(self.modules[path])}), whose block partitions "
+                f"{h} x {w} patches into {rows} x {columns} windows, to have shape (B * {rows * columns}, "
                 f"{wh * ww}, D) or (B * {rows * columns}, {wh}, {ww}, D), but got {shape}. If the images "
                 f"have another size, pass `size=x.shape[2:]`."
             )
@@ -296,20 +299,20 @@ class TokenPlaces:
         return whole.roll(windows.shift, (1, 2))[:, :h, :w]
 
     def _check_no_windows(self, relevance: Tensor, transformer: _Transformer, base: Size) -> None:
-        """Raise where relevance of an unknown layer could be that of windows."""
+        """Raise if the relevance of an unknown layer could be that of windows."""
         for path, module in self.modules.items():
             if not _is_inside(path, transformer.path) or not _has_windows(module):
                 continue
             windows = self._windows(transformer, base, path)
             wh, ww = windows.window
             is_whole = windows.grid == windows.window and windows.shift == (0, 0)
-            # Of blocks with a shift, no module sees windows as (wh, ww).
+            # In blocks with a shift, no module processes windows as (wh, ww).
             cells = [(wh * ww,)] if hasattr(module, "shift_size") else [(wh * ww,), (wh, ww)]
             if tuple(relevance.shape[1:-1]) in cells and not is_whole:
                 raise ValueError(
                     f"Expected `layer`, because relevance of shape {tuple(relevance.shape)} could be that of "
-                    f"windows of {wh} x {ww} patches inside of `{path}`, but got None. Pass the layer that "
-                    f"was explained."
+                    f"windows of {wh} x {ww} patches in `{path}`, but got None. Pass the layer that was "
+                    f"explained."
                 )
 
     def _explained(
@@ -320,27 +323,27 @@ class TokenPlaces:
         grids: Sequence[Size],
         ambiguous: bool,
     ) -> str:
-        """Why relevance has no place, or more than one."""
+        """The message for relevance that fits no layout, or more than one."""
         shape, (before, behind) = tuple(relevance.shape), self.extra or transformer.extra
         grid = " or ".join(f"{h} x {w}" for h, w in grids)
         if ambiguous:
             return (
-                f"Expected relevance that fits {grid} patches in one way, but got shape {shape}, which does "
-                f"so with features first and with features last. Sum it over features before, for example "
+                f"Expected relevance with a unique layout of {grid} patches, but got shape {shape}, which "
+                f"fits with features first and with features last. Sum it over features before, for example "
                 f"`relevance.sum(-1, keepdim=True)`."
             )
-        extra = f", or of these with {before} tokens in front and {behind} behind"
+        extra = f" (with or without {before} tokens before and {behind} after them)"
         return (
-            f"Expected relevance of {_name(transformer.module)}, for images of {size[0]} x {size[1]}, to be "
-            f"that of {grid} patches{extra if before or behind else ''}, as (B, L, D), (B, h, w, D) or "
+            f"Expected the relevance of {_name(transformer.module)}, for images of {size[0]} x {size[1]}, to "
+            f"be that of {grid} patches{extra if before or behind else ''}, as (B, L, D), (B, h, w, D) or "
             f"(B, D, h, w), but got shape {shape}. If the images have another size, pass "
-            f"`size=x.shape[2:]`. If the model has other tokens beside the patches, pass "
-            f"`extra_tokens=(in_front, behind)`. Single heads have no map."
+            f"`size=x.shape[2:]`. If the model has other tokens, pass `extra_tokens=(before, after)`. "
+            f"Relevance of single heads cannot be mapped."
         )
 
 
 def _readings(relevance: Tensor, grids: Sequence[Size], extra: Size) -> Iterator[Tensor]:
-    """Every way to lay relevance out on one of several grids, (B, h, w)."""
+    """Every way to arrange relevance on one of several grids, (B, h, w)."""
     if relevance.dim() == 3:
         for h, w in grids:
             # Some models add their class token in a later block.
@@ -355,7 +358,7 @@ def _readings(relevance: Tensor, grids: Sequence[Size], extra: Size) -> Iterator
 
 
 def _transformer_at(path: str, module: Any) -> _Transformer | None:
-    """The transformer that a module is, or that it makes the patches of; None where it is neither."""
+    """The transformer whose module or patch embedding this is, or None."""
     kinds = _kinds(module)
     if "torchvision.VisionTransformer" in kinds:
         grid = _by_patches(_pair(module.patch_size))
@@ -368,7 +371,9 @@ def _transformer_at(path: str, module: Any) -> _Transformer | None:
             path, module, in_encoder=any("Encoder" in kind for kind in embeddings)
         )
     embed = getattr(module, "patch_embed", None)
-    if not isinstance(embed, nn.Module) or "_orig_mod" in module._modules:  # compiled, comes next
+    if (
+        not isinstance(embed, nn.Module) or "_orig_mod" in module._modules
+    ):  # the compiled module follows
         return None
     before = getattr(module, "num_prefix_tokens", None)
     if before is None and any(map(_has_windows, module.modules())):
@@ -385,7 +390,7 @@ def _transformer_at(path: str, module: Any) -> _Transformer | None:
 
 
 def _of_hugging_face(path: str, module: Any, *, in_encoder: bool) -> _Transformer | None:
-    """The transformer that embeddings of transformers are part of."""
+    """The transformer that a Hugging Face embedding module belongs to."""
     children = (getattr(module, name, None) for name in _PATCHES)
     patches: Any = next((child for child in children if child is not None), module)
     convolutions = [part for part in patches.modules() if isinstance(part, nn.Conv2d)]
@@ -393,10 +398,8 @@ def _of_hugging_face(path: str, module: Any, *, in_encoder: bool) -> _Transforme
         return None
     (convolution,) = convolutions
     size = _pair_of(patches, "image_size") or _pair_of(module, "config", "image_size")
-    if "transformers.VitDetEmbeddings" in _kinds(
-        module
-    ):  # this is the size of another model's images
-        size = None
+    if "transformers.VitDetEmbeddings" in _kinds(module):
+        size = None  # its `image_size` is that of pretraining, not of the inputs
 
     def count(names: Sequence[str]) -> int:
         tokens = (getattr(module, name, None) for name in names)
@@ -412,7 +415,7 @@ def _of_hugging_face(path: str, module: Any, *, in_encoder: bool) -> _Transforme
 
 
 def _first_patches(model: nn.Module) -> _Transformer | None:
-    """A model of which only the extra tokens are known, if its first convolution by patches has patches."""
+    """The layout of any other model, from its first convolution whose stride equals its kernel size."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
             return _Transformer("", model, _by_convolution(module), None, (0, 0))
@@ -424,7 +427,7 @@ def _by_patches(patch: Size) -> Callable[[Size], Size]:
 
 
 def _by_convolution(convolution: nn.Conv2d, *, pads: bool = False) -> Callable[[Size], Size]:
-    """The size of a convolution's output by that of its input, which may be padded to whole strides."""
+    """From the input size of a convolution to its output size; `pads` rounds inputs up to whole strides."""
 
     def along(axis: int, length: int) -> int:
         kernel, stride = convolution.kernel_size[axis], convolution.stride[axis]
@@ -438,7 +441,7 @@ def _by_convolution(convolution: nn.Conv2d, *, pads: bool = False) -> Callable[[
 
 
 def _halved(grid: Size, times: int) -> Size:
-    """The size of a grid after one patch was made of each 2 x 2, with padding, several times."""
+    """The size of a grid after merging 2 x 2 patches, with padding, several times."""
     return -(-grid[0] // 2**times), -(-grid[1] // 2**times)
 
 
@@ -451,12 +454,12 @@ def _convention_of(block: nn.Module) -> _Convention | None:
 
 
 def _has_windows(block: nn.Module) -> bool:
-    """Whether a module is a block that cuts its grid into windows, as far as is known."""
+    """Whether a module is known as a block that partitions its grid into windows."""
     return bool(getattr(block, "window_size", 0)) and _convention_of(block) is not None
 
 
 def _kinds(module: object) -> set[str]:
-    """Classes of a module, with the library that they are from."""
+    """The classes of a module, prefixed with their library."""
     return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(module).__mro__}
 
 
@@ -465,7 +468,7 @@ def _name(module: nn.Module) -> str:
 
 
 def _is_inside(path: str, outer: str) -> bool:
-    """Whether a path is that of a module or of a part of it."""
+    """Whether a path is that of the outer module or of one of its submodules."""
     return outer == "" or path == outer or path.startswith(outer + ".")
 
 
@@ -475,7 +478,7 @@ def _pair(value: Any) -> Size:
 
 
 def _pair_of(value: Any, *names: str) -> Size | None:
-    """Height and width that an attribute says, if it does."""
+    """Height and width from a nested attribute, or None."""
     for name in names:
         value = getattr(value, name, None)
     pair = (value, value) if isinstance(value, int) else value
@@ -485,7 +488,7 @@ def _pair_of(value: Any, *names: str) -> Size | None:
 def _checked_size(size: Any) -> Size:
     if not _are_counts(size, 2) or 0 in size:
         raise ValueError(
-            f"Expected `size` to be height and width of the images, but got {size!r}. Pass "
+            f"Expected `size` to be the height and width of the images, but got {size!r}. Pass "
             f"`size=x.shape[2:]`."
         )
     return size[0], size[1]
@@ -495,8 +498,8 @@ def _checked_extra(extra: Any) -> Size:
     pair = (extra, 0) if isinstance(extra, int) else extra
     if not _are_counts(pair, 2):
         raise ValueError(
-            f"Expected `extra_tokens` to be how many tokens are in front of the patches, or a pair, in front "
-            f"and behind, but got {extra!r}."
+            f"Expected `extra_tokens` to be the number of tokens before the patches, or a pair (before, "
+            f"after), but got {extra!r}."
         )
     return pair[0], pair[1]
 

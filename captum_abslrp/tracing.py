@@ -1,4 +1,4 @@
-"""How much relevance goes through each call of a model: where it is lost, or grows."""
+"""The relevance that flows through each call of a model, to find where relevance is lost or grows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["RelevanceTrace", "TracedCall", "trace_relevance"]
 
 @dataclass(frozen=True)
 class TracedCall:
-    """A call of the backward pass, and the relevance that went through it.
+    """A call of the backward pass and the relevance that flows through it.
 
-    Sums are of magnitudes, mean over the samples, in shares of what the output started with.
+    Values are sums of magnitudes, averaged over samples, as a fraction of the seed.
 
     Attributes:
         call: the function, for example ``"torch.nn.functional.conv2d"``.
         path: the module that made the call, for example ``"blocks.0.attn.proj"``.
         layer: the type of this module.
         rule: the rule of the call.
-        arrived: relevance of its output.
-        passed: relevance of each of its inputs.
+        arrived: relevance of the output of the call.
+        passed: relevance of each input of the call.
     """
 
     call: str
@@ -43,10 +43,10 @@ class TracedCall:
 
 @dataclass(frozen=True)
 class RelevanceTrace:
-    """The calls of the backward pass from the output to the input; printed as a table.
+    """The calls of the backward pass from the output to the input; prints as a table.
 
     Attributes:
-        calls: every call that has a rule and that relevance went through.
+        calls: every call that has a rule and receives relevance.
     """
 
     calls: tuple[TracedCall, ...]
@@ -78,23 +78,23 @@ def trace_relevance(
     output: Callable[[Any], Tensor] | None = None,
     class_dim: int | None = None,
 ) -> RelevanceTrace:
-    """Explain a target and measure how much relevance goes through each call: where it is lost, or grows.
+    """Explain a target and measure the relevance at each call, to find where relevance is lost or grows.
 
-    For debugging: every tensor is copied and looked at, which takes time and memory.
+    The function is for debugging: it copies every tensor, which takes time and memory.
 
     Args:
-        model, mapping, normalization, output: as for :class:`~captum_abslrp.AbsLRP`.
-        inputs, target, additional_forward_args, class_dim: as for :meth:`AbsLRP.attribute
-            <captum_abslrp.AbsLRP.attribute>`; the map is that of the target alone.
+        model, mapping, normalization, output: as in :class:`~captum_abslrp.AbsLRP`.
+        inputs, target, additional_forward_args, class_dim: as in :meth:`AbsLRP.attribute
+            <captum_abslrp.AbsLRP.attribute>`. There is no contrast.
 
     Returns:
-        The calls of the backward pass, from the output to the inputs. Calls that move elements are left
-        out: they keep all of it. With ``"joint"`` what a call passes adds up to what arrived, unless a rule
-        passes nothing at all; with ``"separate"`` each input gets a total of one, and what arrives grows
-        where branches meet.
+        The calls of the backward pass, from the output to the inputs. Calls that only move elements are
+        omitted, because they conserve relevance. With ``"joint"``, the relevance of the inputs of a call
+        sums to that of its output, unless its rule passes on no relevance. With ``"separate"``, each input
+        gets a total of one, and relevance grows where branches meet.
 
     Raises:
-        TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as ``attribute``.
+        TypeError, ValueError, IndexError, FloatingPointError, UnsupportedCallError: as in ``attribute``.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
@@ -112,7 +112,7 @@ def trace_relevance(
 
 
 def _traced(call: ObservedCall) -> TracedCall:
-    """The sums of an observed call, in shares of what the output started with."""
+    """The sums of an observed call, as a fraction of the seed."""
     assert call.arrived is not None
     return TracedCall(
         call.function,

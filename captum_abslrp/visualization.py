@@ -1,14 +1,13 @@
-"""Pictures of relevance. Figures are returned, never shown, and no global state is touched.
+"""Plots of relevance. Figures are returned, never shown, and no global state is modified.
 
-Colors are symmetric around 0: red speaks for the class, blue against it, white is 0 (a pair that
-color-blind readers can tell apart). The ends of the scale are a percentile of the magnitudes, so
-that a few extreme pixels do not turn all others white.
+Colors are symmetric around 0: red is evidence for the class, blue is evidence against it, white is 0. The
+color map is colorblind-safe. The ends of the scale are a percentile of the magnitudes, so that a few extreme
+pixels do not turn all others white.
 
-A model that reads its image in steps, by a convolution with a stride or by patches, leaves the grid of
-these steps in its maps. `smoothing` takes the grid out of a figure, see :func:`smooth_map`. The relevance
-itself does not change.
+A strided convolution or a patch embedding at the start of a model leaves a grid in its maps. `smoothing`
+removes the grid from a figure, see :func:`smooth_map`. The relevance itself does not change.
 
-Axes: C channels (1 or 3), H height, W width. matplotlib is imported when a figure is made.
+Axes: C channels (1 or 3), H height, W width. matplotlib is imported on first use.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _GRID_CELL_INCHES = 1.7
 
 
 def relevance_image(attribution: Array) -> npt.NDArray[np.float64]:
-    """Relevance per pixel: the sum over channels.
+    """Sum relevance over channels, to get one value per pixel.
 
     Args:
         attribution: relevance, (C, H, W) with any C, or (H, W).
@@ -62,7 +61,7 @@ def relevance_image(attribution: Array) -> npt.NDArray[np.float64]:
         The map, (H, W).
 
     Raises:
-        ValueError: if the shape is another one, an axis is empty or a value is not finite.
+        ValueError: if the shape is wrong, an axis is empty or a value is not finite.
 
     Example:
         >>> import torch
@@ -80,24 +79,24 @@ def relevance_image(attribution: Array) -> npt.NDArray[np.float64]:
 
 
 def smooth_map(attribution: Array, smoothing: int) -> npt.NDArray[np.float64]:
-    """Relevance per pixel, without the grid of a model that reads its image in steps.
+    """Sum relevance over channels and smooth out the grid of a strided convolution or patch embedding.
 
-    The function takes the mean of `smoothing` by `smoothing` pixels around every pixel, twice. Both means
-    together are a triangular window of ``2 * smoothing - 1`` pixels, which is centered for an even
-    `smoothing`, too. A pattern that repeats every `smoothing` pixels becomes flat; only the ``smoothing - 1``
-    pixels next to a border keep a part of it. The map is mirrored at its borders. This keeps the sum of the
-    relevance, and it keeps a constant map.
+    The function averages `smoothing` by `smoothing` pixels around every pixel, twice. The two averages
+    amount to a triangular window of ``2 * smoothing - 1`` pixels, which is centered even if `smoothing` is
+    an even number. A pattern with a period of `smoothing` pixels becomes flat, except for a remainder in the
+    ``smoothing - 1`` pixels next to a border. The map is mirrored at its borders, which preserves the sum of
+    the relevance and leaves constant maps unchanged.
 
     Args:
         attribution: relevance, (C, H, W) with any C, or (H, W).
-        smoothing: length of a step in pixels; :func:`~captum_abslrp.stem_stride` finds the one of a model.
-            1 leaves the map as it is.
+        smoothing: stride of the grid in pixels; :func:`~captum_abslrp.stem_stride` returns that of a model.
+            1 leaves the map unchanged.
 
     Returns:
         The map, (H, W).
 
     Raises:
-        ValueError: if `smoothing` is no positive integer, or as in :func:`relevance_image`.
+        ValueError: if `smoothing` is not a positive integer, or as in :func:`relevance_image`.
 
     Example:
         >>> import torch
@@ -119,18 +118,18 @@ def smooth_map(attribution: Array, smoothing: int) -> npt.NDArray[np.float64]:
 
 
 def color_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
-    """The magnitude at which the color scale ends, on both sides.
+    """Compute the magnitude at both ends of the color scale.
 
     Args:
         relevance: values of any shape.
         clip_percentile: percentile of the magnitudes, in (0, 100].
 
     Returns:
-        The percentile; the largest magnitude where the percentile is 0 (a few pixels in an empty
-        map); 1.0 for a map of zeros. Always positive.
+        The percentile; the largest magnitude if the percentile is 0 (most pixels are zero); 1.0 if all
+        values are zero. Always positive.
 
     Raises:
-        ValueError: if `clip_percentile` is out of its range.
+        ValueError: if `clip_percentile` is out of range.
 
     Example:
         >>> import torch
@@ -144,7 +143,7 @@ def color_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
             f"Expected `clip_percentile` to be in (0, 100], but got {clip_percentile}."
         )
     magnitudes = np.abs(_to_numpy(relevance).astype(np.float64))
-    # Below the smallest normal number the scale would no longer have a range to divide by.
+    # Avoid subnormal limits, by which matplotlib cannot divide.
     tiny = float(np.finfo(np.float64).tiny) * 2
     for limit in (float(np.percentile(magnitudes, clip_percentile)), float(magnitudes.max())):
         if limit > tiny:
@@ -153,10 +152,10 @@ def color_limit(relevance: Array, clip_percentile: float = 99.0) -> float:
 
 
 def overlay_opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """How opaque relevance lies over a picture: the more, the larger its magnitude.
+    """Compute the opacity of relevance over a picture, which grows with its magnitude.
 
     Args:
-        values: relevance in multiples of the magnitude at which the color scale ends, any shape.
+        values: relevance divided by the magnitude at the end of the color scale, any shape.
 
     Example:
         >>> overlay_opacity(np.array([0.0, -1.0, 2.0]))
@@ -166,7 +165,7 @@ def overlay_opacity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo ``(image - mean) / std`` and clamp to [0, 1]: the picture that a model was given.
+    """Undo the normalization ``(image - mean) / std`` and clamp to [0, 1].
 
     Args:
         image: normalized image, (..., C, H, W).
@@ -199,18 +198,18 @@ def plot_attribution(
     clip_percentile: float = 99.0,
     smoothing: int = 1,
 ) -> Figure:
-    """One image and what is relevant in it: input, overlay, map with color bar.
+    """Plot an image and its relevance: input, overlay, map with color bar.
 
     Args:
-        image: the image as the model sees it, values in [0, 1] or uint8, (C, H, W) or (H, W).
-        attribution: relevance, (C, H, W) or (H, W); H and W as in `image`.
+        image: the image without normalization, values in [0, 1] or uint8, (C, H, W) or (H, W).
+        attribution: relevance, (C, H, W) or (H, W), with the height and width of `image`.
         title: heading of the figure.
-        clip_percentile: percentile of the magnitudes at which the colors end.
+        clip_percentile: percentile of the magnitudes at the ends of the color scale.
         smoothing: number of pixels that the maps are smoothed over, see :func:`smooth_map`; 1 draws the
-            maps as they are. A figure with smoothed maps says so.
+            maps unchanged. A figure with smoothed maps has a note.
 
     Raises:
-        ValueError: if a shape does not fit or a value is not finite or out of range.
+        ValueError: if a shape does not match, or if a value is not finite or out of range.
 
     Example:
         >>> import torch
@@ -236,16 +235,16 @@ def plot_rows(
     clip_percentile: float = 99.0,
     smoothing: int = 1,
 ) -> Figure:
-    """Several attributions below each other, each as input, overlay and map with color bar.
+    """Plot one row per attribution: input, overlay and map with color bar.
 
     Args:
         images: R images as in `plot_attribution`.
-        attributions: R attributions as in `plot_attribution`; each has a color scale of its own.
+        attributions: R attributions as in `plot_attribution`; each has its own color scale.
         row_labels: R texts for the left margin.
         title: heading of the figure.
-        clip_percentile: percentile of the magnitudes at which the colors end.
+        clip_percentile: percentile of the magnitudes at the ends of the color scale.
         smoothing: number of pixels that the maps are smoothed over, see :func:`smooth_map`; 1 draws the
-            maps as they are. A figure with smoothed maps says so.
+            maps unchanged. A figure with smoothed maps has a note.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -290,21 +289,21 @@ def plot_grid(
     clip_percentile: float = 99.0,
     smoothing: int = 1,
 ) -> Figure:
-    """Rows of images, columns of methods: the input, then an overlay per method.
+    """Plot a grid with one row per image: the input, then one overlay per method.
 
-    Every overlay has a symmetric color scale of its own, so the one color bar counts in
-    multiples of the magnitude at which the scale ends.
+    Every overlay has its own symmetric color scale, so the shared color bar is in multiples of the magnitude
+    at the end of each scale.
 
     Args:
         images: R images as in `plot_attribution`.
-        attributions: R rows of K attributions as in `plot_attribution`; a text in place of an
-            attribution is written into the empty cell.
+        attributions: R rows of K attributions as in `plot_attribution`; a text instead of an
+            attribution is written into its cell.
         row_labels: R texts for the left margin.
         column_labels: K texts above the columns of attributions.
         title: heading of the figure.
-        clip_percentile: percentile of the magnitudes at which the colors end.
+        clip_percentile: percentile of the magnitudes at the ends of the color scale.
         smoothing: number of pixels that the maps are smoothed over, see :func:`smooth_map`; 1 draws the
-            maps as they are. A figure with smoothed maps says so.
+            maps unchanged. A figure with smoothed maps has a note.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -359,18 +358,18 @@ def plot_overlays(
     note: str | None = None,
     clip_percentile: float = 99.0,
 ) -> Figure:
-    """Rows of overlays, each on an image of its own.
+    """Plot rows of overlays, each on a different image.
 
-    Every overlay has a symmetric color scale of its own, as in :func:`plot_grid`.
+    Every overlay has its own symmetric color scale, as in :func:`plot_grid`.
 
     Args:
         images: R rows of at most K images as in `plot_attribution`.
-        attributions: an attribution for each image.
+        attributions: one attribution per image.
         row_labels: R texts for the left margin.
-        cell_labels: a text above each image.
+        cell_labels: one text per image, shown above it.
         title: heading of the figure.
         note: a line below all images.
-        clip_percentile: percentile of the magnitudes at which the colors end.
+        clip_percentile: percentile of the magnitudes at the ends of the color scale.
 
     Raises:
         ValueError: if the counts differ, or as in `plot_attribution`.
@@ -390,7 +389,7 @@ def plot_overlays(
     pictures = [[picture_array(image) for image in row] for row in images]
     columns = max(map(len, pictures), default=0)
     if columns == 0:
-        raise ValueError("Expected `images` to hold at least one image, but got none.")
+        raise ValueError("Expected `images` to contain at least one image, but got none.")
 
     tallness = _tallness([picture for row in pictures for picture in row])
     extra = 0.25 if cell_labels is not None else 0.0
@@ -408,7 +407,7 @@ def plot_overlays(
                 text = _wrap(cell_labels[row][column], 24)
                 cell.set_title(text, fontsize=8, parse_math=False)
         if row_labels is not None:
-            # A label runs upward: a low row has less room for it.
+            # The label is vertical, so a low row has less room for it.
             width = max(8, int(16 * min(1.0, tallness)))
             _label_row(axes[row, 0], row_labels[row], width=width, size=10)
     _add_shared_color_bar(figure, axes)
@@ -448,13 +447,13 @@ def _require_labels(name: str, labels: Sequence[str] | None, expected: int) -> N
 
 
 def picture_array(image: Array) -> npt.NDArray[np.float64]:
-    """The image as (H, W, 3) in [0, 1].
+    """Convert an image to a numpy array (H, W, 3) with values in [0, 1].
 
     Args:
         image: values in [0, 1] or uint8, (C, H, W) with one or three channels, or (H, W).
 
     Raises:
-        ValueError: if the shape is another one, or a value is not finite or out of range.
+        ValueError: if the shape is wrong, or if a value is not finite or out of range.
 
     Example:
         >>> import torch
@@ -475,32 +474,32 @@ def picture_array(image: Array) -> npt.NDArray[np.float64]:
     if values.min() < -1e-3 or values.max() > 1 + 1e-3:
         raise ValueError(
             "Expected `image` to have values in [0, 1], but got "
-            f"[{values.min():.3g}, {values.max():.3g}]; `denormalize` undoes a normalization."
+            f"[{values.min():.3g}, {values.max():.3g}]. Undo a normalization with `denormalize`."
         )
     return np.broadcast_to(values.clip(0, 1), (3, *values.shape[1:])).transpose(1, 2, 0)
 
 
 def _tallness(pictures: Sequence[npt.NDArray[np.float64]]) -> float:
-    """Height of a row as a multiple of its pictures' width, within reason."""
+    """Height of a row as a multiple of the width of its pictures, within limits."""
     return min(3.0, max(0.4, *(picture.shape[0] / picture.shape[1] for picture in pictures)))
 
 
 def _figure(width: float, height: float, title: str | None) -> Figure:
     from matplotlib.figure import Figure
 
-    # Room for the heading is added to the figure, not taken from the pictures.
+    # The heading enlarges the figure, so that the pictures keep their size.
     lines = _wrap(title, max(30, int(width * 9))).splitlines() if title else []
     figure = Figure(
         figsize=(width, height + 0.35 + 0.25 * len(lines)), dpi=120, layout="constrained"
     )
     if lines:
-        # A dollar sign in the name of a file or class starts no formula.
+        # Without math parsing, a dollar sign in the name of a file or class is plain text.
         figure.suptitle("\n".join(lines), fontsize=13, parse_math=False)
     return figure
 
 
 def _wrap(text: str, width: int) -> str:
-    """Breaks long lines; line breaks in the text stay."""
+    """Wrap long lines and keep line breaks in the text."""
     return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
@@ -543,13 +542,13 @@ def _draw_overlay(
     relevance: npt.NDArray[np.float64],
     clip_percentile: float,
 ) -> None:
-    """Relevance on the grayscale picture, the more opaque the larger its magnitude."""
+    """Draw relevance over the grayscale picture, with an opacity that grows with its magnitude."""
     if relevance.shape != picture.shape[:2]:
         raise ValueError(
             f"Expected `attribution` to have the height and width of the image "
             f"{picture.shape[:2]}, but got {relevance.shape}."
         )
-    # Pale, so that the dark ends of the color scale stand out against dark pictures too.
+    # The picture is pale, so that the dark ends of the color scale stand out on dark pictures as well.
     gray = 0.4 + 0.6 * (picture @ np.array([0.299, 0.587, 0.114]))
     axes.imshow(gray, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     limit = color_limit(relevance, clip_percentile)
@@ -602,7 +601,7 @@ def _add_shared_color_bar(figure: Figure, axes: npt.NDArray[Any]) -> None:
     from matplotlib.colors import Normalize
 
     scale = ScalarMappable(Normalize(-1, 1), COLOR_MAP)
-    # About two pictures high, however many rows there are.
+    # About two pictures high, regardless of the number of rows.
     height = min(0.9, 2 / len(axes))
     bar = figure.colorbar(scale, ax=axes.ravel().tolist(), fraction=0.03, pad=0.02, shrink=height)
     bar.set_ticks([-1, 0, 1], labels=["against", "0", "for"])

@@ -1,8 +1,8 @@
-"""Relevance of the tokens of a text, from what a tokenizer returns.
+"""Relevance of the tokens of a text, from the output of a tokenizer.
 
-Token indices have no relevance of their own, so their embeddings are explained, and each token gets the sum
-of its embedding. Models of Hugging Face's are called by keyword, as ``model(**tokenizer(...))`` does it,
-because the attention mask is not the second argument of every model.
+Token indices cannot have relevance, so their embeddings are explained. The relevance of a token is the sum
+over its embedding. Hugging Face models are called by keyword, as in ``model(**tokenizer(...))``, because the
+attention mask is not the second argument of every model.
 
 Axes: B texts, L tokens, D features.
 """
@@ -24,29 +24,29 @@ __all__ = ["TextAbsLRP", "find_embedding"]
 
 
 class TextAbsLRP(LayerAbsLRP):
-    r"""Relevance of each token of a text, for classifiers and for the similarity of sentences.
+    r"""Relevance of each token of a text, for text classifiers and sentence similarity.
 
-    The difference to :class:`LayerAbsLRP`: it finds the embedding of the words, takes what a tokenizer
-    returns, adds up the relevance of each token, and has signed rules as its default. Relevance is in the
-    unit of the score then, and a negative one speaks against the target. What the tables of positions and of
-    token types add is not counted.
+    In contrast to :class:`LayerAbsLRP`, this class finds the word embedding, accepts the output of a
+    tokenizer, sums the relevance of each token, and defaults to signed rules. With signed rules, relevance
+    is in the unit of the score, and negative relevance is evidence against the target. The share of position
+    and token-type embeddings is not included.
 
-    Tokens that the attention mask takes out get no relevance, and do not change that of the others, as far as
-    the model itself ignores them.
+    Tokens that the attention mask removes get no relevance. They do not affect the relevance of other tokens,
+    provided that the model ignores them.
 
     Args:
-        model: the model, in evaluation mode: a classifier of texts, or a module that returns embeddings of
-            sentences, such as :class:`~captum_abslrp.targets.MeanPooling`.
-        embedding: the module that returns a vector for each token, (B, L, D). None finds it: what
-            ``get_input_embeddings()`` of a model of Hugging Face's returns, or the only ``nn.Embedding``.
-        mapping: as for :class:`AbsLRP`, where None is the published method. The default is one of signed
-            rules, ``"attnlrp"``.
-        normalization, output: as for :class:`AbsLRP`.
+        model: the model, in evaluation mode: a text classifier, or a module that returns sentence
+            embeddings, such as :class:`~captum_abslrp.targets.MeanPooling`.
+        embedding: the module that returns one vector per token, (B, L, D). None uses the result of
+            ``get_input_embeddings()`` for a Hugging Face model, or the only ``nn.Embedding``.
+        mapping: as in :class:`AbsLRP`, where None is the published method. The default, ``"attnlrp"``, has
+            signed rules.
+        normalization, output: as in :class:`AbsLRP`.
 
     Raises:
-        TypeError: as for :class:`AbsLRP`, or if ``embedding`` is not a module.
-        ValueError: as for :class:`AbsLRP`; or if ``embedding`` is not part of the model, or none is given and
-            the model does not tell which it is.
+        TypeError: as in :class:`AbsLRP`, or if ``embedding`` is not a module.
+        ValueError: as in :class:`AbsLRP`; or if ``embedding`` is not part of the model, or if it is None and
+            the embedding cannot be found.
 
     Example:
         >>> class Classifier(nn.Module):
@@ -81,7 +81,7 @@ class TextAbsLRP(LayerAbsLRP):
             )
         super().__init__(
             model,
-            embedding,  # type: ignore[arg-type]  # of what is no model the next one says so
+            embedding,  # type: ignore[arg-type]  # the next check raises if the model is not a module
             mapping,
             normalization=normalization,
             output=output,
@@ -104,28 +104,29 @@ class TextAbsLRP(LayerAbsLRP):
         """Attribute the target's output to the tokens.
 
         Args:
-            inputs: what a tokenizer returns with ``return_tensors="pt"``: a dict of tensors with
-                ``input_ids``, (B, L). All entries are passed to the model by keyword. Or the token ids alone,
-                (B, L), as the first argument of a model that has no padding.
-            target: as for :meth:`AbsLRP.attribute`; of sentences
+            inputs: the output of a tokenizer with ``return_tensors="pt"``: a dict of tensors with
+                ``input_ids``, (B, L). All entries are passed to the model by keyword. For a model without
+                padding, the token ids alone, (B, L), are passed as its first argument.
+            target: as in :meth:`AbsLRP.attribute`; for sentences, see
                 :class:`~captum_abslrp.targets.Similarity`.
-            additional_forward_args: arguments of the model after the token ids, one or a tuple, where
+            additional_forward_args: arguments of the model after the token ids, one argument or a tuple, if
                 ``inputs`` are token ids alone.
-            contrast, combine, class_dim, internal_batch_size, check_finite: as for
+            contrast, combine, class_dim, internal_batch_size, check_finite: as in
                 :meth:`LayerAbsLRP.attribute`.
-            call_index: which call of the embedding to explain, where the model calls it more than once.
-            return_convergence_delta: whether to return the delta, too.
+            call_index: index of the call to explain if the model calls the embedding more than once.
+            return_convergence_delta: whether to return the delta as well.
 
         Returns:
-            Relevance of each token, (B, L), of the dtype and the device of the embedding. With
-            ``return_convergence_delta`` a pair of it and the delta, (B,): the sum of relevance less what was
-            explained. It shows what positions, token types and biases keep.
+            Relevance of each token, (B, L), with the dtype and device of the embedding. With
+            ``return_convergence_delta``, a pair of the relevance and the delta, (B,): the sum of the
+            relevance minus the explained score. The delta shows how much relevance position embeddings,
+            token-type embeddings and biases absorb.
 
         Raises:
-            TypeError: as for :meth:`AbsLRP.attribute`, or if ``inputs`` are no tensors of integers.
-            ValueError: as for :meth:`LayerAbsLRP.attribute`; or if ``inputs`` lack ``input_ids``, do not have
-                shape (B, L), or come with ``additional_forward_args`` beside keywords; or if ``embedding``
-                does not return one vector for each token.
+            TypeError: as in :meth:`AbsLRP.attribute`, or if ``inputs`` are not integer tensors.
+            ValueError: as in :meth:`LayerAbsLRP.attribute`; or if ``inputs`` lack ``input_ids`` or do not
+                have shape (B, L); if ``additional_forward_args`` are passed with a dict; or if ``embedding``
+                does not return one vector per token.
 
         Example:
             >>> encoder = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5)).eval()
@@ -170,17 +171,17 @@ class TextAbsLRP(LayerAbsLRP):
 
 
 def find_embedding(model: nn.Module) -> nn.Module:
-    """The module that turns token ids into vectors.
+    """Find the module that maps token ids to vectors.
 
     Args:
-        model: a model of texts, or one that has it inside.
+        model: a text model, or a module that contains one.
 
     Returns:
-        What ``get_input_embeddings()`` of the outermost module that has it returns (models of Hugging
-        Face's); elsewhere the only ``nn.Embedding``.
+        The result of ``get_input_embeddings()`` of the outermost module that has this method (Hugging Face);
+        otherwise the only ``nn.Embedding``.
 
     Raises:
-        ValueError: if there is none, or several.
+        ValueError: if there is no such module, or if there are several.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
@@ -191,7 +192,7 @@ def find_embedding(model: nn.Module) -> nn.Module:
     for module in modules.values():
         try:
             found = getattr(module, "get_input_embeddings", lambda: None)()
-        except NotImplementedError:  # of a module that has no words
+        except NotImplementedError:  # the module has no word embedding
             continue
         if isinstance(found, nn.Module) and any(found is part for part in modules.values()):
             return found
@@ -200,14 +201,14 @@ def find_embedding(model: nn.Module) -> nn.Module:
         return modules[paths[0]]
     listed = ", ".join(f"`{path}`" for path in paths)
     raise ValueError(
-        f"Expected a model that tells which module embeds its words, but got {type(model).__name__} with "
-        f"{len(paths) or 'no'} `nn.Embedding`{f' ({listed})' if paths else ''}. Pass it: "
+        f"Expected a model with a single word embedding, but got {type(model).__name__} with "
+        f"{len(paths) or 'no'} `nn.Embedding`{f' ({listed})' if paths else ''}. Pass the embedding: "
         f'`TextAbsLRP(model, model.get_submodule("{paths[0] if paths else "..."}"))`.'
     )
 
 
 def _split(inputs: Any, extra: Any) -> tuple[Tensor, list[str], Any]:
-    """Token ids, the keywords of all arguments (none: by position), and the other arguments."""
+    """Return token ids, the keywords of all arguments (empty for positional), and the other arguments."""
     names: list[str] = []
     ids = inputs
     if isinstance(inputs, collections.abc.Mapping):
@@ -218,7 +219,7 @@ def _split(inputs: Any, extra: Any) -> tuple[Tensor, list[str], Any]:
             )
         if extra is not None:
             raise ValueError(
-                "Expected no `additional_forward_args` where `inputs` has keywords, but got both. Add them "
+                "Expected no `additional_forward_args`, because `inputs` is a dict, but got both. Add them "
                 "to `inputs`: `{**encoded, name: value}`."
             )
         names = ["input_ids", *(name for name in inputs if name != "input_ids")]
@@ -227,13 +228,13 @@ def _split(inputs: Any, extra: Any) -> tuple[Tensor, list[str], Any]:
         lists = [name for name in names if isinstance(inputs[name], list)]
         if lists:
             raise TypeError(
-                f"Expected `inputs` to hold tensors, but got a list as `{lists[0]}`. Call the tokenizer "
+                f"Expected `inputs` to contain tensors, but got a list as `{lists[0]}`. Call the tokenizer "
                 f'with `return_tensors="pt"`, and with `padding=True` for texts of different lengths.'
             )
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
-            f"Expected `inputs` to be token ids, or what a tokenizer returns with "
+            f"Expected `inputs` to be token ids, or the output of a tokenizer with "
             f'`return_tensors="pt"`, but got {found}.'
         )
     if ids.dim() != 2:

@@ -349,7 +349,7 @@ def test_an_autograd_function_of_the_model_is_named() -> None:
 BAD_CALLS = {
     "inputs of integers": (
         lambda: AbsLRP(mlp()).attribute(torch.ones(2, 6, dtype=torch.long), 1),
-        TypeError, r"Expected `inputs` to be of a floating-point dtype, but got torch\.int64",
+        TypeError, r"Expected `inputs` to have a floating-point dtype, but got torch\.int64",
     ),
     "inputs that are no tensor": (
         lambda: AbsLRP(mlp()).attribute([[1.0]], 1), TypeError, "Expected `inputs` .*but got list",
@@ -368,11 +368,11 @@ BAD_CALLS = {
     ),
     "no batch dimension, image": (
         lambda: AbsLRP(load_golden("resnet_basic").model).attribute(batch(3, 32, 32), 1),
-        ValueError, r"Add the batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
+        ValueError, r"Add a batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
     ),
     "no batch dimension, image for a ViT": (
         lambda: AbsLRP(load_golden("vit").model).attribute(batch(3, 32, 32), 1),
-        ValueError, r"Add the batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
+        ValueError, r"Add a batch dimension to `inputs`: `x\.unsqueeze\(0\)`",
     ),
     "no inputs": (lambda: AbsLRP(mlp()).attribute(()), ValueError, "but got an empty tuple"),
     "inputs that are None": (
@@ -400,11 +400,11 @@ BAD_CALLS = {
     ),
     "target out of range": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 5),
-        IndexError, r"Expected `target` to lie within the output shape \(5,\).*but got 5",
+        IndexError, r"Expected `target` to be within the output shape \(5,\).*but got 5",
     ),
     "contrast out of range": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast=9),
-        IndexError, r"Expected `contrast` to lie within .*but got 9",
+        IndexError, r"Expected `contrast` to be within .*but got 9",
     ),
     "too many targets": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), [1, 2, 3]),
@@ -427,7 +427,7 @@ BAD_CALLS = {
     ),
     "contrast is the target": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast=[2, 1]),
-        ValueError, "another class than `target`, but got the same one for sample 1",
+        ValueError, "to be different classes, but got the same class for sample 1",
     ),
     "contrast of an unknown word": (
         lambda: AbsLRP(mlp()).attribute(batch(2, 6), 1, contrast="rest"),
@@ -476,14 +476,14 @@ def test_bad_input_is_named(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_scripted_model_is_refused() -> None:
     scripted = torch.jit.script(mlp())
-    with pytest.raises(TypeError, match="plain module, but got a scripted one"):
+    with pytest.raises(TypeError, match="plain module, but got a scripted module"):
         AbsLRP(scripted)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_scripted_part_is_named() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())).double()
-    with pytest.raises(TypeError, match="Expected `1` of `model` to be .* a scripted one"):
+    with pytest.raises(TypeError, match="Expected `1` of `model` to be .* a scripted module"):
         AbsLRP(nn.Sequential(mlp(), scripted))
 
 
@@ -515,7 +515,7 @@ def test_a_compiled_or_wrapped_model_is_explained_as_the_original() -> None:
 def test_training_mode_is_warned_about(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 5)).train().double()
     with pytest.warns(
-        UserWarning, match=rf"evaluation mode, but `1` \({type(layer).__name__}\).*model\.eval"
+        UserWarning, match=rf"evaluation mode, but got `1` \({type(layer).__name__}\).*model\.eval"
     ):
         AbsLRP(model).attribute(batch(3, 6), 1)
 
@@ -537,7 +537,7 @@ def test_a_difference_that_is_rounding_is_warned_about(dtype: torch.dtype) -> No
     x = torch.rand(2, 50).to(dtype)
     remedy = r"`model\.double\(\)`.*" if dtype == torch.float32 else ""
     with pytest.warns(
-        UserWarning, match=rf"hardly tell from rounding.*{remedy}contrast=None"
+        UserWarning, match=rf"close to the rounding error.*{remedy}contrast=None"
     ) as seen:
         AbsLRP(Alike()).attribute(x, 1)
     assert seen[0].filename == __file__

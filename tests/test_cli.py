@@ -739,7 +739,7 @@ def test_demo(tmp_path: Path, figures: dict[str, Figure], capsys: Capture) -> No
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert lines[0] == ["method", *names]
     assert [line[0] for line in lines[2:]] == [
-        "(relevance everywhere alike)",
+        "(uniform relevance)",
         "AbsLRP (recommended)",
         "AbsLRP (separate)",
         "AbsLRP (joint)",
@@ -899,7 +899,7 @@ def test_lrp_refuses_additions_outside_of_modules(inputs: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.layer(x)
 
-    with pytest.raises(TypeError, match="Expected `model` to add tensors in modules only"):
+    with pytest.raises(TypeError, match="Expected `model` to add tensors only in modules"):
         get_method("lrp")(Residual())(inputs[0, 0], 1)
 
 
@@ -941,7 +941,9 @@ def test_the_feature_layer_is_found(name: str, layer: str) -> None:
 
 def test_without_a_feature_layer_there_is_no_gradcam() -> None:
     model = timm.create_model("test_vit").eval()
-    with pytest.raises(ValueError, match="map larger than 1x1, but got VisionTransformer without"):
+    with pytest.raises(
+        ValueError, match="map larger than 1x1 for Grad-CAM, but got VisionTransformer without"
+    ):
         get_method("gradcam")(model)(torch.zeros(1, 3, 160, 160), 0)
 
 
@@ -974,10 +976,12 @@ def test_registration(registry: None) -> None:
 
 def test_unknown_methods_have_near_names() -> None:
     with pytest.raises(
-        ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). There are: "
+        ValueError, match="but got 'deeplif' \\(did you mean deeplift\\?\\). Available methods: "
     ):
         get_method("deeplif")
-    with pytest.raises(ValueError, match="but got 'qqq'. There are: abslrp, abslrp_recommended"):
+    with pytest.raises(
+        ValueError, match="but got 'qqq'. Available methods: abslrp, abslrp_recommended"
+    ):
         get_method("qqq")
 
 

@@ -352,12 +352,12 @@ def colors_of_a_palette(folder: Path) -> None:
         (torn_weights, "could not be loaded: Error while deserializing header"),
         (no_processor, "could not be loaded: "),
         (other_code, "could not be loaded: "),
-        (other_sizes, "do not fit its configuration: classifier.weight, vit."),
+        (other_sizes, "do not match its configuration: classifier.weight, vit."),
         (
             other_pictures,
-            "to take the inputs (3, 224, 224) of its image processor, but got ValueError: Input image size",
+            "to accept the inputs (3, 224, 224) of its image processor, but got ValueError: Input image size",
         ),
-        (colors_of_a_palette, "to make an input (C, H, W) of a picture, but got KeyError"),
+        (colors_of_a_palette, "to return an input (C, H, W) for an image, but got KeyError"),
     ],
 )
 def test_damaged_folders_are_one_line(
@@ -386,7 +386,7 @@ def test_other_models_are_one_line(
 
     assert explain(tmp_path / "mae", picture) == 2
     line = one_error(capsys)
-    assert "to be an image classifier, but got" in line and "a model of type 'vit_mae'." in line
+    assert "to be an image classifier, but got" in line and "of type 'vit_mae'." in line
     assert main(["inspect", "--model", f"hf:{tmp_path / 'mae'}"]) == 2
     assert one_error(capsys) == line
 
@@ -406,7 +406,8 @@ def test_a_folder_that_does_not_exist(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert explain(name, picture) == 2
     assert one_error(capsys) == (
-        f"Expected `--model` to be hf:ORG/NAME or hf:FOLDER, but got 'hf:{name}', which is no folder."
+        f"Expected `--model` to be hf:ORG/NAME or hf:FOLDER, but got 'hf:{name}', which is not a "
+        "folder."
     )
 
 
@@ -433,8 +434,8 @@ def test_without_transformers_the_line_says_what_to_install(
     images = [str(picture)] if command == "explain" else []
     assert main([command, *images, "--model", f"hf:{folders['vit']}"]) == 2
     assert one_error(capsys) == (
-        f"Expected transformers to be installed for 'hf:{folders['vit']}', but got none: "
-        "pip install 'captum-abslrp[hf]'"
+        f"Expected transformers to be installed for 'hf:{folders['vit']}', but it is not. Run "
+        "`pip install 'captum-abslrp[hf]'`."
     )
 
 
@@ -456,8 +457,8 @@ def test_offline_a_model_that_is_not_there_is_one_line(picture: Path, tmp_path: 
     done = in_a_new_process(tmp_path, "explain", str(picture), "--model", "hf:some/model")
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(
-        r"captum-abslrp: error: 'hf:some/model' could not be fetched \(.*connect.*\); give a folder, "
-        r"hf:\./FOLDER, or try a model that ships with the package: demo:vgg\n",
+        r"captum-abslrp: error: 'hf:some/model' could not be downloaded \(.*connect.*\); pass a folder, "
+        r"hf:\./FOLDER, or use a model that is included in the package: demo:vgg\n",
         done.stderr,
     )
 

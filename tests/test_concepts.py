@@ -86,7 +86,7 @@ def test_a_figure_shows_where_a_channel_finds_its_concept() -> None:
     assert [axes.get_title() for axes in cells[:2]] == ["image 0, warm", "image 1, warm"]
     assert cells[0].get_ylabel().startswith("channel 2\n")
     text = "".join(t.get_text() for t in figure.texts) + str(figure.get_suptitle())
-    assert "What matters for warm" in text
+    assert "Most relevant channels for warm" in text
     # The red spot at the upper left, the green one at the upper right: cut out with all of them.
     for cell in cells[:2]:
         picture = np.asarray(cell.images[0].get_array())  # in gray
@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "too few targets": (
         lambda c, a: find_concepts(a, [(IMAGES, [1])]),
         ValueError,
-        "one target for each of 4 images of a batch, but got 1",
+        "one target for each of the 4 images of a batch, but got 1",
     ),
     "inputs": (
         lambda c, a: find_concepts(AbsLRP(a.model), [(IMAGES, TARGETS)]),
@@ -134,7 +134,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "crop": (
         lambda c, a: plot_concepts(c, a, IMAGES, 0, crop=0.0),
         ValueError,
-        r"a share of the image, in \(0, 1\], but got 0.0",
+        r"a fraction of the image, in \(0, 1\], but got 0.0",
     ),
 }
 

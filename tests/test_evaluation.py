@@ -203,9 +203,11 @@ def test_unreadable_images_are_named_once_and_replaced(
 
 def test_too_few_images_that_can_be_read(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     evaluation = Evaluation(tmp_path, model, Damaged(images[:5], {0, 1}))
-    with pytest.raises(ValueError, match=r"at least four images that can be read, but got 3; the"):
+    with pytest.raises(ValueError, match=r"at least four readable images, but got 3. The"):
         evaluation.run({"saliency": Saliency(model)}, 1)
-    with pytest.raises(ValueError, match="Expected `images` to be at least four, but got 3"):
+    with pytest.raises(
+        ValueError, match="Expected `images` to have at least four images, but got 3"
+    ):
         Evaluation(tmp_path / "few", model, images[:3])
 
 
@@ -214,10 +216,10 @@ def test_a_folder_of_other_settings_is_left_alone(
 ) -> None:
     Evaluation(tmp_path, model, images, description={"model": "a"}).run({"s": Saliency(model)}, 1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match="Expected `folder` to be without scores"):
+    with pytest.raises(FileExistsError, match="Expected `folder` to have no scores"):
         Evaluation(tmp_path, model, images, description={"model": "a"})
     for change, message in [
-        ({"seed": 1}, "Expected seed to be 0, .* but got 1: choose another folder"),
+        ({"seed": 1}, "Expected seed to be 0, .* but got 1. Choose another folder"),
         ({"description": {"model": "b"}}, "Expected model to be 'a', .* but got 'b'"),
         ({"description": {}}, "Expected model to be 'a', .* but got None"),
         ({"labels": [1] * 16}, "Expected labels to be"),
@@ -227,7 +229,7 @@ def test_a_folder_of_other_settings_is_left_alone(
             Evaluation(tmp_path, model, images, **options)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / "scores.jsonl").write_text('{"mosaic": 0}\n')
-    with pytest.raises(ValueError, match=r"Expected line 1 of .* to hold scores, but got"):
+    with pytest.raises(ValueError, match=r"Expected line 1 of .* to contain scores, but got"):
         Evaluation(tmp_path, model, images, description={"model": "a"}, resume=True)
 
 
@@ -313,7 +315,7 @@ def test_evaluate_a_folder(
         "comparison.png", "maps.png",
     }  # fmt: skip
     text = (out / "comparison.md").read_text()
-    assert "Skipped, 1 in all" in text and "broken.png could not be read" in text
+    assert "Skipped images (1)" in text and "broken.png could not be read" in text
     assert "notes.txt" not in text
     with (out / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -322,7 +324,7 @@ def test_evaluate_a_folder(
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert sum("mosaic" in line for line in lines) == 12
     printed = capsys.readouterr().out
-    assert "16 images for 6 mosaics: some take part in several." in printed
+    assert "16 images for 6 mosaics: some images are used repeatedly." in printed
     assert text in printed
     with Image.open(out / "comparison.png") as picture:
         assert picture.size[0] > 1000
@@ -343,8 +345,8 @@ def test_a_flat_folder_will_do(evaluate: Evaluate, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data", "nowhere"], "Expected `--model` to name a model, but got none"),
-        (["--demo", "--model", "resnet18"], "`--demo` to go with a demo model, but got 'resnet18'"),
+        (["--data", "nowhere"], "Expected `--model` with `--data`, but got none"),
+        (["--demo", "--model", "resnet18"], "a demo model with `--demo`, but got 'resnet18'"),
         (["--model", "demo:vgg", "--data", "nowhere"], "Expected `--data` to be a folder, but got no"),
     ],
 )  # fmt: skip
@@ -357,7 +359,7 @@ def test_what_evaluate_refuses(
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("abslrp,salience", "did you mean saliency"), (",", "Expected names of methods")],
+    [("abslrp,salience", "did you mean saliency"), (",", "Expected method names")],
 )
 def test_unknown_methods(evaluate: Evaluate, methods: str, message: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
@@ -369,7 +371,7 @@ def test_scores_are_not_overwritten(evaluate: Evaluate, tmp_path: Path, capsys: 
     assert evaluate("--demo", "--model", "demo:vit", methods="random") == 0
     before = (tmp_path / "out" / "scores.jsonl").read_bytes()
     assert evaluate("--demo", "--model", "demo:vit", methods="random") == 2
-    assert "which has some: go on with them by --resume" in capsys.readouterr().err
+    assert "which has some. Continue with `--resume`" in capsys.readouterr().err
     assert evaluate("--demo", "--model", "demo:vgg", "--resume", methods="random") == 2
     assert "Expected model to be 'demo:vit'" in capsys.readouterr().err
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
@@ -447,7 +449,7 @@ def test_ctrl_c_says_how_to_go_on(
     with pytest.raises(SystemExit) as exit_:
         evaluate("--demo", "--model", "demo:vgg")
     assert exit_.value.code == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_the_model_of_a_folder_is_any_of_timm(

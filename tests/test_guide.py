@@ -194,7 +194,7 @@ def test_a_model_of_another_kind_gets_the_published_method() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     x = torch.rand(2, 6)
     attributor = AbsLRP.recommended(model)
-    assert "nothing was measured" in repr(attributor)
+    assert "models of this kind were not measured" in repr(attributor)
     assert torch.equal(attributor.attribute(x, 1), AbsLRP(model).attribute(x, 1))
 
 
@@ -265,7 +265,7 @@ def test_tokens_lie_where_their_patches_do() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1, 5), (2, 5, 1, 1), (2, 60, 5), (2, 3, 40, 4)])
 def test_what_lies_on_no_grid_is_refused(shape: Any) -> None:
-    with pytest.raises(ValueError, match="Expected values on a grid of the proportions"):
+    with pytest.raises(ValueError, match="Expected values on a grid with the aspect ratio"):
         grid_of(torch.ones(shape), (224, 224))
 
 
@@ -298,7 +298,7 @@ CONV = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(
     ("call", "error", "message"),
     [
         (lambda: AbsLRP(FLAT).attribute(images(8), 1, combine="guided"), ValueError,
-         "Expected a layer of Sequential whose output lies on a grid"),
+         "Expected Sequential to have a layer"),
         (lambda: AbsLRP(nn.Linear(6, 4).eval()).attribute(torch.rand(2, 6), 1, combine="guided"),
          ValueError, "Expected `inputs` to be one tensor of images"),
         (lambda: AbsLRP(CONV).attribute(images(8), 1, combine="guided", guide=nn.ReLU()),
@@ -310,7 +310,7 @@ CONV = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(
         (lambda: LayerAbsLRP(CONV, CONV[0]).attribute(images(8), 1, combine="guided"),
          ValueError, "relevance of a layer"),
         (lambda: AbsLRP(CONV).attribute(images(8), 1, guide=CONV[0]),
-         ValueError, 'Expected `guide` with `combine="guided"` alone'),
+         ValueError, 'Expected `guide` only with `combine="guided"`'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_guided_says_why(call: Any, error: Any, message: str) -> None:

@@ -526,7 +526,7 @@ def test_tensors_made_in_inference_mode_take_part() -> None:
 
 
 def test_a_weight_that_depends_on_the_input_is_not_dropped_silently() -> None:
-    with pytest.raises(UnsupportedCallError, match=r"a weight or bias that does, too.*TwinRule"):
+    with pytest.raises(UnsupportedCallError, match=r"a weight or bias that does as well.*TwinRule"):
         explain(lambda x: F.linear(x, torch.eye(8).double(), x[0]))
 
 
@@ -658,7 +658,7 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:A value that is detached")
+@pytest.mark.filterwarnings("ignore:The output of the model depends on a tensor that is detached")
 @pytest.mark.parametrize("look", LOOKS)
 def test_what_looks_at_memory_sees_what_overwrites_it(
     look: str, monkeypatch: pytest.MonkeyPatch

@@ -502,7 +502,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "a layer of another model": (
         lambda: LayerAbsLRP(chain(), chain()[0]),
-        ValueError, "Expected `layer` to be a module of `model`, but got a Linear that is none",
+        ValueError, "Expected `layer` to be a module of `model`, but got a Linear that is not part of it",
     ),
     "a layer that is not called": (
         lambda: explain(Wired(lambda m, x: m.head(m.first(x)), spare=nn.Tanh()), "spare", batch(2, 6)),
@@ -532,11 +532,11 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "a layer without gradients": (
         lambda: explain(without_gradients(), "gate", batch(2, 6), of_input=True),
-        ValueError, r"Expected the input of `gate` \(Linear\).* under `torch\.no_grad\(\)`",
+        ValueError, r"Expected the input of `gate` \(Linear\).*computed under `torch\.no_grad\(\)`",
     ),
     "a layer inside of one with a rule of Captum": (
         lambda: explain(with_rule_around(), "0.0", batch(2, 6)),
-        ValueError, r"output of `0\.0` \(Linear\).* inside of a module that has one rule as a whole",
+        ValueError, r"output of `0\.0` \(Linear\).* inside a module with a rule of its own",
     ),
     "a bad contrast": (
         lambda: explain(chain(), "0", batch(2, 6), contrast="rest"), ValueError, "Expected `contrast`",
@@ -577,7 +577,7 @@ def with_rule_around() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-@pytest.mark.filterwarnings("ignore:A value that is detached")
+@pytest.mark.filterwarnings("ignore:The output of the model depends on a tensor that is detached")
 def test_bad_input_is_named(name: str) -> None:
     call, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):

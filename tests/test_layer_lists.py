@@ -337,7 +337,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "too few calls": (
         lambda: LayerAbsLRP(m := chain(), [m[0], m[1]]).attribute(batch(2, 6), 1, call_index=[0]),
-        ValueError, r"`call_index` to have an entry for each layer \(2\), but got \[0\]",
+        ValueError, r"`call_index` to have one entry per layer \(2\), but got \[0\]",
     ),
     "calls of one layer in a list": (
         lambda: LayerAbsLRP(m := chain(), m[0]).attribute(batch(2, 6), 1, call_index=[0]),

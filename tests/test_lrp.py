@@ -582,9 +582,9 @@ def test_a_sum_with_gamma_favors_the_sign_of_the_sum() -> None:
         (["epsilon_pluss"], {}, ValueError, "Did you mean 'epsilon_plus'"),
         ([3], {}, ValueError, "Expected `composite` to be one of"),
         (["epsilon"], {"gamma": 1}, TypeError, r"to be among \['epsilon'\], but got \['gamma'\]"),
-        (["epsilon_gamma_box"], {}, TypeError, r"with \['low', 'high'\] given"),
-        ([Mapping("mine", [])], {}, ValueError, "a mapping of signed rules, but got 'mine'"),
-        ([table(FlatRule())], {"epsilon": 1}, TypeError, "beside a mapping of your own"),
+        (["epsilon_gamma_box"], {}, TypeError, r"including \['low', 'high'\]"),
+        ([Mapping("mine", [])], {}, ValueError, "a mapping with signed rules, but got 'mine'"),
+        ([table(FlatRule())], {"epsilon": 1}, TypeError, "with a custom mapping"),
     ],
 )
 def test_bad_composites(
@@ -597,7 +597,7 @@ def test_bad_composites(
 def test_bad_parameters_of_rules_and_calls() -> None:
     with pytest.raises(ValueError, match="`alpha - beta` to be 1, but got alpha=2, beta=2"):
         AlphaBetaRule(2, 2)
-    with pytest.raises(ValueError, match="makes one map of the difference"):
+    with pytest.raises(ValueError, match="compute a single map for the difference"):
         LRP(nn.Linear(3, 2)).attribute(torch.rand(2, 3), 0, combine="gated")
 
 

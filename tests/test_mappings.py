@@ -197,7 +197,7 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"got \['mine', .*`overwrite=True`"):
             register_mapping(mine, architectures=[taken])
     for wrong in (3, "Net", int):
-        with pytest.raises(TypeError, match="classes of models, or qualified names"):
+        with pytest.raises(TypeError, match="model classes or qualified names"):
             register_mapping(Mapping("yours", []), architectures=[wrong])  # type: ignore[list-item]
     other = Mapping("mine", [])
     register_mapping(other, overwrite=True)

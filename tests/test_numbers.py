@@ -128,7 +128,7 @@ def test_a_weight_that_is_nan_is_told_of() -> None:
     model = demo.load_model("vgg")
     with torch.no_grad():
         model.features[4].weight[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="`features.4` .* weight of it has NaN already"):
+    with pytest.raises(FloatingPointError, match="`features.4` .* already has NaN"):
         AbsLRP(model).attribute(X, 1)
 
 
@@ -154,7 +154,7 @@ class Spoiling(Rule):
 def test_a_rule_that_went_wrong_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     mapping = get_mapping().extended({"tanh": Spoiling()})
-    message = r"infinite values that came out of `torch.tanh` in `1` \(Tanh\) in the backward pass"
+    message = r"infinite values of an input of `torch.tanh` in `1` \(Tanh\) in the backward pass"
     with pytest.raises(FloatingPointError, match=message):
         AbsLRP(model, mapping).attribute(torch.rand(2, 4), 1)
 
@@ -195,7 +195,7 @@ def test_lost_relevance_is_seen_where_it_was_lost() -> None:
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        (lambda: trace_relevance(nn.ReLU(), torch.rand(2, 3), 5), "`target` to lie within"),
+        (lambda: trace_relevance(nn.ReLU(), torch.rand(2, 3), 5), "`target` to be within"),
         (lambda: trace_relevance(nn.ReLU(), [1], 0), "a tuple of tensors, but got list"),  # type: ignore[arg-type]
     ],
 )

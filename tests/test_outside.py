@@ -121,7 +121,7 @@ def test_a_cached_parametrization_is_a_constant() -> None:
 def test_a_part_that_no_relevance_can_reach_is_not_explained() -> None:
     weight = parameter(4, 7) * 2
     model = With(lambda h, w: w.sum(1).expand(len(h), -1), weight)
-    with pytest.raises(ValueError, match="depend on `inputs`, but got one that does not"):
+    with pytest.raises(ValueError, match="depend on `inputs`, but got an output that does not"):
         AbsLRP(model).attribute(images(), 1)
 
 
@@ -429,9 +429,7 @@ def test_a_branch_that_is_dropped_is_warned_about(kind: str) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         AbsLRP(Branch(kind)).attribute(torch.rand(1, 6), 1)
-    found = [
-        w for w in seen if "is detached, or computed under `torch.no_grad()`" in str(w.message)
-    ]
+    found = [w for w in seen if "is detached or computed under `torch.no_grad()`" in str(w.message)]
     assert len(found) == 1
     assert WHERE[kind] in str(found[0].message)
     assert found[0].filename == __file__

@@ -63,7 +63,7 @@ def test_maps_are_what_is_shown() -> None:
     assert pixels(shown["pairs"]["1 0"]["src"]).tolist() == [[0, LEVELS, LEVELS]]
     assert "cat rather than dog: 100% of the relevance is positive" in shown["pairs"]["0 1"]["alt"]
     assert shown["pairs"]["1 0"]["alt"] == (
-        "dog rather than cat: 100% of the relevance is negative, the largest part of it (100%) in the "
+        "dog rather than cat: 100% of the relevance is negative, the largest part (100%) in the "
         "upper left"
     )
 
@@ -170,7 +170,7 @@ def test_a_report_that_cannot_be_written_is_one_line(
     for path, message in (
         (folder, f"{folder} could not be written: Is a directory"),
         (pictures[0] / "new" / "r.html", f"could not be written: {pictures[0]} is not a dir"),
-        (pictures[1], "to be a file that ends in .html, but got"),
+        (pictures[1], "to be a file name that ends in .html, but got"),
     ):
         for command in (["explain", pictures[0], "--model", "demo:vgg"], ["evaluate", "--demo"]):
             words = [*command, "--html", path, "--out", tmp_path / "out"]
@@ -219,7 +219,7 @@ def test_maps_that_differ_by_rounding_are_told_of(
     given = panel(maps={"target": alike})
     (shown,) = data_of(page_of(given))["sections"][0]["panels"]
     assert shown["notes"] == [
-        "cat rather than dog: the maps of the two are so alike that their difference is rounding."
+        "cat rather than dog: the two maps are so similar that their difference is rounding error."
     ]
     (shown,) = data_of(page_of(panel(maps={"target": alike.double()})))["sections"][0]["panels"]
     assert shown["notes"] == []
@@ -338,7 +338,7 @@ def test_clicks_change_the_map(opened: Any) -> None:
     place.get_by_label("rather than").select_option(label=third)
     against = shown(opened)
     assert against[2] == f"{second} rather than {third}" and against[0] not in (before[0], after[0])
-    place.get_by_text("what it is held against").click()
+    place.get_by_text("the contrast").click()
     assert shown(opened)[2] == third
     place.get_by_text("saliency").click()
     assert shown(opened)[2] == f"{second}, saliency"
@@ -381,7 +381,7 @@ def test_a_missing_map_has_no_scale(browser: Any, tmp_path: Path) -> None:
     assert page.locator(".scale").is_visible()
     page.locator(".choice").nth(1).click()
     assert not page.locator(".scale").is_visible()
-    assert page.get_by_text("There is no such map.").is_visible()
+    assert page.get_by_text("This map is not available.").is_visible()
     page.close()
 
 
@@ -464,7 +464,7 @@ def test_a_report_has_the_channels_of_a_layer(
     assert section["title"] == "Concepts: channels of layer3"
     assert 1 <= len(section["figures"]) <= 3
     for figure in section["figures"]:
-        assert figure["alt"].startswith("channels of layer3 that matter for ")
+        assert figure["alt"].startswith("most relevant channels of layer3 for ")
         assert figure["src"].startswith("data:image/png;base64,")
     assert main([*command, "--concepts", "layer33"]) == 2
     message = "the path of a layer of the model, but got 'layer33' (did you mean layer3"

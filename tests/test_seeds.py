@@ -143,10 +143,10 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "out of range from the end": (dense((1, 2), class_dim=-4), IndexError, "but got -4"),
     "the samples": (
-        dense((1, 2), class_dim=0), ValueError, "but got 0, which is that of the samples",
+        dense((1, 2), class_dim=0), ValueError, "but got 0, which is the batch dimension",
     ),
     "the samples from the end": (
-        dense((1, 2), class_dim=-3), ValueError, "but got -3, which is that of the samples",
+        dense((1, 2), class_dim=-3), ValueError, "but got -3, which is the batch dimension",
     ),
     "a bool": (
         dense((1, 2), class_dim=True), TypeError, "`class_dim` .* an int, or None, but got True",
@@ -168,22 +168,22 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "too many indices": (dense((1, 2, 0)), ValueError, "`target` to have at most 2 indices .*but got 3"),
     "others of a sum over classes": (
         dense(2, class_dim=2), ValueError,
-        r"`target` to name a class where `contrast` is 'others', but got 1 of the 2 .*`contrast=None`",
+        r"`target` to select a class with `contrast='others'`, but got 1 of the 2 .*`contrast=None`",
     ),
     "softmax of a sum over classes": (
-        dense([2, 1], class_dim=-1, contrast="softmax"), ValueError, "is 'softmax'.*`contrast=None`",
+        dense([2, 1], class_dim=-1, contrast="softmax"), ValueError, "`contrast='softmax'`.*`contrast=None`",
     ),
     "index of a sum out of range": (
-        dense(4), IndexError, r"`target` to lie within the output shape \(4,\) .*but got 4",
+        dense(4), IndexError, r"`target` to be within the output shape \(4,\) .*but got 4",
     ),
     "index of the contrast of a sum out of range": (
-        dense(1, contrast=-5), IndexError, r"`contrast` to lie within .*but got -5",
+        dense(1, contrast=-5), IndexError, r"`contrast` to be within .*but got -5",
     ),
     "the sum is its own contrast": (
-        dense(1, contrast=[0, 1]), ValueError, "another class than `target`.*for sample 1",
+        dense(1, contrast=[0, 1]), ValueError, "to be different classes.*for sample 1",
     ),
     "the sum is its own contrast from the end": (
-        dense(1, contrast=-3), ValueError, "another class than `target`",
+        dense(1, contrast=-3), ValueError, "to be different classes",
     ),
     "an empty output": (
         lambda: AbsLRP(Applied(along_line(), lambda z: z[..., :0])).attribute(batch(2, 1, 7), 1),

@@ -158,8 +158,12 @@ def test_composites_are_divided_too() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] = {
-    "words": (lambda m: {"select": "all"}, TypeError, "to be the index of a channel, .* got 'all'"),
-    "nothing": (lambda m: {"select": []}, ValueError, "at least one channel, but got none"),
+    "words": (lambda m: {"select": "all"}, TypeError, "to be a channel index, .* got 'all'"),
+    "nothing": (
+        lambda m: {"select": []},
+        ValueError,
+        "at least one channel, but got an empty list",
+    ),
     "out of range": (
         lambda m: {"select": 1000},
         IndexError,
@@ -171,7 +175,11 @@ WRONG: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] =
         ValueError,
         r"to broadcast with a sample of shape .* got torch.float32 of shape \(7, 1, 1\)",
     ),
-    "gated": (lambda m: {"select": 0, "combine": "gated"}, ValueError, "because parts add up"),
+    "gated": (
+        lambda m: {"select": 0, "combine": "gated"},
+        ValueError,
+        "because the maps of parts must sum",
+    ),
     "delta": (
         lambda m: {"select": 0, "return_convergence_delta": True},
         ValueError,
@@ -194,7 +202,7 @@ def test_several_layers_and_integers_are_refused() -> None:
         LayerAbsLRP(model, [layer, model.layer1]).attribute(x, 3, select=0)
     words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5)).eval()
     with pytest.raises(
-        TypeError, match="floating-point dtype with `select`.* Explain a model of emb"
+        TypeError, match="floating-point dtype with `select`.* Explain a model that takes emb"
     ):
         LayerAbsLRP(words, words[1]).attribute(torch.tensor([[1, 5, 2]]), 2, select=0)
 
@@ -218,7 +226,11 @@ def test_channels_are_chosen_by_tensors_of_indices_and_of_weights() -> None:
     several = of_layer.attribute(x, 3, select=[torch.tensor(2), torch.tensor(5)])
     torch.testing.assert_close(several[0] + several[1], expected)
     for select, error, message in (
-        (torch.ones(2, 2, dtype=torch.long), TypeError, "Indices of channels have one dimension"),
+        (
+            torch.ones(2, 2, dtype=torch.long),
+            TypeError,
+            "Pass channel indices as a one-dimensional tensor",
+        ),
         (mask[:-1], ValueError, f"one weight for each of {channels} channels in dimension 1"),
         (mask.float() / 0, ValueError, "weights in `select` to be finite"),
     ):

@@ -1112,7 +1112,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back() -> None:
 
     model = Odd().eval()
     try:
-        with pytest.warns(UserWarning, match=r"could not for `.*Rigid`: ValueError"):
+        with pytest.warns(UserWarning, match=r"an error for `.*Rigid`: ValueError"):
             AbsLRP(model).attribute(X, 1)
     finally:
         Rigid.Key.broken = False

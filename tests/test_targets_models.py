@@ -243,7 +243,9 @@ KINDS = [
 
 
 # Faster R-CNN detaches its proposals: where boxes lie is not explained.
-@pytest.mark.filterwarnings("ignore:A value that is detached:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The output of the model depends on a tensor that is detached:UserWarning"
+)
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_each_is_explained_and_left_as_it_was(name: str, kind: str) -> None:
     torch.manual_seed(0)

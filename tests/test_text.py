@@ -286,7 +286,9 @@ def test_mean_pooling_is_the_mean_of_the_tokens_that_count(name: str) -> None:
 
 def test_mean_pooling_of_heads_is_refused() -> None:
     pooled = MeanPooling(classifier("BERT"))
-    with pytest.raises(ValueError, match="a vector for each of .3, 9. tokens, .*without its head"):
+    with pytest.raises(
+        ValueError, match="one vector for each of .3, 9. tokens, .*without its head"
+    ):
         pooled(**texts("BERT"))
 
 

@@ -403,9 +403,9 @@ def test_a_model_of_other_origin_needs_to_be_told(behind: bool) -> None:
     assert found.shape == (4, 4, 4)
     upper = found[0] > 0
     assert upper[:2, 0].all() and upper.sum() == 2  # two of 4 x 8 make up one of 8 x 8
-    with pytest.raises(ValueError, match="of which nothing is known.*extra_tokens=1"):
+    with pytest.raises(ValueError, match="whose patches are not known.*extra_tokens=1"):
         token_map(difference, model, model.block, size=(16, 32))
-    with pytest.raises(ValueError, match=r"4 x 4 patches, or of these with 1 tokens in front"):
+    with pytest.raises(ValueError, match=r"4 x 4 patches \(with or without 1 tokens before"):
         token_map(difference, model, model.block, size=(16, 32), extra_tokens=1)
 
 
@@ -456,34 +456,35 @@ TALL = timm.create_model(
         (lambda: token_map(torch.rand(2, 17, 32), VIT, nn.ReLU()), ValueError,
          "Expected `layer` to be a module of `model`"),
         (lambda: token_map(torch.rand(2, 18, 32), VIT), ValueError,
-         "for images of 64 x 64, to be that of 4 x 4 patches, or of these with 1 tokens in front and 0 "
-         "behind, as (B, L, D), (B, h, w, D) or (B, D, h, w), but got shape (2, 18, 32). If the images have "
-         "another size, pass `size=x.shape[2:]`"),
+         "for images of 64 x 64, to be that of 4 x 4 patches (with or without 1 tokens before and 0 "
+         "after them), as (B, L, D), (B, h, w, D) or (B, D, h, w), but got shape (2, 18, 32). If the images "
+         "have another size, pass `size=x.shape[2:]`"),
         (lambda: token_map(torch.rand(2, 17, 32), VIT, size=(80, 80)), ValueError, "5 x 5 patches"),
-        (lambda: token_map(torch.rand(2, 4, 17, 8), VIT), ValueError, "Single heads have no map"),
+        (lambda: token_map(torch.rand(2, 4, 17, 8), VIT), ValueError,
+         "Relevance of single heads cannot be mapped"),
         (lambda: token_map(torch.rand(2, 32), VIT), ValueError, "but got shape (2, 32)"),
         (lambda: token_map(torch.rand(2, 17, 32), VIT, size=(2, 3, 64, 64)), ValueError,
-         "Expected `size` to be height and width of the images, but got (2, 3, 64, 64)"),
+         "Expected `size` to be the height and width of the images, but got (2, 3, 64, 64)"),
         (lambda: token_map(torch.rand(2, 17, 32), VIT, size=64), ValueError, "but got 64. Pass"),
         (lambda: token_map(torch.rand(2, 17, 32), VIT, extra_tokens=-1), ValueError,
-         "Expected `extra_tokens` to be how many tokens are in front of the patches"),
+         "Expected `extra_tokens` to be the number of tokens before the patches"),
         (lambda: token_map(torch.rand(2, 4, 4, 4), VIT), ValueError,
-         "fits 4 x 4 patches in one way, but got shape (2, 4, 4, 4)"),
+         "with a unique layout of 4 x 4 patches, but got shape (2, 4, 4, 4)"),
         (lambda: token_map(torch.rand(2, 16, 16, 24), ANY_SIZE), ValueError,
-         "Expected `size`, because SwinTransformer takes images of any size"),
+         "Expected `size`, because SwinTransformer accepts images of any size"),
         (lambda: token_map(torch.rand(2, 17, 32), SHUFFLED), ValueError,
-         "Expected a model whose patches are known, but got ViTMAEModel"),
+         "Expected a supported transformer, but got ViTMAEModel"),
         (lambda: token_map(torch.rand(2, 17, 32), nn.Linear(3, 4), extra_tokens=1, size=(64, 64)),
-         ValueError, "Expected a model whose patches are known, but got Linear"),
+         ValueError, "Expected a supported transformer, but got Linear"),
         (lambda: token_map(torch.rand(24, 16, 24), SWIN_OF_HF), ValueError,
          "Expected `layer`, because relevance of shape (24, 16, 24) could be that of windows of 4 x 4"),
         (lambda: token_map(torch.rand(2, 165, 24), SWIN_OF_HF, ATTENTION_OF_HF),
-         ValueError, "whose block cuts 11 x 15 patches into 3 x 4 windows, to have shape (B * 12, 16, D)"),
+         ValueError, "partitions 11 x 15 patches into 3 x 4 windows, to have shape (B * 12, 16, D)"),
         (lambda: token_map(torch.rand(25, 16, 24), SWIN_OF_HF, ATTENTION_OF_HF),
          ValueError, "but got (25, 16, 24)"),
         (lambda: token_map(torch.rand(2, 48, 48), SWIN_OF_HF, SWIN_OF_HF.pooler), ValueError,
-         "Expected a layer whose relevance has one place for each token, but got `pooler`"),
-        (lambda: token_map(torch.rand(2, 4, 24), TALL), ValueError, "windows of 2 x 2 patches inside of"),
+         "Expected a layer whose relevance has one position per token, but got `pooler`"),
+        (lambda: token_map(torch.rand(2, 4, 24), TALL), ValueError, "windows of 2 x 2 patches in `"),
     ],
 )  # fmt: skip
 def test_what_has_no_place_says_why(call: Any, error: Any, message: str) -> None:
@@ -496,7 +497,7 @@ def test_a_layer_that_sees_windows_and_the_grid_is_refused() -> None:
     if layer is None:
         pytest.skip(f"the block of transformers {transformers.__version__} has no such layer")
     for shape in ((24, 16, 24), (2, 165, 24)):  # of its two calls
-        with pytest.raises(ValueError, match="relevance has one place for each token"):
+        with pytest.raises(ValueError, match="relevance has one position per token"):
             token_map(torch.rand(shape), SWIN_OF_HF, layer)
 
 

@@ -170,7 +170,7 @@ def test_images_of_all_kinds_are_plotted(given: torch.Tensor, attribution: torch
     [
         (torch.zeros(4, 6, 8), "to have shape (3, H, W), (1, H, W) or (H, W), but got (4, 6, 8)."),
         (torch.zeros(1, 3, 6, 8), "but got (1, 3, 6, 8)."),
-        (torch.full((6, 8), 2.0), "to have values in [0, 1], but got [2, 2]; `denormalize`"),
+        (torch.full((6, 8), 2.0), "to have values in [0, 1], but got [2, 2]. Undo a normalization"),
         (torch.full((6, 8), float("nan")), "Expected `image` to be finite, but got 48 NaN"),
         (torch.zeros(3, 8, 6), "to have the height and width of the image (8, 6), but got (6, 8)."),
     ],

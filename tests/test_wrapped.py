@@ -273,8 +273,8 @@ def test_scripted_models_and_parts_are_named(
 ) -> None:
     with pytest.raises(
         TypeError,
-        match=rf"Expected {where} to be a plain module, but got a scripted one \(torch\.jit\..* Pass "
-        rf"the module that it was scripted or traced from\.",
+        match=rf"Expected {where} to be a plain module, but got a scripted module \(torch\.jit\..* Pass "
+        rf"the original module, before scripting or tracing\.",
     ):
         AbsLRP(build(wrap))
 
@@ -286,7 +286,7 @@ def test_a_scripted_function_is_an_error() -> None:
     with deprecations_ignored():
         model = nn.Sequential(network(), Calling(torch.jit.script(function)))
     with pytest.raises(
-        UnsupportedCallError, match="from code whose calls cannot be seen: a scripted"
+        UnsupportedCallError, match="from code whose calls cannot be intercepted: scripted"
     ):
         explained(model)
 
@@ -353,8 +353,8 @@ def test_quantized_parts_are_named(build: Callable[[], nn.Module], where: str) -
         model = build()
     with pytest.raises(
         TypeError,
-        match=rf"Expected {where} `model` to be a plain module, but got a quantized one "
-        rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, as it was before it was quantized\.",
+        match=rf"Expected {where} `model` to be a plain module, but got a quantized module "
+        rf"\(torch\.ao\.nn\.quantized\..* Pass the float model, before quantization\.",
     ):
         AbsLRP(model)
 

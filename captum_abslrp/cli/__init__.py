@@ -1,7 +1,7 @@
 """The command line: ``captum-abslrp demo``, ``explain``, ``evaluate`` and ``inspect``.
 
-What a user can put right is one line on stderr and exit code 2. Everything else is a fault of the
-program and leaves with its traceback.
+Errors that the user can fix are printed as one line on stderr, with exit code 2. All other errors are bugs
+and raise a traceback.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: arguments without the program's name; those of the process by default.
+        argv: arguments without the name of the program; by default, those of the process.
 
     Returns:
-        The exit code: 0; 1 if ``inspect`` has found a call without a rule; 2 after an error of the
-        user's. Arguments that cannot be parsed, ``--help`` and ``--version`` raise SystemExit, as
-        argparse does.
+        The exit code: 0 on success; 1 if ``inspect`` finds a call without a rule; 2 after a user error.
+        Invalid arguments, ``--help`` and ``--version`` raise SystemExit, as usual for argparse.
     """
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Why does a vision model see this class here? (absLRP)"
+        prog=PROGRAM, description="Explain the predictions of vision models with absLRP."
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -48,6 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(error)
         return 2
-    except BrokenPipeError:  # the reader has gone, as `head` does
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

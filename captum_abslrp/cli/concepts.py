@@ -1,4 +1,4 @@
-"""``captum-abslrp explain --concepts LAYER``: the channels of a layer, as a part of the report."""
+"""``captum-abslrp explain --concepts LAYER``: a section of the report about the channels of a layer."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from captum_abslrp.report import Section
 from captum_abslrp.text import did_you_mean
 
 MOST_CLASSES = 3
-"""Classes whose channels are shown: those of most images."""
+"""Maximum number of classes whose channels are shown; classes with more images come first."""
 
 
 def find_layer(model: nn.Module, path: str) -> nn.Module:
-    """The module of a model at a path, such as ``layer3`` or ``blocks.6``."""
+    """Return the module of a model at a path, such as ``layer3`` or ``blocks.6``."""
     modules = dict(model.named_modules())
     if not path or path not in modules:
         raise UserError(
             f"Expected `--concepts` to be the path of a layer of the model, but got {path!r}"
-            f"{did_you_mean(path, [name for name in modules if name])}; `captum-abslrp inspect` lists them."
+            f"{did_you_mean(path, [name for name in modules if name])}. List the layers with "
+            f"`captum-abslrp inspect`."
         )
     return modules[path]
 
@@ -42,16 +43,16 @@ def section_of(
     smoothing: int,
     device: torch.device,
 ) -> Section:
-    """The part of a report about the channels of a layer, over all images.
+    """Create the section of a report about the channels of a layer, over all images.
 
     Args:
         subject: the model.
-        method: how it is explained.
-        path: of the layer.
-        images: files, all of which can be read.
-        target: the class that is explained of all images; None for the predicted class of each.
+        method: the attributor.
+        path: path of the layer.
+        images: readable image files.
+        target: the class to explain for all images; None for the predicted class of each.
         smoothing: number of pixels that maps are smoothed over.
-        device: where the model is.
+        device: the device of the model.
     """
     inputs = [subject.read(image) for image in images]
     with torch.no_grad():
@@ -84,9 +85,9 @@ def section_of(
                 smoothing=smoothing,
             )
             label = subject.label(index)
-            figures.append((f"channels of {path} that matter for {label}", figure))
+            figures.append((f"most relevant channels of {path} for {label}", figure))
     except ValueError as error:
         raise UserError(
-            f"`--concepts {path}` does not suit {type(subject.model).__name__}: {error}"
+            f"`--concepts {path}` is not possible for {type(subject.model).__name__}: {error}"
         ) from error
     return concept_section(figures, title=f"Concepts: channels of {path}")

@@ -1,4 +1,4 @@
-"""``captum-abslrp demo``: pairs of digits, asked for one after the other."""
+"""``captum-abslrp demo``: explain each digit in scenes with two digits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def add_command(commands: Any) -> None:
     """Add the command to a parser's ``add_subparsers()``."""
     parser = commands.add_parser(
         "demo",
-        help="explain pairs of digits with three small models that ship with the package",
-        description="Asks three small models for each digit of a scene with two: why is there "
-        "a 3? why an 8? Writes a figure per model and a table of how much positive relevance "
-        "lies on the digit asked for. Needs no network.",
+        help="explain pairs of digits with three small models that are included in the package",
+        description="Explain each digit of scenes with two digits (why a 3? why an 8?) for three small "
+        "models. Write one figure per model, and a table with the share of positive relevance on the target "
+        "digit. No network is needed.",
     )
     parser.set_defaults(command=_demo)
     parser.add_argument(
@@ -38,21 +38,21 @@ def add_command(commands: Any) -> None:
         type=Path,
         default=Path("abslrp-demo"),
         metavar="DIR",
-        help="where to write (default: %(default)s)",
+        help="output folder (default: %(default)s)",
     )
     parser.add_argument(
         "--pairs",
         type=positive_int,
         default=20,
         metavar="N",
-        help="how many of the shipped scenes to ask about (default: %(default)s)",
+        help="number of scenes to explain (default: %(default)s)",
     )
     add_smoothing(parser)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How much positive relevance a method puts on the digit asked for, over all questions."""
+    """Share of positive relevance that a method assigns to the target digit, averaged over all questions."""
 
     model: str
     method: str
@@ -80,7 +80,7 @@ def _demo(args: argparse.Namespace) -> int:
     for name in progress(demo.list_models(), "models"):
         model = demo.load_model(name)
         area = masks.float().mean(dim=(1, 2))
-        table.append(Shares(name, "(relevance everywhere alike)", float(area.mean()), len(labels)))
+        table.append(Shares(name, "(uniform relevance)", float(area.mean()), len(labels)))
         columns: dict[str, Tensor | str] = {}
         for method, build in _demo_methods().items():
             try:
@@ -105,7 +105,7 @@ def _demo(args: argparse.Namespace) -> int:
                 for label in labels[: len(shown)].tolist()
             ],
             column_labels=list(columns),
-            title=f"Demo model {name}: two digits, asked for one after the other",
+            title=f"Demo model {name}: both digits of a scene, explained separately",
             smoothing=smoothing_of(args, model, images[:1]),
         )
         save_figure(figure, out / f"{name}.png")
@@ -134,7 +134,7 @@ def _demo_methods() -> dict[str, Callable[[nn.Module], AttributionFunction]]:
 
 
 def short_reason(error: Exception) -> str:
-    """The first words of an error, e.g. of Captum's about a layer without a rule."""
+    """Shorten an error message, such as Captum's message about a layer without a rule."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "has no rule defined" in text:
         name = text.split("'")[1].rpartition(".")[2] if "'" in text else "a layer"
@@ -150,8 +150,7 @@ def _markdown(table: Sequence[Shares]) -> str:
     cells = {(entry.method, entry.model): entry.cell() for entry in table}
     rows = ([method, *(cells[method, model] for model in models)] for method in methods)
     heading = (
-        "Positive relevance on the digit asked for, of all positive relevance "
-        f"(mean over {table[0].questions} questions)"
+        f"Share of positive relevance on the target digit (mean over {table[0].questions} digits)"
     )
     return f"{heading}\n\n{markdown_table(['method', *models], rows)}\n"
 

@@ -1,4 +1,4 @@
-"""``captum-abslrp evaluate``: methods compared by GAE on many images."""
+"""``captum-abslrp evaluate``: compare attribution methods by GAE on many images."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="compare attribution methods by Global Attribution Evaluation (GAE)",
-        description="Scores attribution methods on mosaics of four images each, and writes the "
-        "table (comparison.md, .csv and .json), two figures (comparison.png, maps.png) and, as it "
-        "goes, a line per mosaic and method (scores.jsonl). Started by `torchrun -m captum_abslrp "
-        "evaluate ...`, several processes share the mosaics.",
+        description="Score attribution methods on mosaics of four images. Write a table (comparison.md, "
+        ".csv and .json), two figures (comparison.png, maps.png) and, during the run, one line per mosaic "
+        "and method (scores.jsonl). With `torchrun -m captum_abslrp evaluate ...`, several processes share "
+        "the mosaics.",
     )
     parser.set_defaults(command=_evaluate)
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help=model_names() + " (default with --demo: these, each in a folder of its own)",
+        help=model_names() + " (default with --demo: all demo models, each in its own folder)",
     )
     add_checkpoint(parser)
     data = parser.add_mutually_exclusive_group(required=True)
@@ -72,17 +72,17 @@ def add_command(commands: Any) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="images, in a folder per class (their names are not used) or in one folder",
+        help="folder of images, with or without one subfolder per class (names are ignored)",
     )
     data.add_argument(
-        "--demo", action="store_true", help="scenes of single digits, drawn as they are needed"
+        "--demo", action="store_true", help="use generated scenes of single digits as images"
     )
     parser.add_argument(
         "--methods",
         type=_method_names,
         default=list_methods(),
         metavar="M,M,...",
-        help=f"what to compare, of {','.join(list_methods())} (default: all)",
+        help=f"methods to compare: {','.join(list_methods())} (default: all)",
     )
     parser.add_argument(
         "--n-mosaics",
@@ -92,20 +92,20 @@ def add_command(commands: Any) -> None:
         help="number of mosaics (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="for all draws (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)"
     )
     parser.add_argument(
         "--schedule",
         choices=SCHEDULES,
         default=SCHEDULES[0],
-        help="how many elements each step masks (default: %(default)s)",
+        help="number of elements that each step masks (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
         type=positive_int,
         default=20,
         metavar="B",
-        help="images that are explained at a time, 20 of a mosaic (default: %(default)s)",
+        help="number of images per batch; a mosaic needs 20 (default: %(default)s)",
     )
     add_device(parser)
     parser.add_argument(
@@ -113,25 +113,25 @@ def add_command(commands: Any) -> None:
         type=positive_int,
         default=1,
         metavar="N",
-        help="threads that a process computes by on the CPU; the last digits of scores depend on it, not on "
-        "the number of processes (default: %(default)s)",
+        help="number of CPU threads per process; it affects the last digits of scores, unlike the number of "
+        "processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with what is in the folder already"
+        "--resume", action="store_true", help="continue from the scores in the output folder"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("abslrp-evaluation"),
         metavar="DIR",
-        help="where to write (default: %(default)s)",
+        help="output folder (default: %(default)s)",
     )
     add_smoothing(parser)
     parser.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="write a report for a browser, too: one file with the tables, figures and maps",
+        help="also write an HTML report: a single file with tables, figures and maps",
     )
 
 
@@ -143,7 +143,7 @@ def _method_names(text: str) -> list[str]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
     if not names:
-        raise argparse.ArgumentTypeError(f"Expected names of methods, but got {text!r}.")
+        raise argparse.ArgumentTypeError(f"Expected method names, but got {text!r}.")
     return list(dict.fromkeys(names))
 
 
@@ -152,15 +152,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.demo and not names:
         names = [DEMO_PREFIX + name for name in demo.list_models()]
     if not names:
-        raise UserError("Expected `--model` to name a model, but got none; see --help.")
+        raise UserError("Expected `--model` with `--data`, but got none. See `--help`.")
     if args.demo and not all(name.startswith(DEMO_PREFIX) for name in names):
-        raise UserError(f"Expected `--demo` to go with a demo model, but got {args.model!r}.")
+        raise UserError(f"Expected a demo model with `--demo`, but got {args.model!r}.")
     html_file(args.html)
     device = find_device(args.device)
     idle = (os.cpu_count() or 1) // args.threads
     if device.type == "cpu" and processes.count() == 1 and idle > 1:
         say(
-            f"This computes by {args.threads} of {os.cpu_count()} CPU cores. Faster, with the same table: "
+            f"Using {args.threads} of {os.cpu_count()} CPU cores. To get the same table faster, run: "
             f"torchrun --nproc-per-node {idle} -m captum_abslrp evaluate ..."
         )
     sections: list[Section] = []
@@ -168,21 +168,21 @@ def _evaluate(args: argparse.Namespace) -> int:
         for name in names:
             out = args.out if args.model else args.out / name.removeprefix(DEMO_PREFIX)
             sections += _evaluate_model(name, out, args, device)
-    finally:  # what is finished is not lost if the rest is stopped
+    finally:  # report the finished models even if the run is interrupted
         if args.html is not None and not sections and processes.rank() == 0:
-            say(f"No model was evaluated: {args.html} is not written.")
+            say(f"No model was evaluated, so {args.html} was not written.")
         elif args.html is not None and sections:
             models = ", ".join(section.title for section in sections)
-            save_report(args, sections, f"Attribution methods compared on {models}")
+            save_report(args, sections, f"Comparison of attribution methods on {models}")
     return 0
 
 
 def _evaluate_model(
     name: str, out: Path, args: argparse.Namespace, device: torch.device
 ) -> list[Section]:
-    """Evaluate methods on a model and write the results; what a report shows of it is returned.
+    """Evaluate methods on a model, write the results, and return the sections of the report.
 
-    Where several processes share the mosaics, the first one writes.
+    If several processes share the mosaics, only the first one writes.
     """
     subject = load_subject(name, args.checkpoint, device)
     images: DemoScenes | ImageFolder
@@ -193,7 +193,9 @@ def _evaluate_model(
         images = ImageFolder(args.data, subject, args.out)
         found = str(args.data.resolve())
         if 4 * args.n_mosaics > len(images):
-            say(f"{len(images)} images for {args.n_mosaics} mosaics: some take part in several.")
+            say(
+                f"{len(images)} images for {args.n_mosaics} mosaics: some images are used repeatedly."
+            )
     out = folder(out)
     try:
         evaluation = Evaluation(
@@ -214,8 +216,8 @@ def _evaluate_model(
         )
     except FileExistsError as error:
         raise UserError(
-            f"Expected `--out` to be without scores, but got {out}, which has some: go on with them "
-            f"by --resume, or choose another folder"
+            f"Expected `--out` to be a folder without scores, but got {out}, which has some. Continue with "
+            f"`--resume`, or choose another folder."
         ) from error
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -230,14 +232,14 @@ def _evaluate_model(
     except OSError as error:
         raise UserError(f"{out} could not be written to: {error.strerror or error}") from error
     except KeyboardInterrupt:
-        complain(UserError(f"stopped; {PROGRAM} evaluate ... --resume goes on"))
+        complain(UserError(f"interrupted; continue with {PROGRAM} evaluate ... --resume"))
         raise SystemExit(130) from None
 
     mosaics = "1 mosaic" if args.n_mosaics == 1 else f"{args.n_mosaics} mosaics"
     heading = f"{name}, {mosaics}, mean [95 % confidence interval]"
     skipped = "".join(f"\n- {reason}" for reason in evaluation.skipped.values())
     if skipped:
-        skipped = f"\nSkipped, {len(evaluation.skipped)} in all:\n{skipped}\n"
+        skipped = f"\nSkipped images ({len(evaluation.skipped)}):\n{skipped}\n"
     text = f"{heading}\n\n{table}\n{skipped}"
     save_text(text, out / "comparison.md")
     save_text(table.to_csv(), out / "comparison.csv")
@@ -271,7 +273,7 @@ def _evaluate_model(
 
 
 class _Method:
-    """A method that is made at its first call, so that an error of it fails its own row only."""
+    """A method that is constructed when it is called, so that an error only affects its own row."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -284,7 +286,7 @@ class _Method:
 def _maps(
     evaluation: Evaluation, methods: dict[str, _Method], table: Comparison, n_mosaics: int
 ) -> list[tuple[Setting, dict[str, Tensor | str]]]:
-    """A few mosaics, each with the maps of the methods for the class of its positive image."""
+    """The first mosaics, each with the maps of all methods for the class of its positive image."""
     settings = [evaluation.setting(number) for number in range(min(SHOWN_MOSAICS, n_mosaics))]
     return [
         (
@@ -313,7 +315,7 @@ def _figure(
 
 
 class DemoScenes:
-    """Scenes of single digits, four for each mosaic."""
+    """Scenes of single digits, four per mosaic."""
 
     def __init__(self, n_mosaics: int, seed: int) -> None:
         scenes = demo.render_scenes("single", 4 * n_mosaics, generator=seed)
@@ -328,9 +330,9 @@ class DemoScenes:
 
 
 class ImageFolder:
-    """Images in a folder per class, or in one folder, as a model wants them.
+    """Preprocessed images from a folder, with or without one subfolder per class.
 
-    Files whose ending is not that of an image are passed over, and so are those in one folder.
+    Files without an image extension are skipped, as are the files in the folder `passed_over`.
     """
 
     def __init__(self, path: Path, subject: Subject, passed_over: Path | None = None) -> None:
@@ -340,7 +342,7 @@ class ImageFolder:
         self.subject = subject
         if len(self.paths) < 4:
             raise UserError(
-                f"Expected `--data` to hold at least four images, but got {len(self.paths)} in {path}."
+                f"Expected `--data` to have at least four images, but got {len(self.paths)} in {path}."
             )
         classes = [file.relative_to(path).parts[:-1][:1] for file in self.paths]
         known = {name: label for label, name in enumerate(dict.fromkeys(classes))}

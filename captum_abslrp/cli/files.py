@@ -30,16 +30,16 @@ PROGRAM = "captum-abslrp"
 
 
 class UserError(Exception):
-    """An error that the user can fix; its text is the line that they read."""
+    """An error that the user can fix; its text is printed as one line."""
 
 
 def read_image(path: Path, channels: int) -> Image:
-    """The picture in a file, upright; the first one of an animation."""
+    """Read an image in its upright orientation; of an animation, read the first frame."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            # Cameras turn pictures by a note in the file.
+            # Apply the EXIF orientation of cameras.
             upright = _of_eight_bits(ImageOps.exif_transpose(image), image.format)
             return upright.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -49,7 +49,7 @@ def read_image(path: Path, channels: int) -> Image:
 
 
 def _of_eight_bits(image: Image, kind: str | None) -> Image:
-    """A picture of 8 bits per channel: Pillow itself cuts off what is beyond 255."""
+    """Convert an image to 8 bits per channel; Pillow would clip values above 255."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
@@ -57,16 +57,17 @@ def _of_eight_bits(image: Image, kind: str | None) -> Image:
     if image.mode in ("I", "F"):
         what = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
-            f"it holds {what}, whose range is not known: save it with 8 or 16 bits per channel"
+            f"it contains {what} with an unknown range; save it with 8 or 16 bits per channel"
         )
     return image
 
 
 def image_files(place: Path, passed_over: Path | None = None) -> list[Path]:
-    """The files of a folder and those below that have the ending of an image, in order of their names.
+    """Return the files with an image extension in a folder and its subfolders, sorted by path.
 
     Args:
-        passed_over: a folder whose files are left out.
+        place: the folder.
+        passed_over: a folder to exclude.
     """
     from PIL import Image
 
@@ -83,8 +84,7 @@ def image_files(place: Path, passed_over: Path | None = None) -> list[Path]:
 
 
 def all_image_files(given: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
-    """The images that are given, and those in folders that are given, each with the folder under `out`
-    that its outputs go to."""
+    """Return the given images and the images in the given folders, each with its folder under `out`."""
     files: list[tuple[Path, Path]] = []
     for path in given:
         if not path.is_dir():
@@ -92,14 +92,14 @@ def all_image_files(given: Sequence[Path], out: Path) -> list[tuple[Path, Path]]
             continue
         found = image_files(path, out)
         if not found:
-            raise UserError(f"Expected {path} to be a folder with images, but got one without.")
+            raise UserError(f"Expected {path} to be a folder with images, but got no image in it.")
         files += [(file, file.relative_to(path).parent) for file in found]
     return files
 
 
 def output_names(images: Sequence[tuple[Path, Path]], out: Path) -> list[Path]:
-    """A name per image, ``FOLDER/STEM-abslrp``, numbered where it would hit another output or an input."""
-    # Case is ignored, as some file systems do.
+    """Return one name per image, ``FOLDER/STEM-abslrp``, numbered to avoid other outputs and the inputs."""
+    # Ignore case, as some file systems do.
     inputs = {str(path.resolve()).casefold() for path, _ in images}
     taken: set[str] = set()
     last: dict[str, int] = {}
@@ -124,7 +124,7 @@ def _hits(output: Path, inputs: set[str]) -> bool:
 
 
 def with_suffix(path: Path, suffix: str) -> Path:
-    """Unlike ``Path.with_suffix``, keeps a dot that is part of the name."""
+    """Append a suffix; unlike ``Path.with_suffix``, keep dots in the name."""
     return path.with_name(path.name + suffix)
 
 
@@ -139,11 +139,11 @@ def folder(path: Path) -> Path:
 
 
 def html_file(path: Path | None) -> None:
-    """Check where a report goes, before anything else is done; `written` makes the folder."""
+    """Check that a report can be written, before any computation; `written` creates the folder."""
     if path is None:
         return
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"Expected `--html` to be a file that ends in .html, but got {path}.")
+        raise UserError(f"Expected `--html` to be a file name that ends in .html, but got {path}.")
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if path.is_dir():
         reason = "Is a directory"
@@ -158,8 +158,8 @@ def html_file(path: Path | None) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which replaces the one in its place only when it is complete."""
-    target = Path(os.path.realpath(path))  # a link stays one
+    """Open a file for writing, which replaces an existing file only when it is complete."""
+    target = Path(os.path.realpath(path))  # keep symbolic links
     part = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def _is_writable(path: Path) -> bool:
 
 
 def save_figure(figure: Figure, path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write a figure as PNG; `notes` are texts in the file."""
+    """Write a figure as PNG; `notes` are stored as metadata."""
     with written(path) as file:
         figure.savefig(file, format="png", metadata=notes)
 
@@ -196,14 +196,14 @@ def save_array(values: Tensor, path: Path) -> None:
 
 
 def save_report(args: argparse.Namespace, sections: Sequence[Section], title: str) -> None:
-    """Write the report of a command to where it was asked for."""
+    """Write the report of a command to the path of `--html`."""
     page = render(sections, title=title, settings=settings_of(args), command=args.line)
     save_text(page, args.html)
-    say(f"The report is {args.html}.")
+    say(f"Report: {args.html}")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """The settings of a command and the versions of the libraries, for a report."""
+    """Return the settings of a command and the versions of the libraries, for a report."""
     import timm
 
     asked = {
@@ -230,7 +230,7 @@ def progress(items: Iterable[Any], unit: str, *, show: bool = True) -> Iterator[
 
 
 def say(text: str) -> None:
-    """Print a line for the user; where several processes share the work, the first one does."""
+    """Print a line for the user, in the first process only."""
     if processes.rank() == 0:
         tqdm.write(text, file=sys.stdout)
 
@@ -245,7 +245,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Hide the retries that a library logs, so that an error is one line."""
+    """Hide log messages of a library about retries, so that an error is one line."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

@@ -19,18 +19,18 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show the rule of each call of a model",
-        description="Runs a model once, with random weights (none are downloaded), and prints a table "
-        "of its calls and their rules. Exit code 1 if a call has none.",
+        description="Run a model once with random weights (nothing is downloaded) and print a table of its "
+        "calls and their rules. The exit code is 1 if a call has no rule.",
     )
     parser.set_defaults(command=_inspect)
     parser.add_argument("--model", required=True, metavar="NAME", help=model_names())
     parser.add_argument(
         "--each",
         action="store_true",
-        help="one line for each call, in the order of the forward pass",
+        help="print one line per call, in the order of the forward pass",
     )
     parser.add_argument(
-        "--all", action="store_true", help="show calls that only move elements, too"
+        "--all", action="store_true", help="also show calls that only move elements"
     )
 
 

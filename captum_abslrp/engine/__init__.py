@@ -1,4 +1,4 @@
-"""How a forward pass is recorded call by call, and how relevance goes back over the record.
+"""Recording of a forward pass call by call, and backward propagation of relevance.
 
-The engine knows no rule, no mapping and no attribution method: a scope tells it the rule of a call.
+The engine does not depend on rules, mappings or attribution methods. A scope provides the rule of a call.
 """

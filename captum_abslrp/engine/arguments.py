@@ -1,4 +1,4 @@
-"""Arguments and results of calls: the tensors in them, the dtype they are cast to, what a call overwrites."""
+"""Arguments and results of calls: nested tensors, dtype casts, and overwritten arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Kind = TypeVar("Kind")
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested arguments or results."""
+    """Return the tensors in nested arguments or results."""
     if isinstance(value, Tensor):
         return [value]
     found: list[Tensor] = []
@@ -40,16 +40,16 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
 
 
 def map_instances(kind: type[Kind], function: Callable[[Kind], Any], value: Any) -> Any:
-    """Apply a function to the instances of a class (tensors, say) in arguments or results of a call.
+    """Apply a function to the instances of a class, such as tensors, in arguments or results of a call.
 
-    Containers of other instances than before are copies; all others are returned as they are, because
-    a module may fill them.
+    Containers are copied if any of their instances changes. Other containers are returned themselves,
+    because a module may fill them later.
 
     Args:
         kind: the class.
-        function: what is applied to each instance.
-        value: an instance, or a container of instances, however deep: tuples, lists, dicts, dataclasses
-            and whatever PyTorch knows as a container.
+        function: the function.
+        value: an instance, or a nested container of instances: tuples, lists, dicts, dataclasses and
+            containers that are registered with PyTorch.
 
     Example:
         >>> map_instances(int, lambda number: -number, {"a": (1, 2), "b": "c"})
@@ -62,12 +62,12 @@ def map_instances(kind: type[Kind], function: Callable[[Kind], Any], value: Any)
         mapped = [map_instances(kind, function, item) for item in items]
         same = all(map(operator.is_, mapped, items))
         return value if same else tree_unflatten(mapped, spec)
-    copied = value  # an object, perhaps a container that PyTorch does not know
+    copied = value  # an object, possibly a container that is not registered with PyTorch
     if isinstance(value, dict):
         fields, put = value, type(value).__setitem__
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        put = object.__setattr__  # of frozen ones, too
+        put = object.__setattr__  # works for frozen dataclasses as well
     else:
         return value
     for key, item in fields.items():
@@ -79,7 +79,7 @@ def map_instances(kind: type[Kind], function: Callable[[Kind], Any], value: Any)
 
 
 def instances_in(kind: type[Kind], value: Any) -> list[Kind]:
-    """The instances of a class in arguments or results of a call, in the order of :func:`map_instances`.
+    """Return the instances of a class in arguments or results, in the order of :func:`map_instances`.
 
     Example:
         >>> instances_in(int, {"a": (1, 2), "b": "c"})
@@ -96,26 +96,26 @@ def instances_in(kind: type[Kind], value: Any) -> list[Kind]:
 
 
 def on_host(condition: Tensor) -> bool | None:
-    """A condition, if it is known without waiting for a device; else None."""
+    """Return the value of a condition if it is on the CPU, or None, to avoid synchronization."""
     return bool(condition.numpy()) if condition.device.type == "cpu" else None
 
 
 def is_traced() -> bool:
-    """Whether operators are recorded, so that nothing may be decided by values."""
+    """Whether operators are traced, so that values must not affect control flow."""
     return bool(torch._C._len_torch_dispatch_stack() > 0)
 
 
 def cast_constants(
     args: tuple[Any, ...], kwargs: dict[str, Any], is_source: Callable[[Tensor], bool]
 ) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[Tensor, Tensor]]]:
-    """The arguments of an arithmetic call, with its constants in the dtype that the call casts them to.
+    """Cast the constants of an arithmetic call to the dtype of the call.
 
     Args:
         args, kwargs: the arguments.
-        is_source: whether a tensor depends on the explained inputs. Such a tensor is left alone.
+        is_source: whether a tensor depends on the explained inputs. Such tensors are not cast.
 
     Returns:
-        The arguments, and pairs of a constant and what it was cast to.
+        The arguments, and pairs of a constant and its cast version.
 
     Example:
         >>> h, mask = torch.ones(2, dtype=torch.float64), torch.tensor([True, False])
@@ -125,7 +125,7 @@ def cast_constants(
     """
     tensors = tensors_in((args, kwargs))
     numbers = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    # As in PyTorch, a tensor without dimensions does not decide where there are others.
+    # As in PyTorch, zero-dimensional tensors do not determine the dtype if there are others.
     deciding = [t.dtype for t in numbers if t.dim()] or [t.dtype for t in numbers]
     dtype = functools.reduce(torch.promote_types, deciding)
     cast: list[tuple[Tensor, Tensor]] = []
@@ -149,15 +149,15 @@ def as_differentiable(
     kwargs: dict[str, Any],
     run: Callable[..., Any],
 ) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The name and the call, or those of one with the same result that PyTorch can differentiate.
+    """Return the name and the call, replaced by an equivalent differentiable call if necessary.
 
-    A ``scatter`` that adds or multiplies is a ``scatter_reduce``, and all of these get a source that is no
-    larger than the index.
+    A ``scatter`` that adds or multiplies becomes a ``scatter_reduce``. The source of these calls is cut to
+    the size of the index.
 
     Args:
         name: canonical name of the call.
         func, args, kwargs: the call.
-        run: runs a function on arguments so that the calls in it are seen.
+        run: runs a function on arguments such that its calls are recorded.
     """
     if name not in ("scatter", "scatter_add", "scatter_reduce"):
         return name, func, args, kwargs
@@ -190,7 +190,7 @@ def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
 def has_in_place_argument(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether ``inplace=True`` was given, by name or position."""
+    """Whether ``inplace=True`` is passed, by name or position."""
     signature = _signature(func)
     if signature is None or "inplace" not in signature.parameters:
         return False
@@ -203,7 +203,7 @@ Writes = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 def written_tensors(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
-    """The arguments that a call changes, or hands to code that may change them.
+    """Return the arguments that a call modifies, or passes to code that may modify them.
 
     Example:
         >>> x = torch.zeros(2)
@@ -219,7 +219,7 @@ def written_tensors(
 
 @functools.lru_cache(maxsize=4096)
 def _writes(func: Callable[..., Any]) -> Writes | None:
-    """What picks the arguments that a function changes; None where it changes none."""
+    """The function that selects the arguments that `func` modifies, or None."""
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         overloads = (
             [func]
@@ -239,7 +239,7 @@ def _writes(func: Callable[..., Any]) -> Writes | None:
     if name in _HANDED_OUT:
         return _first
     signature = _signature(func)
-    if signature is None:  # kernels that are called by themselves
+    if signature is None:  # kernels that are called directly
         statistics = name.endswith(("batch_norm", "instance_norm", "batch_norm_update_stats"))
         return _all if statistics or name.startswith("fused_moving_avg") else None
     names = signature.parameters.keys()
@@ -279,17 +279,17 @@ _SWITCHES = {
     "training": frozenset(("running_mean", "running_var")),
     "use_input_stats": frozenset(("running_mean", "running_var")),
 }
-"""Arguments that make functions of PyTorch change other arguments, and those that change."""
+"""Switches of PyTorch functions, and the arguments that the functions modify when they are on."""
 
 
 _HANDED_OUT = frozenset("numpy __array__ __dlpack__ storage untyped_storage".split())
-"""Calls that give the memory of a tensor to code that cannot be seen."""
+"""Calls that expose the memory of a tensor to code that cannot be intercepted."""
 
 
 def out_of_place(
     name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The call that has the same result as an in-place one and leaves its arguments alone."""
+    """Return the out-of-place version of an in-place call."""
     kwargs = {key: value for key, value in kwargs.items() if key != "out"}
     signature = _signature(func)
     if signature is not None and "inplace" in signature.parameters:

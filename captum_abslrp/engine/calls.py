@@ -1,4 +1,4 @@
-"""A call of the forward pass, as its rule sees it."""
+"""A call of the forward pass, as passed to its rule."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from captum_abslrp.engine.saved import SavedTensor
 
 
 class Recorder(Protocol):
-    """What a rule may ask of the forward pass that is being recorded."""
+    """The interface of the recording for rules."""
 
     fuses: bool
+    """Whether a composite call may be recorded as one, if the result is the same."""
     in_score: bool
-    """Whether the model has returned, and a score is made of its output."""
-    """Whether a call that is made of others may be recorded as one, where it makes no difference."""
+    """Whether the model has returned and its output is being converted to a score."""
     joint: bool
     """Whether the relevance of all inputs of a call is scaled together."""
     batch_size: int
     """Number of samples."""
     hides_negatives: bool
-    """Whether a rule has marked an output as nonnegative because it passes nothing to negative entries."""
+    """Whether an output is marked as nonnegative only because its rule ignores negative entries."""
 
     def save(self, tensor: Tensor) -> SavedTensor: ...
     def release(self, tensor: Tensor) -> None: ...
@@ -54,13 +54,13 @@ class Call:
         args: its positional arguments.
         kwargs: its keyword arguments, without ``out`` and ``inplace``.
         module: the innermost module whose forward pass makes the call.
-        path: where this module is in the model, for example ``"blocks.0.attn.proj"``.
-        local_path: where it is in the part of the model that the mapping was found for.
-        recording: the forward pass that the call belongs to.
+        path: path of this module in the model, for example ``"blocks.0.attn.proj"``.
+        local_path: path relative to the module that the mapping belongs to.
+        recording: the recording that the call belongs to.
         reflected: whether the positional arguments are in reverse order.
-        result: the output, where it is known already.
+        result: the output, if it is already computed.
         target: the tensor that the call overwrites, if it is an in-place call.
-        absolute_func: the function with the magnitude of its own parameters, where it has any (a layer).
+        absolute_func: the function with the magnitudes of its parameters, for a layer.
     """
 
     name: str
@@ -78,21 +78,21 @@ class Call:
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """The positional arguments in the order of the operation, 2 and x for ``2 - x``."""
+        """The positional arguments in the order of the operation (2 and x for ``2 - x``)."""
         return self.args[::-1] if self.reflected else self.args
 
     def save(self, tensor: Tensor) -> SavedTensor:
-        """Save a tensor for the backward pass, as it is now: it is cloned if the model overwrites it later.
+        """Save a tensor for the backward pass; it is cloned if the model overwrites it later.
 
-        Calling what is returned gives the tensor, in float32 where it is of half precision.
+        Call the result to get the tensor; half precision is converted to float32.
         """
         return self.recording.save(tensor)
 
     def save_output(self, output: Tensor, remake: Callable[[], Tensor]) -> SavedTensor:
-        """Keep the output of a call for the backward pass by what it is made from.
+        """Save the output of a call for the backward pass by a function that recomputes it.
 
-        It is made again when it is asked for, which costs little for an activation or a norm. In half
-        precision the tensor itself is kept: what is kept is used in float32, where it would differ.
+        This saves memory and costs little for an activation or a norm. In half precision the tensor itself
+        is saved, because recomputing it in float32 would give a different result.
         """
         exact = output.dtype in (torch.float32, torch.float64)
         if not exact or (not output.is_meta and torch.is_autocast_enabled(output.device.type)):
@@ -100,14 +100,14 @@ class Call:
         return SavedTensor(remake=remake)
 
     def run(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The output of the call: computed, unless it is known already."""
+        """Return the output of the call; compute it if necessary."""
         if self.result is None:
             return compute()
         result: Tensor = map_instances(Tensor, Tensor.detach, self.result)
         return result
 
     def is_nonnegative(self, *values: Any) -> bool:
-        """Whether it is known, without a look at them, that no value is negative: numbers and tensors."""
+        """Whether numbers and tensors are known to be nonnegative, without reading the values of tensors."""
         return all(
             self.recording.is_nonnegative(v)
             if isinstance(v, Tensor)

@@ -1,9 +1,9 @@
 """Complex calls as calls on real tensors.
 
-A complex tensor stands for two real ones, its real and its imaginary part. Rules see only real tensors: a
-call that reads or makes a complex tensor is given to its rule as the same call on real views
-(``torch.view_as_real``), whose last dimension holds the two parts. Relevance per magnitude of a complex
-tensor is complex: one number for each part. Only calls that move elements ever meet it.
+A complex tensor is treated as two real tensors, its real and its imaginary part. Rules receive only real
+tensors: a call that reads or returns a complex tensor is passed to its rule as the same call on real views
+(``torch.view_as_real``), whose last dimension contains the two parts. Relevance per magnitude of a complex
+tensor is complex, with one value for each part. Only calls that move elements handle it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ARITHMETIC = frozenset(
     "addbmm addmv baddbmm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
     "conv_transpose3d".split()
 )
-"""Calls in which a real tensor stands for the complex one of the same values."""
+"""Calls in which a real tensor is equivalent to the complex tensor with the same values."""
 
 
 _BY_FUNCTION = frozenset("mean sum cumsum".split()) | TRANSFORMS
 
 
 def suits_parts(name: str) -> bool:
-    """Whether the form of a call runs nothing but its function, so that it suits a call on parts as well.
+    """Whether the form of a call only runs its function, so that it also works on real views.
 
     Args:
         name: canonical name of the call.
@@ -50,7 +50,7 @@ CONJUGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "conj_physical": lambda x: x,
     "mH": lambda x: x.mT,
 }
-"""Calls that return a conjugate, and what they do to a tensor before."""
+"""Calls that return a conjugate, and the move of elements that they apply first."""
 
 
 def has_complex(value: Any) -> bool:
@@ -78,7 +78,7 @@ def is_complex(call: Call) -> bool:
 
 
 def as_parts(x: Tensor) -> Tensor:
-    """The real view of a complex tensor; a real tensor as it is.
+    """Return the real view of a complex tensor; return a real tensor unchanged.
 
     Args:
         x: any shape.
@@ -94,7 +94,7 @@ def as_parts(x: Tensor) -> Tensor:
 
 
 def as_complex(parts: Tensor) -> Tensor:
-    """The complex tensor of a real view, a view itself where the memory allows it.
+    """Return the complex tensor of a real view, as a view if the memory layout allows it.
 
     Args:
         parts: (..., 2).
@@ -110,7 +110,7 @@ def as_complex(parts: Tensor) -> Tensor:
 
 
 def phase(x: Tensor) -> Tensor:
-    """``torch.sgn`` of a complex tensor, written as a quotient.
+    """Compute ``torch.sgn`` of a complex tensor as a quotient.
 
     Args:
         x: complex, any shape.
@@ -125,11 +125,11 @@ def phase(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OnParts:
-    """A function on real views in place of its complex tensors, arguments as well as result."""
+    """A function that takes and returns real views instead of complex tensors."""
 
     func: Callable[..., Any]
     complex_at: frozenset[int]
-    """Which of the arguments, flattened, are real views of complex tensors."""
+    """Indices of the flattened arguments that are real views of complex tensors."""
 
     @property
     def first_is_complex(self) -> bool:
@@ -147,17 +147,17 @@ class OnParts:
 def call_on_parts(
     call: Call, output: Any, move: Callable[..., Any], is_source: Callable[[Tensor], bool]
 ) -> Call:
-    """A complex call as one on real tensors.
+    """Convert a complex call to a call on real tensors.
 
     Args:
         call: the call, with complex arguments or a complex result.
         output: its result.
-        move: runs a call that moves elements: from its name, function and arguments to its result.
+        move: runs a call that moves elements, given its name, function and arguments.
         is_source: whether a tensor depends on the explained inputs.
 
     Returns:
-        The call for the rule. Complex tensors among its arguments are real views. In arithmetic all
-        other operands are, too, except a real factor that all elements share.
+        The call for the rule. Complex tensors among its arguments are real views. In arithmetic calls, all
+        other operands are real views as well, except for a real factor that all elements share.
     """
     args, kwargs = call.args, dict(call.kwargs)
     if not args and "input" in kwargs:
@@ -165,7 +165,7 @@ def call_on_parts(
     if isinstance(kwargs.get("alpha"), complex) or isinstance(kwargs.get("beta"), complex):
         raise TypeError(
             f"Expected the factors `alpha` and `beta` of {call} to be real numbers, but got {kwargs}. "
-            f"Write the product out: `x + alpha * y`."
+            f"Write the product explicitly: `x + alpha * y`."
         )
     if call.name in ARITHMETIC:
         numbers = call.name in ("add", "sub")

@@ -1,4 +1,4 @@
-"""Which tensors depend on the explained inputs, and so carry relevance, and which come from unseen calls."""
+"""Tracking of tensors that depend on the explained inputs, and detection of calls that were not recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from captum_abslrp.engine.arguments import tensors_in
 
 
 class Dependence:
-    """Which nodes of the autograd graph come from the explained inputs, during one forward pass.
+    """Tracks which nodes of the autograd graph depend on the explained inputs, during one forward pass.
 
     Args:
         inputs: the explained tensors, which require gradients.
@@ -26,38 +26,38 @@ class Dependence:
             self.add_input(tensor)
 
     def start(self) -> None:
-        """Decide what :func:`carries_relevance` says in this thread, until :meth:`stop`."""
+        """Determine the result of :func:`carries_relevance` in this thread, until :meth:`stop`."""
         _running().append(self)
 
     def stop(self) -> None:
-        """Leave the decision to whoever decided before, and forget the graph."""
+        """Restore the previous instance in this thread, and release the graph."""
         _running().remove(self)
         self._known.clear()
         self._seen.clear()
 
     def add_input(self, tensor: Tensor) -> None:
-        """Explain one more tensor, which requires gradients."""
+        """Add an explained tensor, which requires gradients."""
         node = torch.autograd.graph.get_gradient_edge(tensor).node
         self._known[node] = True
         self._seen.add(node)
 
     def mark_seen(self, value: Any) -> None:
-        """Note that the nodes behind some tensors come from calls that the recording has seen."""
+        """Mark the nodes in the history of tensors as recorded."""
         for tensor in tensors_in(value):
             self._seen.update(self._unseen_behind(tensor))
 
     def unseen(self, tensor: Tensor, *, is_overwritten: bool) -> Iterator[Any]:
-        """The nodes behind a tensor that depend on the inputs, but come from no call that was seen.
+        """The nodes in the history of a tensor that depend on the inputs, but were not recorded.
 
-        Autograd makes a new node for a view if the memory of the view ``is_overwritten``. No mode of PyTorch
-        sees ``as_subclass`` and ``z.real = x``, which move elements.
+        Autograd creates a new node for a view if the memory of the view ``is_overwritten``. PyTorch modes do
+        not intercept ``as_subclass`` and ``z.real = x``, which move elements.
         """
         moves = ("AliasBackward0", "CopySlices") if tensor.is_complex() else ("AliasBackward0",)
         nodes = self._unseen_behind(tensor)[is_overwritten and tensor._is_view() :]
         return (node for node in nodes if self(node) and type(node).__name__ not in moves)
 
     def _unseen_behind(self, tensor: Tensor) -> list[Any]:
-        """The nodes in the history of a tensor up to those that are marked, that of the tensor first."""
+        """The nodes in the history of a tensor before the marked nodes, starting with its own node."""
         found = dict.fromkeys([tensor.grad_fn] if tensor.grad_fn not in self._seen else [])
         stack = list(found)
         while stack:
@@ -69,7 +69,7 @@ class Dependence:
         return [node for node in found if node is not None]
 
     def __call__(self, node: Any) -> bool:
-        """Whether a node comes from one of the explained inputs."""
+        """Whether a node depends on one of the explained inputs."""
         known = self._known
         stack = [node]
         while stack:
@@ -86,9 +86,9 @@ class Dependence:
 
 
 def carries_relevance(tensor: Tensor) -> bool:
-    """Whether a tensor depends on the inputs that the running forward pass explains.
+    """Whether a tensor depends on the explained inputs of the running forward pass.
 
-    A history alone does not tell: a constant may have one of its own, such as text features that were
+    Autograd history is not sufficient: constants can have history as well, such as text features that were
     computed with gradients, or a slice of a parameter.
     """
     if not tensor.requires_grad or tensor.is_leaf:
@@ -103,7 +103,7 @@ def is_source(value: Any) -> bool:
 
 
 def untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a call that carries no relevance; parameters leave no history on its result."""
+    """Run a call that carries no relevance, without autograd history."""
     if not any(t.requires_grad for t in tensors_in((args, kwargs))):
         return func(*args, **kwargs)
     with torch.no_grad():
@@ -111,12 +111,12 @@ def untracked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def add_input(tensor: Tensor) -> None:
-    """Let the running forward pass explain one more tensor, see :meth:`Dependence.add_input`."""
+    """Add an explained tensor to the running forward pass, see :meth:`Dependence.add_input`."""
     _running()[-1].add_input(tensor)
 
 
 def mark_seen(tensor: Tensor) -> None:
-    """Let the running forward pass trust what made a tensor, see :meth:`Dependence.mark_seen`."""
+    """Mark the history of a tensor as recorded in the running pass, see :meth:`Dependence.mark_seen`."""
     _running()[-1].mark_seen(tensor)
 
 
@@ -124,7 +124,7 @@ _LOCAL = threading.local()
 
 
 def _running() -> list[Dependence]:
-    """What decides in this thread, the innermost last."""
+    """The active instances in this thread, the innermost last."""
     try:
         return cast("list[Dependence]", _LOCAL.running)
     except AttributeError:

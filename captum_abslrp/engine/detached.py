@@ -1,4 +1,4 @@
-"""Values that leave the history (``detach()``, ``no_grad()``) and reach the output all the same."""
+"""Tracking of detached values (``detach()``, ``no_grad()``) that the output depends on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from captum_abslrp.engine.nodes import history
 
 
 class DetachedParts:
-    """Follows detached values through one forward pass."""
+    """Tracks detached values through one forward pass."""
 
     def __init__(self) -> None:
         self._paths: dict[Any, str] = {}
 
     def clear(self) -> None:
-        """Forget everything, at the end of the forward pass."""
+        """Remove all entries at the end of the forward pass."""
         self._paths.clear()
 
     def path_before(
@@ -33,16 +33,16 @@ class DetachedParts:
         *,
         reflected: bool,
     ) -> str | None:
-        """The place where a value left the history that a call reads, or that leaves it by this call.
+        """Return the place where an argument of a call was detached, or where this call detaches it.
 
         Args:
             name: canonical name of the call.
             args: its positional arguments.
             tensors: all tensors among its arguments.
-            place: where the call is; ``str(place)`` is its path.
+            place: the place of the call; ``str(place)`` is its path.
             reflected: whether the positional arguments are in reverse order.
         """
-        if name == "div":  # a divisor is a constant in any case
+        if name == "div":  # a divisor is always a constant
             tensors = tensors_in(args[1:] if reflected else args[:1])
         for tensor in tensors:
             path = getattr(tensor, _DETACHED, None)
@@ -54,7 +54,7 @@ class DetachedParts:
         return None
 
     def follow(self, name: str, path: str, result: Any) -> None:
-        """Note that the result of a call depends on a value that left the history at a place."""
+        """Mark the result of a call as dependent on a value that was detached at a place."""
         if name in CONSTANT - {"detach"}:
             return
         for tensor in tensors_in(result):
@@ -64,7 +64,7 @@ class DetachedParts:
                 setattr(tensor, _DETACHED, path)
 
     def reaching(self, output: Tensor) -> list[str]:
-        """The places where values left the history that reach the output."""
+        """The places where values that the output depends on were detached."""
         found: dict[str, None] = {}
         for node in history(output.grad_fn) if self._paths else ():
             if node in self._paths:
@@ -73,4 +73,4 @@ class DetachedParts:
 
 
 _DETACHED = "_abslrp_detached"
-"""Mark of a tensor that depends on the inputs by value only: where it left the history."""
+"""Mark of a detached tensor that depends on the inputs: the place where it was detached."""

@@ -2,7 +2,7 @@
 
 
 class UnsupportedCallError(NotImplementedError):
-    """A call of the model has no rule. The message names the call, where it is and the remedy.
+    """A call of the model has no rule. The message names the call, its module and the remedy.
 
     Example:
         >>> class Model(nn.Module):

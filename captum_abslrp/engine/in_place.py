@@ -1,4 +1,4 @@
-"""Calls that overwrite a tensor."""
+"""In-place calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from captum_abslrp.engine.samples import check_aligned
 
 
 class Runner(Recorder, Protocol):
-    """What an in-place call asks of the recording."""
+    """The interface of the recording for in-place calls."""
 
     batch_size: int
 
@@ -39,7 +39,7 @@ def run_in_place(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run an in-place call as the out-of-place one, and copy the result into the target."""
+    """Run the out-of-place version of an in-place call, and copy the result into the target."""
     target = kwargs.get("out")
     if target is None:
         target = args[0] if args else next(iter(tensors_in(kwargs)), None)
@@ -57,7 +57,7 @@ def run_in_place(
     recording.check_visible((args, kwargs))
     func, args, kwargs = out_of_place(name, func, args, kwargs)
     result = recording.run_with_relevance(name, func, args, kwargs, target=target)
-    if result is target:  # the rule has changed it already
+    if result is target:  # the rule has already modified it
         return target
     nonnegative = isinstance(result, Tensor) and recording.is_nonnegative(result)
     is_ours = is_recorded(target.grad_fn)
@@ -65,8 +65,8 @@ def run_in_place(
     if not handed:
         recording.release(target)
     if not target._is_view() and not target.is_leaf:
-        target.detach_()  # what was there has no part in what is there now
-    target.copy_(result)  # of the history alone, if the memory was handed over
+        target.detach_()  # the previous history no longer applies
+    target.copy_(result)  # only copies the history if the memory was exchanged
     if nonnegative:
         recording.mark_nonnegative(target)
     return target

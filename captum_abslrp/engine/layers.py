@@ -1,4 +1,4 @@
-"""Layers that are recorded as one call: their inside is not looked at."""
+"""Layers that are recorded as one call, without their inner calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from captum_abslrp.engine.nodes import is_own
 
 
 def with_state(layer: nn.Module, *, own_weights: bool = False) -> nn.Module:
-    """A copy of a layer with the state that the layer has now, and the same weights or copies of them."""
+    """Copy a layer with its current state, and with the same weights or copies of them."""
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in state_of(layer)}
     if not own_weights:
         memo |= {id(parameter): parameter for parameter in layer.parameters()}
@@ -26,7 +26,7 @@ def with_state(layer: nn.Module, *, own_weights: bool = False) -> nn.Module:
 
 
 def state_of(layer: nn.Module) -> list[Tensor]:
-    """The tensors that a layer holds beside its weights: buffers, and what a forward pass has left."""
+    """The tensors of a layer other than weights: buffers, and tensors from a forward pass."""
     return [
         tensor
         for module in layer.modules()
@@ -36,12 +36,12 @@ def state_of(layer: nn.Module) -> list[Tensor]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; PyTorch does not count it in inference mode."""
+    """The number of in-place changes of a tensor; PyTorch does not count them in inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def with_magnitudes(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The output of a layer with the magnitude of its parameters."""
+    """Run a layer with the magnitudes of its parameters."""
     twin = with_state(layer, own_weights=True)
     for parameter in twin.parameters():
         as_parts(parameter.data).abs_()
@@ -49,40 +49,40 @@ def with_magnitudes(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def from_its_state(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The output of a layer, whose state stays what it is."""
+    """Run a layer without modifying its state."""
     return _forward(with_state(layer), args, kwargs)
 
 
 def _forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The output of a layer, which may change its arguments in place."""
+    """Run a layer on clones of its arguments, because it may modify them in place."""
     args, kwargs = map_instances(Tensor, torch.clone, (args, kwargs))
     return layer.forward(*args, **kwargs)
 
 
 def comes_from_outside(tensor: Tensor) -> bool:
-    """Whether a tensor that such a layer uses carries relevance into it."""
+    """Whether a tensor carries relevance into a layer that is recorded as one call."""
     node = tensor.grad_fn
     of_the_layer = isinstance(node, BackwardCFunction) and not is_own(node)
     return carries_relevance(tensor) and not of_the_layer
 
 
 class LeftStates:
-    """Tensors that such layers have left in themselves, which a later call must not use unnoticed."""
+    """State tensors of layers that are recorded as one call; later calls that use them cause a warning."""
 
     def __init__(self) -> None:
         self._states: list[tuple[Tensor, str]] = []
 
     def clear(self) -> None:
-        """Forget everything, at the end of the forward pass."""
+        """Remove all entries at the end of the forward pass."""
         self._states.clear()
 
     def note(self, layer: nn.Module, path: str, held: Sequence[tuple[Tensor, int]]) -> None:
-        """Note what a layer has changed of the tensors that it holds.
+        """Add the state tensors that a layer has modified.
 
         Args:
             layer: the layer, after its call.
-            path: where it is in the model.
-            held: the tensors that it held before, and their versions.
+            path: path of the layer in the model.
+            held: its state tensors before the call, and their versions.
         """
         now = [t for t in state_of(layer) if t.is_floating_point()]
         self._states = [(t, p) for t, p in self._states if p != path]
@@ -93,7 +93,7 @@ class LeftStates:
         ]
 
     def check_unused(self, value: Any) -> None:
-        """Warn where a call uses such a tensor."""
+        """Warn if a call uses such a tensor."""
         if not self._states:
             return
         tensors = tensors_in(value)
@@ -101,8 +101,8 @@ class LeftStates:
         for path in paths:
             self._states = [(t, p) for t, p in self._states if p != path]
             warn(
-                f"Expected `{path}`, which has one rule for the whole layer, to return everything that "
-                f"depends on its input, but it keeps a tensor that is used in a later call. If that tensor "
-                f"depends on the input, its relevance is lost: let the layer return its state, and take "
-                f"it as an argument."
+                f"Expected `{path}`, which has one rule for the whole layer, to return all tensors that "
+                f"depend on its input, but got a layer whose state is used in a later call. If the state "
+                f"depends on the input, its relevance is lost. Make the layer take its state as an argument "
+                f"and return it."
             )

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's code, and how messages name a module."""
+"""Warnings that point to user code, and names of modules in messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def warn(message: str) -> None:
     """Issue a UserWarning at the first caller outside of this package, Captum and PyTorch.
 
     Args:
-        message: what is wrong, and what to do about it.
+        message: the problem and its remedy.
 
     Example:
         >>> import warnings
@@ -40,6 +40,6 @@ def warn(message: str) -> None:
 
 
 def place(path: str, module: nn.Module | None) -> str:
-    """Where a module is in the model, for messages."""
+    """Describe a module by its path and type, for messages."""
     where = f"`{path}`" if path else "the model itself"
     return where if module is None else f"{where} ({type(module).__name__})"

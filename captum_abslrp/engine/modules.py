@@ -1,4 +1,4 @@
-"""Which module of the model is running, and what holds for the calls that it makes."""
+"""The stack of running modules, with the rules that apply to their calls."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Frame(NamedTuple):
     module: nn.Module | None
     path: str
     root: str
-    """Path of the module that the table of rules was found for."""
+    """Path of the module that the table of rules belongs to."""
     table: Any
     """The table of rules, see :class:`~captum_abslrp.engine.protocols.Scope`."""
     rule: CallRule | None
-    """The rule that the user has set on this module or one around it."""
+    """The rule that the user has set on this module or an outer one."""
     layer_rule: CallRule | None = None
     """The rule that records the module as one call."""
     inputs: tuple[Any, ...] | None = None
@@ -48,41 +48,41 @@ class Frame(NamedTuple):
     kwargs: dict[str, Any] = {}
     """Its keyword arguments, once it has run."""
     is_whole: bool = False
-    """Whether the module, or one around it, is recorded as one call."""
+    """Whether the module, or an outer one, is recorded as one call."""
     as_it_was: nn.Module | None = None
-    """The module before the call, with what it holds beside its weights."""
+    """A copy of the module with its state before the call."""
     held: Sequence[tuple[Tensor, int]] = ()
-    """The tensors that it held before the call, and their versions."""
+    """The state tensors of the module before the call, and their versions."""
     from_outside: list[Tensor] = []
-    """Tensors that carry relevance and that calls inside of such a module have used."""
+    """Tensors that carry relevance and that calls inside such a module have used."""
 
     def __str__(self) -> str:
         return place(self.path, self.module)
 
     @property
     def local_path(self) -> str:
-        """The path from the module that the table of rules was found for."""
+        """The path relative to the module that the table of rules belongs to."""
         inside = self.path == self.root or self.path.startswith(f"{self.root}.")
         return self.path[len(self.root) :].lstrip(".") if self.root and inside else self.path
 
 
 class LayerRecorder(Protocol):
-    """What the stack of modules asks of the recording."""
+    """The interface of the recording for the stack of modules."""
 
     def check_visible(self, value: Any) -> None: ...
     def record_layer(self, frame: Frame, output: Any) -> Any: ...
 
 
 class ModuleStack:
-    """The running modules, the innermost last, in this thread.
+    """The running modules in this thread, the innermost last.
 
-    PyTorch's hooks for all modules of the process report them while the forward pass runs. The model
-    itself gets no hook, and modules of other threads are let through. A module with a rule for the whole
-    layer is recorded here as one call.
+    Global module hooks of PyTorch report them during the forward pass. The model itself gets no hook, and
+    modules in other threads are ignored. A module with a rule for the whole layer is recorded here as one
+    call.
 
     Args:
-        recorder: records layers.
-        scope: finds rules.
+        recorder: the recording, which records layers.
+        scope: the scope, which finds rules.
         model: the model, for the paths of its modules.
         batch_size: number of samples.
     """
@@ -93,7 +93,7 @@ class ModuleStack:
         self._recorder = recorder
         self._scope = scope
         self._batch_size = batch_size
-        # A compiled part is called as the module inside of its wrapper.
+        # A compiled submodule is called as the module inside its wrapper.
         self._paths = (
             {m: name.replace("_orig_mod.", "") for name, m in model.named_modules()}
             if model is not None
@@ -117,7 +117,7 @@ class ModuleStack:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-            # PyTorch forgets to remove this mark of a hook.
+            # PyTorch does not remove this mark of a hook.
             _global_forward_hooks_with_kwargs.pop(handle.id, None)
         self._handles.clear()
         self._stack.clear()
@@ -154,29 +154,29 @@ class ModuleStack:
             held = [(tensor, version(tensor)) for tensor in state_of(module)]
             try:
                 as_it_was = with_state(module)
-            except Exception:  # it may hold what cannot be copied; its rule may not need a copy
+            except Exception:  # the module cannot be copied; its rule may not need a copy
                 as_it_was = module
             self._stack.append(frame._replace(inputs=args, held=held, as_it_was=as_it_was))
-            # Clones, because the module may change its input in place.
+            # Clone the inputs, because the module may modify them in place.
             result: tuple[Any, ...] = map_instances(
                 Tensor, lambda t: t.detach().clone() if carries_relevance(t) else t, args
             )
             return result
 
     def _check_hooked(self, module: nn.Module, value: Any) -> None:
-        """Check the samples of tensors that PyTorch copies, with the loss of their marks, because the module
-        has backward hooks."""
+        """Check that samples are aligned if the module has backward hooks. PyTorch then copies the tensors,
+        and the copies lose their marks."""
         if module._backward_hooks or module._backward_pre_hooks or hooks_all_modules():
             for tensor in tensors_in(value):
                 if carries_relevance(tensor):
                     check_aligned(tensor, self._batch_size)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        # After an exception PyTorch calls hooks without keyword arguments.
+        # After an exception, PyTorch calls hooks without keyword arguments.
         kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if threading.get_ident() != self._thread or len(self._stack) < 2:
             return None
-        # Without an output an exception is on its way.
+        # The output is None if an exception was raised.
         if output is not None:
             with torch._C.DisableTorchFunction():
                 self._check_hooked(module, output)
@@ -192,8 +192,8 @@ class ModuleStack:
             if any(not any(t is known for known in given) for t in frame.from_outside):
                 raise UnsupportedCallError(
                     f"Expected `{frame.path}`, which has the rule {frame.layer_rule} for the "
-                    f"whole layer, to depend on the explained inputs by its arguments alone, but got one "
-                    f"that uses another tensor that does, too. Pass that tensor to it as an argument."
+                    f"whole layer, to depend on the explained inputs only through its arguments, but got a "
+                    f"layer that uses another such tensor. Pass that tensor as an argument."
                 )
             return (
                 self._recorder.record_layer(frame._replace(kwargs=kwargs), output)
@@ -211,7 +211,7 @@ def run_inside_layer(
     *,
     in_place: bool,
 ) -> Any:
-    """Run a call inside of a layer that is recorded as one call."""
+    """Run a call inside a layer that is recorded as one call."""
     if name in CONSTANT or getattr(func, "__name__", "") == "__get__":
         return untracked(func, args, kwargs)
     from_outside = [t for t in tensors_in((args, kwargs)) if comes_from_outside(t)]
@@ -220,7 +220,7 @@ def run_inside_layer(
         target = args[0] if args else kwargs.get("input")
         if any(target is tensor for tensor in from_outside):
             raise UnsupportedCallError(
-                f"Expected a layer with one rule for all of it to leave its keyword arguments alone, but got "
-                f"one in {frame} that is changed in place. Pass it by position, or replace the in-place call."
+                f"Expected a layer with one rule not to modify its keyword arguments, but got one in {frame} "
+                f"that is modified in place. Pass it by position, or replace the in-place call."
             )
     return untracked(func, args, kwargs)

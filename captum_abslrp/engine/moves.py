@@ -1,4 +1,4 @@
-"""Calls that move elements: autograd moves relevance with its element."""
+"""Calls that move elements; autograd moves relevance with its element."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def move(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run a call that moves elements; its result is nonnegative where all that is moved is."""
+    """Run a call that moves elements; its result is nonnegative if all moved tensors are."""
     if any(t.is_inference() for t in tensors_in((args, kwargs))):
-        # Autograd cannot save such a tensor, which the caller or the model made in inference mode.
+        # Autograd cannot save tensors that the caller or the model created in inference mode.
         leaves, spec = tree_flatten((args, kwargs))
         leaves = [t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
     result = func(*args, **kwargs)
     tensors = tensors_in((args, kwargs))
     follow(name, func, args, kwargs, result, batch_size, tensors)
-    # An index is no value: it says nothing about what is moved.
+    # Indices do not count as moved values.
     values = [t for t in tensors if name in JOINING or t.is_floating_point() or t.is_complex()]
     if all(map(saved.is_nonnegative, values)) and not (
         name in _FILLING and any(map(_may_be_negative, tree_flatten((args, kwargs))[0]))
@@ -42,7 +42,7 @@ def move(
 
 
 def _may_be_negative(value: Any) -> bool:
-    """Whether a number, of which both parts count, is perhaps negative."""
+    """Whether a number may be negative; complex numbers always may."""
     return isinstance(value, complex) or (isinstance(value, (int, float)) and value < 0)
 
 
@@ -50,4 +50,4 @@ _FILLING = frozenset(
     "__setitem__ index_copy masked_fill masked_scatter pad scatter select_scatter slice_scatter "
     "diagonal_scatter where".split()
 )
-"""Calls that move elements and may put numbers beside them."""
+"""Calls that move elements and may fill in numbers."""

@@ -42,7 +42,7 @@ CONSTANT = frozenset(
     stride tolist trunc untyped_storage zeros_like
     """.split()
 )
-"""Calls whose result carries no relevance: facts about a tensor, and steps."""
+"""Calls whose result carries no relevance: properties of a tensor, and step functions."""
 
 
 ARITHMETIC = frozenset(
@@ -52,7 +52,7 @@ ARITHMETIC = frozenset(
     xlog1py xlogy
     """.split()
 )
-"""Calls that cast all of their operands to one dtype: a mask, an integer, a float of less precision."""
+"""Calls that cast all operands to one dtype, such as masks, integers or floats of lower precision."""
 
 
 LAYERS = frozenset(
@@ -64,7 +64,7 @@ LAYERS = frozenset(
 JOINING = frozenset(
     "block_diag cat column_stack concat concatenate dstack hstack masked_fill stack vstack where".split()
 )
-"""Calls that move elements of tensors of any dtype, none of which is an index."""
+"""Calls that move elements of tensors of any dtype and take no indices."""
 
 
 IN_PLACE_PASS_THROUGH = frozenset(
@@ -83,11 +83,11 @@ TRANSFORMS = frozenset(
 
 
 PREFIX = "complex_"
-"""What the name of a call on parts starts with, where the form of the real call does not suit it."""
+"""Prefix of the name of a call on real views that cannot use the form of the real call."""
 
 
 def transformed_dims(name: str, rank: int, *args: Any, **kwargs: Any) -> tuple[int, ...]:
-    """Dimensions of the result of a Fourier transform along which its elements were mixed.
+    """Return the dimensions of the result of a Fourier transform along which elements are mixed.
 
     Args:
         name: canonical name of the call, one of :data:`TRANSFORMS`.
@@ -107,11 +107,11 @@ def transformed_dims(name: str, rank: int, *args: Any, **kwargs: Any) -> tuple[i
 
 @functools.lru_cache(maxsize=4096)
 def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
-    """The name of a function, whether it works in place, and whether its arguments are reflected.
+    """Return the name of a function, whether it works in place, and whether its arguments are reflected.
 
-    The name has no module, dunder or trailing underscore. That of an operator of a library is
-    ``"namespace::name"``; that of a function outside of PyTorch is ``"module.name"``, with the module that
-    defines it.
+    The name has no module, dunder or trailing underscore. Operators of a library are named
+    ``"namespace::name"``, and functions outside of PyTorch ``"module.name"``, with the module that defines
+    them.
     """
     name = getattr(func, "__name__", str(func)).removeprefix("special_")
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
@@ -119,7 +119,7 @@ def canonical_name(func: Callable[..., Any]) -> tuple[str, bool, bool]:
         if namespace != "aten":  # registered by a library or by the user
             return f"{namespace}::{name}", False, False
     module = getattr(func, "__module__", None) or "torch"
-    if not module.startswith("torch"):  # a function that somebody else lets PyTorch show
+    if not module.startswith("torch"):  # a custom function that PyTorch can override
         return f"{module}.{name}", False, False
     if name == "rsub":  # subtracts the first argument from the second
         return "sub", False, True

@@ -1,4 +1,4 @@
-"""Nodes of the autograd graph that run a recorded step, and functions that tell kinds of nodes apart."""
+"""Nodes of the autograd graph that run a recorded step, and checks of the kind of a node."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from captum_abslrp.engine.steps import Step
 
 
 class Node(torch.autograd.Function):
-    """The node of the autograd graph whose backward is a step."""
+    """A node of the autograd graph whose backward function is a step."""
 
     @staticmethod
     def forward(
         ctx: Any, step: Step, position: int | None, output: list[Tensor], *inputs: Tensor
     ) -> Tensor:
-        """Args: ``position`` of the source that the call has changed in place, if it has."""
+        """`position` is the index of the source that the call has modified in place, or None."""
         ctx.step = step
         ctx.set_materialize_grads(False)
         if position is not None:
             ctx.mark_dirty(inputs[position])
             return inputs[position]
-        # Handed over in a list: autograd takes a tensor that is an argument and is returned for a
-        # view of it, which later in-place calls of the model could then not change.
+        # Passed in a list, because autograd treats an argument that is returned as a view, which later
+        # in-place calls of the model could not modify.
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """One seed, where autograd runs the graph: under Captum's ``LRP``."""
+        """Run a single seed; autograd only calls it under Captum's ``LRP``."""
         (s,) = grad_outputs
         if s is None:
             return None, None, None, *[None] * len(ctx.step.layouts)
@@ -43,7 +43,7 @@ class Node(torch.autograd.Function):
 
 
 class ModuleInput(torch.autograd.Function):
-    """The input of a module under Captum's ``LRP``, which is given relevance by the rule."""
+    """The input of a module under Captum's ``LRP``; converts relevance per magnitude to relevance."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -56,12 +56,12 @@ class ModuleInput(torch.autograd.Function):
 
 
 class ModuleOutput(torch.autograd.Function):
-    """The output of a module under Captum's ``LRP``, which gives relevance to the rule."""
+    """The output of a module under Captum's ``LRP``; converts relevance to relevance per magnitude."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return z.clone()  # which may be changed in place
+        return z.clone()  # the clone may be modified in place
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> Tensor:
@@ -69,21 +69,21 @@ class ModuleOutput(torch.autograd.Function):
 
 
 def is_recorded(node: Any) -> bool:
-    """Whether a node of the autograd graph is a call that a rule has recorded."""
+    """Whether a node of the autograd graph belongs to a call that a rule has recorded."""
     return isinstance(node, _OWN_NODES[0])
 
 
-# The classes of the nodes themselves are an attribute that the metaclass adds.
+# The metaclass adds the classes of the nodes as an attribute.
 _OWN_NODES = tuple(f._backward_cls for f in (Node, ModuleInput, ModuleOutput))  # type: ignore[attr-defined]  # private
 
 
 def is_own(node: Any) -> bool:
-    """Whether a node of the autograd graph is one of this module."""
+    """Whether a node of the autograd graph is one of the classes in this module."""
     return isinstance(node, _OWN_NODES)
 
 
 def is_hook(node: Any) -> bool:
-    """Whether a node is the identity that PyTorch puts around a module with backward hooks."""
+    """Whether a node is the identity that PyTorch adds to a module with backward hooks."""
     return isinstance(node, BackwardHookFunction._backward_cls)  # type: ignore[attr-defined]  # private
 
 
@@ -93,7 +93,7 @@ def hooks_all_modules() -> bool:
 
 
 def history(last: Any) -> Iterator[Any]:
-    """The nodes of the autograd graph that a node comes from, itself included, in no order."""
+    """Yield a node of the autograd graph and all nodes that it depends on, in no particular order."""
     seen = set()
     stack = [last]
     while stack:

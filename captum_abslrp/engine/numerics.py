@@ -1,8 +1,8 @@
-r"""Relevance per magnitude, and how it is scaled.
+r"""Relevance per magnitude, and its scaling.
 
-What goes from call to call is not the relevance of a tensor but its *relevance per magnitude*,
-:math:`s_t = R_t / |t|`: every rule starts with a division by its output and ends with a multiplication by its
-input, and between two rules the one undoes the other.
+Calls do not exchange the relevance of a tensor but its *relevance per magnitude*, :math:`s_t = R_t / |t|`.
+Every rule starts with a division by its output and ends with a multiplication by its input. Between two
+calls, the multiplication and the division cancel.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 EPS = 1e-9
-"""The one stabilizer, added to the magnitude of a divisor, always in float32 or float64."""
+"""The stabilizer, added to the magnitude of a divisor, always in float32 or float64."""
 
 
 LEAST = 1e-30
-"""Magnitude of an output that is zero where it is divided by without a stabilizer."""
+"""The magnitude that replaces zero in divisions without a stabilizer."""
 
 
 LARGE = 2**17
-"""Elements of a batch above which a sum of products by samples is faster than all at once, on a CPU."""
+"""Number of elements of a batch above which sums of products are computed per sample on a CPU."""
 
 
 def divide(relevance: Tensor, output: Tensor) -> Tensor:
-    """Relevance per magnitude, from relevance.
+    """Convert relevance to relevance per magnitude.
 
     Args:
         relevance: relevance ``R`` of a tensor, any shape that broadcasts with it.
-        output: the tensor ``z`` that it belongs to.
+        output: the tensor ``z``.
 
     Returns:
         ``s = R / (|z| + EPS)``.
@@ -42,12 +42,12 @@ def divide(relevance: Tensor, output: Tensor) -> Tensor:
 
 
 def per_magnitude(relevance: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Relevance per magnitude of what keeps its relevance where it is zero, too: no stabilizer is added.
+    """Convert relevance to relevance per magnitude without a stabilizer, so that zeros keep their relevance.
 
     Args:
         relevance: relevance ``R`` of a tensor, any shape.
         x: the tensor, same shape.
-        dtype: the result stays within its range; None for that of ``x``.
+        dtype: the dtype whose range limits the result; None for that of ``x``.
 
     Returns:
         ``s = R / max(|x|, LEAST)``.
@@ -61,10 +61,10 @@ def per_magnitude(relevance: Tensor, x: Tensor, dtype: torch.dtype | None = None
 
 
 def stabilize(seeds: Sequence[Tensor], output: Tensor) -> None:
-    """From ``R / |z|`` to ``R / (|z| + EPS)``, in place: nothing changes, but where ``z`` vanishes.
+    """Convert ``R / |z|`` to ``R / (|z| + EPS)``, in place; only values where ``z`` is tiny change.
 
     Args:
-        seeds: relevance per magnitude of the output, each shaped like it; are overwritten.
+        seeds: relevance per magnitude of the output, one tensor per seed; overwritten.
         output: ``z``.
 
     Example:
@@ -80,7 +80,7 @@ def stabilize(seeds: Sequence[Tensor], output: Tensor) -> None:
 
 
 def relevance(x: Tensor, s: Tensor) -> Tensor:
-    """Relevance, from relevance per magnitude: ``|x| s``; 0 where ``s`` is, however large ``x``.
+    """Convert relevance per magnitude to relevance, ``|x| s``; 0 where ``s`` is 0, even if ``x`` is infinite.
 
     Args:
         x: the tensor, any shape.
@@ -94,13 +94,13 @@ def relevance(x: Tensor, s: Tensor) -> Tensor:
 
 
 def sums(x: Tensor, s: Tensor, batch_size: int, *, positive: bool = False) -> Tensor:
-    """The sum of the magnitudes of the relevance of each sample.
+    """Compute the sum of the magnitudes of the relevance of each sample.
 
     Args:
-        x: the tensor, (B, ...); a leading dimension of k B holds k parts of every sample.
+        x: the tensor, (B, ...); a leading dimension of k B has k parts of every sample.
         s: its relevance per magnitude, same shape.
         batch_size: B.
-        positive: whether both are known to be finite and nowhere negative: what counts of them.
+        positive: whether both are known to be finite and nonnegative.
 
     Returns:
         Tensor of shape (B,).
@@ -117,7 +117,7 @@ def sums(x: Tensor, s: Tensor, batch_size: int, *, positive: bool = False) -> Te
     if x.dim() < 2:
         magnitudes = relevance(x, s).abs_()
     else:
-        # Infinity is masked: no relevance.
+        # Infinite values are masked and have no relevance.
         magnitudes = (x * s).abs_().nansum(tuple(range(1, x.dim())))
     return magnitudes.view(batch_size, -1).sum(1)
 
@@ -136,30 +136,30 @@ def scale(
     kept: Collection[int] = (),
     followers: Sequence[Sequence[Tensor]] = (),
 ) -> list[Tensor]:
-    """Scale what one call hands to its inputs, sample by sample, in place.
+    """Scale the relevance of the inputs of a call, sample by sample, in place.
 
-    A sample without any relevance stays zero. So does one whose relevance is below :func:`rounding` of the
-    total, unless none of it is negative: where relevance of both signs cancels, rounding errors are left,
-    and scaling would make a map of them.
+    A sample without relevance stays zero. A sample whose relevance is below :func:`rounding` of the total
+    becomes zero, unless all of it is nonnegative: if relevance of both signs cancels, only rounding errors
+    remain, and scaling would amplify them.
 
     Args:
-        inputs: each input of the call, (B, ...); a leading dimension of k B holds k parts of every
+        inputs: each input of the call, (B, ...); a leading dimension of k B has k parts of every
             sample.
-        shares: its relevance per magnitude, same shape; is overwritten.
+        shares: its relevance per magnitude, same shape; overwritten.
         batch_size: B.
-        totals: what the sum of magnitudes of the relevance shall be: a number, or a tensor (B,).
-        joint: scale all inputs together to ``totals``; by default each is scaled on its own.
-        whole: with ``joint``, what all inputs together stand for, (B,); None for the sum of them.
-        positive: for each input whether it and its relevance are known to be nowhere negative.
-        signed: whether relevance may be of both signs, so that it may cancel: for all samples, or (B,).
-        unscaled: whether what arrived had another scale than the total, so that nobody knows whether little
-            relevance of both signs is a rounding error: it becomes NaN then.
-        kept: the inputs whose shares stay as they are, because their scale does not matter.
-        followers: other shares of the inputs, parts of these, which are scaled by the same factors.
+        totals: the target for the sum of the magnitudes of the relevance: a number, or a tensor (B,).
+        joint: whether to scale all inputs together to ``totals``; by default each is scaled on its own.
+        whole: with ``joint``, the current sum over all inputs, (B,); None to compute it.
+        positive: for each input, whether it and its relevance are known to be nonnegative.
+        signed: whether relevance can have both signs, and thus cancel: for all samples, or (B,).
+        unscaled: whether the relevance of the output had an arbitrary scale. Tiny relevance of both signs
+            then becomes NaN, because it may be a rounding error.
+        kept: the inputs whose shares are not scaled, because their scale does not matter.
+        followers: shares of parts of the inputs, which are scaled by the same factors.
 
     Returns:
-        With ``joint``, what the magnitudes of the relevance of each input add up to now, (B,); otherwise
-        nothing. Where ``whole`` is given, they are not summed, and it is the total.
+        With ``joint``, the new sum of the magnitudes of the relevance of each input, (B,); otherwise an
+        empty list. With ``whole``, the sums are not computed and are those of all inputs together.
 
     Example:
         >>> x, a, b = torch.tensor([[1.0, -2.0]]), torch.ones(1, 2), torch.ones(1, 2)
@@ -183,7 +183,7 @@ def scale(
         found = of_each = [whole] * len(inputs)
     scaled = []
     for i, (s, total) in enumerate(zip(shares, of_each, strict=True)):
-        # A sum that is infinite leaves NaN, not zeros that look like a map.
+        # An infinite sum results in NaN instead of zeros, which would look like a valid map.
         factor = totals / total.clamp(min=LEAST) + (total - total)
         if isinstance(signed, Tensor):
             little = total < (totals * signed * rounding(s.dtype)).clamp(min=LEAST)
@@ -197,7 +197,7 @@ def scale(
         if i in kept:
             continue
         for part in (s, *(shares_of[i] for shares_of in followers)):
-            rows = part if part.dim() else part.unsqueeze(0)  # one number of one sample
+            rows = part if part.dim() else part.unsqueeze(0)  # a scalar for a single sample
             by_row = factor
             if len(rows) != batch_size:
                 by_row = factor.repeat_interleave(len(rows) // batch_size)
@@ -206,10 +206,10 @@ def scale(
 
 
 def negative_rows(s: Tensor, batch_size: int) -> Tensor:
-    """Whether relevance of each sample is negative somewhere, (B,).
+    """Return which samples have negative relevance, (B,).
 
     Args:
-        s: relevance, (B, ...); a leading dimension of k B holds k parts of every sample.
+        s: relevance, (B, ...); a leading dimension of k B has k parts of every sample.
         batch_size: B.
 
     Example:
@@ -220,9 +220,10 @@ def negative_rows(s: Tensor, batch_size: int) -> Tensor:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """A sum of numbers of a dtype that is smaller, by the sum of their magnitudes, is a rounding error.
+    """Return the relative size below which a sum counts as a rounding error.
 
-    Errors of single operations, ``eps``, add up over the terms of a sum, so the bound is
+    The size is relative to the sum of the magnitudes of the terms. Errors of single operations, ``eps``,
+    accumulate over the terms of a sum, so the bound is
     ``eps ** (7 / 8)``: 2e-14 in float64, 9e-7 in float32, 2e-3 in float16, 0.01 in bfloat16.
 
     Example:
@@ -233,10 +234,10 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def rectify(s: Tensor, x: Tensor) -> Tensor:
-    """``s`` where ``x`` is positive, and 0 elsewhere.
+    """Return ``s`` where ``x`` is positive, and 0 elsewhere.
 
     Args:
-        s, x: of one shape.
+        s, x: tensors of the same shape.
 
     Example:
         >>> rectify(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, -5.0, 0.0]))
@@ -247,7 +248,7 @@ def rectify(s: Tensor, x: Tensor) -> Tensor:
 
 
 def rectified(shares: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`rectify` of each, in the memory of the last one of a kind.
+    """Apply :func:`rectify` to each share, in place where no later share is the same tensor.
 
     Example:
         >>> s = torch.tensor([1.0, 2.0])
@@ -261,7 +262,7 @@ def rectified(shares: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
 
 
 def rectify_in_place(s: Tensor, x: Tensor, *, negative: bool = False) -> Tensor:
-    """:func:`rectify` of a tensor that nothing else has, or what is left where ``x`` is negative."""
+    """Apply :func:`rectify` in place; with ``negative``, keep ``s`` where ``x`` is negative instead."""
     if negative:
         torch.ops.aten.hardtanh_backward.grad_input(s, x, -torch.inf, 0, grad_input=s)
     else:
@@ -270,7 +271,7 @@ def rectify_in_place(s: Tensor, x: Tensor, *, negative: bool = False) -> Tensor:
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """``|x|``; 0 for what is masked by an infinite value, which takes no part.
+    """Return ``|x|``, and 0 for infinite values, which are masked.
 
     Args:
         x: any shape.
@@ -279,6 +280,6 @@ def magnitude(x: Tensor) -> Tensor:
         >>> magnitude(torch.tensor([-2.0, -float("inf")]))
         tensor([2., 0.])
     """
-    if x.layout != torch.strided:  # a sparse matrix masks nothing
+    if x.layout != torch.strided:  # sparse matrices have no masked values
         return x.abs()
     return x.abs().masked_fill_(x.isinf(), 0)

@@ -1,7 +1,7 @@
-"""Observers: what looks at the calls of a model, forward and back, while it is explained.
+"""Observers of the calls of a model, in the forward and the backward pass of an explanation.
 
-The engine gives an :class:`Observer` every call that a rule has recorded; the :class:`ObservedCall` that it
-returns is given the relevance that arrives at the call and the relevance that the call passes on.
+The engine passes every recorded call to an :class:`Observer`. The :class:`ObservedCall` that it returns
+receives the relevance of the output and of the inputs of the call.
 
 Axes: B samples, S seeds.
 """
@@ -24,29 +24,29 @@ from captum_abslrp.engine.saved import SavedTensor, in_full_precision
 
 @dataclass
 class Observer:
-    """Looks at every call while a model is explained.
+    """Observes every call while a model is explained.
 
     Args:
-        finite: raise FloatingPointError at the first call that makes a value that is not finite.
-        traced: measure the relevance that arrives at each call and that it passes on.
-        repeated: whether the pass repeats an earlier one, so that no warning is given again.
+        finite: raise FloatingPointError at the first call with a value that is not finite.
+        traced: measure the relevance of the output and the inputs of each call.
+        repeated: whether the pass repeats an earlier one, so that warnings are not repeated.
     """
 
     finite: bool = False
     traced: bool = False
     repeated: bool = False
     calls: list[ObservedCall] = field(default_factory=list)
-    """The calls of the backward pass in its order, where they are traced."""
+    """The calls of the backward pass, in order, if they are traced."""
 
     def recorded(
         self, call: Call, rule: Any, sources: Sequence[Tensor], output: Tensor, batch_size: int
     ) -> ObservedCall:
-        """Look at a call of the forward pass that a rule has recorded.
+        """Observe a recorded call of the forward pass.
 
         Args:
             call: the call.
             rule: its rule.
-            sources: the inputs that get relevance.
+            sources: the inputs that receive relevance.
             output: its output.
             batch_size: B.
         """
@@ -66,8 +66,8 @@ class Observer:
 
 
 def _check_output(call: Call, sources: Sequence[Tensor], output: Tensor) -> None:
-    """Raise where the output of a call is not finite."""
-    # A mask may be of -inf, and so may be what it is added to.
+    """Raise if the output of a call is not finite."""
+    # A mask may contain -inf, and so may the tensor that it is added to.
     given = [t for t in (*tensors_in((call.args, call.kwargs)), *sources) if t.is_floating_point()]
     masked = any(bool(t.isinf().any()) for t in given)
     bad = output.isnan() if masked else ~output.isfinite()
@@ -76,24 +76,24 @@ def _check_output(call: Call, sources: Sequence[Tensor], output: Tensor) -> None
     has_nan = any(bool(t.isnan().any()) for t in given)
     finite = [t.detach().abs().float().max().item() for t in given if t.numel() and not has_nan]
     of = (
-        "an input or weight of it has NaN already"
+        "one of its inputs or weights already has NaN"
         if has_nan
         else f"its inputs and weights are up to {max(finite, default=0):.3g} in magnitude"
     )
     raise FloatingPointError(
-        f"Expected every call to return finite values, but got {int(bad.sum())} NaN or infinite ones "
-        f"of {output.numel()} in {output.dtype} from {call}; {of}. Explain inputs in the range that the "
-        f"model was made for, or compute in a wider dtype: `model.float()`, `model.double()`."
+        f"Expected every call to return finite values, but got {int(bad.sum())} NaN or infinite values "
+        f"out of {output.numel()} in {output.dtype} from {call}; {of}. Pass inputs in the range that the "
+        f"model expects, or use a wider dtype: `model.float()` or `model.double()`."
     )
 
 
 @dataclass
 class ObservedCall:
-    """A call whose relevance is looked at in the backward pass."""
+    """A call whose relevance is observed in the backward pass."""
 
     observer: Observer
     place: str
-    """The function and where it is called, for messages."""
+    """The function and its module, for messages."""
     function: str
     """Qualified name of the function."""
     path: str
@@ -110,16 +110,16 @@ class ObservedCall:
     """Relevance of each source, (S, B)."""
 
     def arrives(self, seeds: Sequence[Tensor], *, stabilized: bool) -> None:
-        """Look at the relevance per magnitude of the output, of each seed."""
-        self._check(seeds, "arrived at")
+        """Observe the relevance per magnitude of the output, for each seed."""
+        self._check(seeds, "of the output")
         if self.output is not None:
             magnitude = self.output().abs() + (EPS if stabilized else 0)
             self.arrived = torch.stack([sums(magnitude, s, self.batch_size) for s in seeds])
 
     def passes(self, of_seeds: Sequence[Sequence[Tensor]], *, stabilized: bool = False) -> None:
-        """Look at the relevance per magnitude of each source, of each seed."""
+        """Observe the relevance per magnitude of each source, for each seed."""
         for shares in of_seeds:
-            self._check(shares, "came out of")
+            self._check(shares, "of an input")
         if self.output is None:
             return
         magnitudes = [kept().abs() + (EPS if stabilized else 0) for kept in self.sources]
@@ -134,12 +134,12 @@ class ObservedCall:
     def _check(self, values: Sequence[Tensor], what: str) -> None:
         if self.observer.finite and not all(bool(s.isfinite().all()) for s in values):
             raise FloatingPointError(
-                f"Expected relevance to be finite, but got NaN or infinite values that {what} {self.place} "
-                f"in the backward pass. Compute in a wider dtype: `model.float()`, `model.double()`."
+                f"Expected relevance to be finite, but got NaN or infinite values {what} of {self.place} in "
+                f"the backward pass. Use a wider dtype: `model.float()` or `model.double()`."
             )
 
     def ends(self, seed: int, samples: Sequence[int]) -> bool:
-        """Whether relevance of a seed arrived for one of the samples, and no source got any of it."""
+        """Whether one of the samples has relevance of a seed at the output, but not at any source."""
         assert self.arrived is not None
         arrived = self.arrived[seed, samples] > 0
         passed = [share[seed, samples] > 0 for share in self.passed]

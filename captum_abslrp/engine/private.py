@@ -1,4 +1,4 @@
-"""The names of PyTorch and Captum that the library uses though they are private."""
+"""The private names of PyTorch and Captum that the package uses."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ PRIVATE_NAMES: dict[str, str] = {
     "captum.attr._utils.attribution:GradientAttribution": "Derive from `captum.attr.Attribution`.",
     "captum.attr._utils.lrp_rules:PropagationRule": "Derive rules from Captum's new base class.",
 }
-"""By ``"module:name"``, what to do when a name goes away. Nodes of the autograd graph have private attributes
-as well: ``_input_metadata`` (shapes of what arrives) and ``Function._backward_cls`` (the class of our own
-nodes)."""
+"""Replacements for private names, by ``"module:name"``, in case a name is removed. Nodes of the autograd
+graph have private attributes as well: ``_input_metadata`` (shapes of the gradients) and
+``Function._backward_cls`` (the class of the nodes of this package)."""

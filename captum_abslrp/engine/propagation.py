@@ -1,13 +1,12 @@
 """The backward pass: relevance of tensors that an output depends on, for several seeds at once.
 
-The history of the output is a graph of steps (calls that a rule has recorded) and of the nodes that
-autograd has made for calls that move elements. It runs here rather than in autograd, node by node for all
-seeds, so that what does not depend on the seed is computed once, and what a step has saved is freed when
-the step is done.
+The autograd history of the output is a graph of steps (recorded calls) and of nodes of autograd (calls that
+move elements). It runs here instead of in autograd, node by node for all seeds. Terms that do not depend on
+the seed are then computed once, and the saved tensors of a step are freed after the step.
 
-The scale of a sample's relevance matters only where relevance from several calls is added up. In between
-it is left as it is: sums over whole tensors are the most expensive part of a rule that is otherwise one
-transposed product.
+The scale of a sample's relevance matters only where relevance from several calls is added. In between,
+relevance is not scaled, because the required sums over whole tensors are expensive compared to the single
+transposed product of most rules.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from captum_abslrp.engine.saved import in_full_precision
 from captum_abslrp.engine.steps import Step
 
 TOTAL = 256.0
-"""Relevance of a sample while it is propagated. A power of two changes no digit of the result; this one
-keeps the relevance of single elements and of sums over branches within the range of float16, too."""
+"""Total relevance of a sample during propagation. A power of two does not affect the digits of the result.
+This value keeps the relevance of single elements and of sums over branches within the range of float16."""
 
 
 UNSCALED_STEPS = 8
-"""How many steps may follow each other unscaled, so that nothing leaves the range of float32."""
+"""Maximum number of consecutive steps without scaling, so that values stay in the range of float32."""
 
 
 def propagate(
@@ -46,34 +45,35 @@ def propagate(
     chains: bool = True,
     through: Through | None = None,
 ) -> list[Tensor]:
-    """Relevance of tensors for relevance of the output that depends on them.
+    """Propagate relevance from an output to the tensors that it depends on.
 
     Axes: S seeds.
 
     Args:
-        output: made under an :class:`~captum_abslrp.engine.recording.Recording` with ``total=TOTAL``; its
-            history is used up.
-        explained: the tensors; zeros where the output does not depend on one.
+        output: the output under an :class:`~captum_abslrp.engine.recording.Recording` with ``total=TOTAL``;
+            its autograd history is consumed.
+        explained: the tensors; their relevance is zero if the output does not depend on them.
         seeds: relevance of the output, (S, ``*output.shape``).
-        positive: whether the seeds are known to be nowhere negative.
-        counts: for how many of the seeds, from the first one, relevance of each tensor is wanted; None for
-            all of them. The others are left where they lead to nothing that is wanted.
-        changes: gets tensors (S, B): by how much the relevance of each sample changes on the tail of the
-            score, where signs do.
-        chains: whether steps that follow each other may leave the scale of relevance as it is. A sample is
-            NaN then if relevance of both signs becomes so little that it may be a rounding error. Without
-            chains, each step is scaled, and whether relevance of a sample has both signs is read from its
-            values.
-        through: a tensor, and parts of its relevance that are followed on their own.
+        positive: whether the seeds are known to be nonnegative.
+        counts: for each tensor, the number of seeds, from the first one, whose relevance is needed; None for
+            all seeds. Seeds are not propagated where they are not needed.
+        changes: a list to which tensors (S, B) are added: the changes of the relevance of each sample on the
+            tail of the score due to negative slopes.
+        chains: whether consecutive steps may leave relevance unscaled. Tiny relevance of both signs then
+            becomes NaN, because it may be a rounding error. Without chains, each step is scaled, and the
+            signs of relevance are read from the values.
+        through: a tensor, and parts of its relevance to propagate separately.
 
     Returns:
-        Relevance of each tensor, (S, ``*tensor.shape``), in its dtype; of a complex tensor that of both
-        parts together, in the dtype of the parts. Where fewer seeds are wanted, S is their number. With
-        P parts, what goes through the first of them follows the relevance of all seeds, and so on:
+        Relevance of each tensor, (S, ``*tensor.shape``), in its dtype. For a complex tensor, it is the sum
+        over both parts, in the dtype of the parts. If fewer seeds are needed, S is their number. With P
+        parts, the relevance through each part follows the relevance of all seeds:
         (S + P S, ``*tensor.shape``).
     """
     if output.grad_fn is None:
-        raise ValueError("Expected `output` to depend on the inputs, but got one without history.")
+        raise ValueError(
+            "Expected `output` to depend on the inputs, but got a tensor without autograd history."
+        )
     last = output.grad_fn
     all_seeds = len(seeds) if through is None else len(seeds) * (1 + len(through.parts))
     counts = [all_seeds] * len(explained) if counts is None else counts
@@ -91,7 +91,7 @@ def propagate(
     values = in_full_precision(output.detach()).abs()
     if first:  # the first rules divide by `|z| + EPS`, as in the definition
         values += EPS
-    else:  # what is only passed on is exact
+    else:  # relevance is only passed on, without a division
         values = values.clamp_(min=LEAST)
     start = in_full_precision(seeds) * TOTAL / values
     start = start.clamp(max=torch.finfo(output.dtype).max).to(output.dtype)
@@ -103,7 +103,7 @@ def propagate(
     if changes is not None:
         steps = [node.step for node in order if is_recorded(node)]
         for step in steps:
-            if step.changes:  # of fewer seeds where the others lead to nothing that is wanted
+            if step.changes:  # for fewer seeds if the others are not needed
                 of_seeds = torch.stack(step.changes[: len(seeds)]) / TOTAL
                 left = of_seeds.new_zeros(len(seeds) - len(of_seeds), of_seeds.shape[1])
                 changes.append(torch.cat([of_seeds, left]))
@@ -114,14 +114,14 @@ def propagate(
             results.append(tensor.new_zeros((count, *tensor.shape), dtype=tensor.dtype.to_real()))
             continue
         values = in_full_precision(as_parts(tensor.detach()))
-        if first and place[0] in tail:  # was divided by this as well
+        if first and place[0] in tail:  # undo the division by `|z| + EPS`
             values = values.abs() + EPS
         else:  # a rule may give relevance to a zero
             values = values.abs().clamp(min=LEAST)
         shares = [
             numerics.relevance(values, in_full_precision(as_parts(s))) for s in found[place][:count]
         ]
-        # What does not go through a tensor has no parts.
+        # Relevance that does not flow through the tensor has no parts.
         shares += [torch.zeros_like(shares[0])] * (count - len(shares))
         relevance = torch.stack(shares) / TOTAL
         if tensor.is_complex():
@@ -131,15 +131,15 @@ def propagate(
 
 
 class Through(NamedTuple):
-    """Parts of the relevance of a tensor inside of a model."""
+    """Parts of the relevance of a tensor inside a model."""
 
     tensor: Tensor
     parts: Sequence[Tensor]
-    """Weights of its elements, each of which broadcasts with it; 1 where an element belongs to a part."""
+    """For each part, weights that broadcast with the tensor; 1 for elements of the part."""
 
 
 def saved_bytes(output: Tensor) -> int:
-    """Bytes of the tensors that the backward pass from an output has saved."""
+    """Return the total size in bytes of the tensors saved for the backward pass from an output."""
     order, _ = _in_order(output.grad_fn)
     sizes: dict[int, int] = {}
     for node in order:
@@ -151,8 +151,8 @@ def saved_bytes(output: Tensor) -> int:
 
 
 Place = tuple[Any, int]
-"""Where a tensor is in a history: the node that made it, or that accumulates into a leaf, and the number
-of the output."""
+"""The position of a tensor in the autograd graph: its node (or the node that accumulates into a leaf), and
+the index of the output."""
 
 
 def _place(tensor: Tensor) -> Place:
@@ -160,8 +160,8 @@ def _place(tensor: Tensor) -> Place:
         node = torch.autograd.graph.get_gradient_edge(tensor).node
         if type(node).__name__ != "AccumulateGrad":
             raise TypeError(
-                f"Expected a plain tensor to explain, but got a leaf of type {type(tensor).__name__}, for "
-                f"which autograd has no place in the history. Pass `x.as_subclass(torch.Tensor)`."
+                f"Expected a plain tensor to explain, but got a leaf of type {type(tensor).__name__}, which "
+                f"has no node in the autograd graph. Pass `x.as_subclass(torch.Tensor)`."
             )
         return node, 0
     return tensor.grad_fn, tensor.output_nr
@@ -177,8 +177,8 @@ def _run_back(
     *,
     exact: bool,
 ) -> dict[Place, list[Tensor]]:
-    """Relevance per magnitude, for each seed, at the places that are explained."""
-    needed: dict[Any, int] = {}  # for how many of the seeds
+    """Compute relevance per magnitude, for each seed, at the explained places."""
+    needed: dict[Any, int] = {}  # the number of seeds that are needed at each node
     for count in sorted(set(explained_at.values())):
         wanting = {node for (node, _), wanted in explained_at.items() if wanted >= count}
         needed |= dict.fromkeys(_leading_to(order, wanting), count)
@@ -188,7 +188,7 @@ def _run_back(
     cancels: dict[Any, list[Tensor]] | None = None
     if exact:
         cancels = {start[0]: [numerics.negative_rows(s, len(s)) for s in seeds]}
-    to_zeros = {start[0]}  # nodes of which entries that are zero may have relevance
+    to_zeros = {start[0]}  # nodes whose zero entries may have relevance
     for node in order:
         arrived = pending.pop(node, None)
         if arrived is None:
@@ -232,10 +232,10 @@ def _run_back(
                 if not spares_zeros:
                     to_zeros.add(target)
                 if cancels is not None and mixed is not None:
-                    known = cancels.get(target, mixed)  # perhaps of fewer seeds
+                    known = cancels.get(target, mixed)  # possibly for fewer seeds
                     cancels[target] = [a | b for a, b in zip(known, mixed, strict=False)]
-                # Nodes of autograd's leave it to the engine to add up what was broadcast, and to take the
-                # real part where `where` made a real tensor complex.
+                # Nodes of autograd expect the engine to sum over broadcast dimensions, and to take the real
+                # part if `where` converted a real tensor to complex.
                 expected = target._input_metadata[number]
                 shares = [
                     s if list(s.shape) == expected.shape else s.sum_to_size(expected.shape)
@@ -250,7 +250,7 @@ def _run_back(
 
 
 def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
-    """The nodes from which one of the targets is reached."""
+    """The nodes from which a target can be reached."""
     needed = set(targets)
     for node in reversed(order):
         if any(following in needed for following, _ in node.next_functions):
@@ -259,12 +259,12 @@ def _leading_to(order: Sequence[Any], targets: Collection[Any]) -> set[Any]:
 
 
 def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> tuple[bool, set[Any]]:
-    """Mark the steps on the tail of the score, and those that relevance meets first behind it.
+    """Mark the steps on the tail of the score, and the first steps before the tail.
 
-    A step is on the tail if it can be, and all that makes use of its output is on the tail, too.
+    A step is on the tail if it has a tail rule and all calls that use its output are on the tail.
 
     Returns:
-        Whether there is any step that divides by ``|z| + EPS`` what it gets, and the nodes that get it so.
+        Whether any step expects relevance divided by ``|z| + EPS``, and the nodes that receive it.
     """
     from_tail = dict.fromkeys(order, 0)
     divides, nodes = False, set()
@@ -286,10 +286,10 @@ def _mark_tail(order: Sequence[Any], arriving: dict[Any, int]) -> tuple[bool, se
 
 
 def logits(output: Tensor) -> Tensor:
-    """The values that an output holds the probabilities of, or the output itself.
+    """Return the logits of an output that consists of probabilities, or the output itself.
 
     Args:
-        output: made under an :class:`~captum_abslrp.engine.recording.Recording`.
+        output: an output under an :class:`~captum_abslrp.engine.recording.Recording`.
     """
     node = output.grad_fn
     while node is not None and not is_recorded(node):
@@ -307,16 +307,16 @@ def _prepare(
     explained_at: Collection[Place],
     longest: int,
 ) -> None:
-    """Tell the steps which of their inputs need not be scaled, and that what arrives is their own.
+    """Set which inputs of each step need no scaling, and that steps may overwrite their incoming relevance.
 
-    Each step passes memory of its own, and a call that moves elements passes what arrives to one place. At
-    most `longest` steps follow each other unscaled.
+    Steps return new tensors, and calls that move elements pass relevance to a single place, so incoming
+    relevance is never shared. At most `longest` consecutive steps are unscaled.
     """
     stops = {node for node, _ in explained_at}
     depth: dict[Any, int] = {}
 
     def next_step(node: Any, *, joint: bool) -> Any:
-        """The scaled step that all of what reaches a node goes to, and nothing else; or None."""
+        """The scaled step that receives exactly the relevance of this node, or None."""
         while node is not None and node not in stops and arriving[node] == 1:
             if is_recorded(node) and node.step.scaled:
                 return node
@@ -353,7 +353,7 @@ def _prepare(
 
 
 def _in_order(last: Any) -> tuple[list[Any], dict[Any, int]]:
-    """The nodes of a history, each after all that lead to it, and how many edges arrive at each."""
+    """The nodes of an autograd graph in topological order, and the number of edges that arrive at each."""
     arriving: dict[Any, int] = {last: 0}
     stack = [last]
     while stack:

@@ -1,16 +1,16 @@
-"""The forward pass in which every call meets its rule.
+"""Recording of a forward pass, in which each call is run by its rule.
 
-The model is never changed. Its forward pass runs under a ``TorchFunctionMode``: each call on a tensor that
-carries relevance (``F.linear``, ``+``, ``@``, ``softmax``, an in-place ReLU ...) has one of three fates.
+The model is never modified. Its forward pass runs under a ``TorchFunctionMode``. There are three cases for a
+call on a tensor that carries relevance (``F.linear``, ``+``, ``@``, ``softmax``, an in-place ReLU ...).
 
-1. It has a rule. The rule runs the call and records how relevance goes back through it; the output gets a
-   node of the autograd graph whose backward is that record.
-2. It only moves elements (reshape, slice, cat, ...). It runs as it is, and the gradient that autograd
-   defines for it moves the relevance with its element.
-3. Anything else whose result depends on a tensor that carries relevance is an error that names it.
+1. The call has a rule. The rule runs the call and records how to propagate relevance through it. The output
+   gets a node of the autograd graph whose backward function is that record.
+2. The call only moves elements (reshape, slice, cat, ...). It runs normally, and its gradient in autograd
+   moves relevance with its element.
+3. For any other call whose result depends on such a tensor, an error that names the call is raised.
 
-Autograd does the bookkeeping: relevance of a tensor that is used twice adds up, and views and slices route
-it. Calls on tensors that carry no relevance (weights, position tables, masks) run untouched.
+Autograd handles the graph: relevance of a tensor that is used twice is added, also through views and slices.
+Calls on tensors without relevance (weights, position embeddings, masks) run normally.
 """
 
 from __future__ import annotations
@@ -66,26 +66,26 @@ from captum_abslrp.engine.tape import Record, Tail
 
 
 class Recording(TorchFunctionMode):
-    """Context in which the calls of one forward pass are recorded by their rules.
+    """Context that records the calls of one forward pass by their rules.
 
     Args:
         scope: finds the rule of a call or a layer.
-        inputs: the explained tensors, which require gradients. Only what depends on them carries
-            relevance; every other tensor is a constant, whatever history it has.
+        inputs: the explained tensors, which require gradients. Only tensors that depend on them carry
+            relevance; all others are constants, even if they have autograd history.
         batch_size: number of samples B; the leading dimension of the inputs.
         model: the model, for the paths of its modules.
         joint: scale the relevance of the inputs of one call together.
-        total: sum of relevance of each sample after a call, where each input is scaled on its own.
-        result: output of the one call of a module, where it is known already.
-        observer: looks at every call that is recorded.
+        total: sum of relevance of each sample after a call, if each input is scaled on its own.
+        result: output of the only call of a module, if it is already computed.
+        observer: observes every recorded call.
 
     Attributes:
-        fuses: whether a call that is made of others may be recorded as one, where it makes no difference.
+        fuses: whether a composite call may be recorded as one, if the result is the same.
         joint: as given.
         hides_negatives: whether an output that is marked as nonnegative may have negative entries.
-        depends: whether a node of the autograd graph comes from one of the explained inputs.
-        detached: the values that leave the history.
-        before_change: a function that gets each tensor that a call is about to overwrite, or None.
+        depends: tracks which nodes of the autograd graph depend on the explained inputs.
+        detached: tracks detached values.
+        before_change: a function that is called with each tensor before a call overwrites it, or None.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Recording(TorchFunctionMode):
         self._saved = SavedTensors()
         self._states = LeftStates()
         self._fresh: Tensor | None = None
-        # What a rule may ask for, see `Recorder`.
+        # The interface for rules, see `Recorder`.
         self.save = self._saved.save
         self.release = self._saved.release
         self.hand_memory = self._saved.hand_memory
@@ -164,7 +164,7 @@ class Recording(TorchFunctionMode):
     ) -> Any:
         if not any(cls not in _PLAIN for cls in types):
             return self._see(func, args, kwargs)
-        # Subclasses of Tensor count as plain tensors: their own handlers would see the calls of rules.
+        # Treat subclasses of Tensor as plain tensors; their handlers would intercept the calls of rules.
         with torch._C.DisableTorchFunctionSubclass():
             return self._see(func, args, kwargs)
 
@@ -201,7 +201,7 @@ class Recording(TorchFunctionMode):
             return run_inside_layer(self.innermost, name, func, args, kwargs, in_place=in_place)
         if in_place or kwargs.get("out") is not None or has_in_place_argument(func, args, kwargs):
             return run_in_place(self, name, func, args, kwargs)
-        # To ask for the history is not to use the tensor: checkpoints of older PyTorch ask for it.
+        # Reading `grad_fn` does not use the tensor; checkpoints of older PyTorch versions read it.
         if func == _GET_HISTORY or not any(map(carries_relevance, tensors)):
             return untracked(func, args, kwargs)
         self._fresh = None
@@ -219,7 +219,7 @@ class Recording(TorchFunctionMode):
         reflected: bool = False,
         target: Tensor | None = None,
     ) -> Any:
-        """Run a call on a tensor that carries relevance: it moves elements, has a rule, or is refused."""
+        """Run a call on a tensor that carries relevance: move elements, apply a rule, or raise."""
         is_property = getattr(func, "__name__", "") == "__get__"
         name, func, args, kwargs = as_differentiable(name, func, args, kwargs, self.run_parts)
         if name in PASS_THROUGH and torch.is_grad_enabled():
@@ -242,7 +242,7 @@ class Recording(TorchFunctionMode):
         return self._record(rule, call)
 
     def run_without_rule(self, call: Call) -> Any:
-        """Refuse a call that has no rule, unless its result has no gradient."""
+        """Raise for a call without a rule, unless its result has no gradient."""
         refusals.check_not_numpy(call)
         output = call.func(*call.args, **call.kwargs)
         if any(t.requires_grad for t in instances_in(Tensor, output)):
@@ -250,7 +250,7 @@ class Recording(TorchFunctionMode):
         return output
 
     def refuse_unseen(self, node: Any) -> None:
-        """Refuse a node that code whose calls cannot be seen has made."""
+        """Raise for a node from code whose calls cannot be intercepted."""
         refusals.refuse_unseen(node, self.innermost)
 
     def _call(
@@ -266,7 +266,7 @@ class Recording(TorchFunctionMode):
         return Call(name, func, args, kwargs, *where, self, result=result)
 
     def rule_of(self, call: Call) -> CallRule | None:
-        """The rule of a call: that of the innermost module with one of its own, or of the table."""
+        """The rule of a call: the rule set on the innermost module, or that of the table."""
         rule = self.innermost.rule
         if rule is None:
             rule = self._scope.rule_of_call(call, self.innermost.table)
@@ -275,12 +275,12 @@ class Recording(TorchFunctionMode):
         return rule
 
     def run_parts(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a function of ours under this mode, so that the calls that it makes meet their rules."""
+        """Run a function of this package under this mode, so that its calls are recorded."""
         with torch.enable_grad(), _Reentered(self):
             return func(*args, **kwargs)
 
     def _record(self, rule: CallRule, call: Call) -> Any:
-        """Let the rule record a call; one that reads or makes a complex tensor as one on real views."""
+        """Let the rule record a call; a call on complex tensors is recorded on real views."""
         if not is_complex(call) or rule.runs_parts_of(call):
             with torch.no_grad():
                 record = rule.record(call)
@@ -311,7 +311,7 @@ class Recording(TorchFunctionMode):
         return self._record(rule, call)
 
     def attach(self, record: Record | Any, call: Call | None = None, rule: Any = None) -> Any:
-        """Give the output of a call the history that its record asks for; each of several on its own."""
+        """Attach the records of a call to its outputs as autograd history."""
         if not isinstance(record, Record):
             return map_instances(Record, lambda one: self.attach(one, call, rule), record)
         for x in record.inputs:
@@ -322,12 +322,12 @@ class Recording(TorchFunctionMode):
                 call or self.innermost.path, type(self.innermost.module).__name__
             )
         position = None
-        if record.saved_inputs is not None:  # one of them may be the output now
+        if record.saved_inputs is not None:  # one of the inputs may now be the output
             position = next((i for i, x in enumerate(record.inputs) if x is output), None)
         if position is None:
             # Dropout in evaluation mode returns its input.
             aliased = self._saved.note_aliases(output, record.inputs)
-            if aliased or output._is_view():  # of a tensor that nothing else has
+            if aliased or output._is_view():  # a view of a tensor that is not used elsewhere
                 output = output.data
         step = Step.of(
             record,
@@ -340,7 +340,7 @@ class Recording(TorchFunctionMode):
         )
         if self.observer is not None and call is not None:
             inputs = record.inputs
-            if record.saved_inputs is not None:  # as they were before the call
+            if record.saved_inputs is not None:  # the inputs before the call
                 inputs = [saved.as_given() for saved in record.saved_inputs]
             step.observed = self.observer.recorded(call, rule, inputs, output, self.batch_size)
         result: Tensor = Node.apply(step, position, [output], *record.inputs)
@@ -355,18 +355,18 @@ class Recording(TorchFunctionMode):
         return result
 
     def _may_be_on_tail(self, call: Call | None, rule: Any) -> bool:
-        """Whether nobody has chosen the rule. One that the user or an architecture has chosen holds on the
-        tail of the score as well."""
+        """Whether the rule is a default. A rule from the user or the mapping of an architecture also applies
+        on the tail of the score."""
         if call is None:
             return True
         return self.innermost.rule is None and self._scope.is_default(call, rule)
 
     def is_fresh(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the output of the last call, so that nothing else has made use of it."""
+        """Whether a tensor is the output of the last call, so that no other call has used it."""
         return tensor is self._fresh
 
     def check_visible(self, value: Any) -> None:
-        """Refuse tensors that come from a call that cannot be seen, or whose history is wrong."""
+        """Raise for tensors from a call that cannot be intercepted, or with invalid history."""
         for tensor in tensors_in(value):
             overwritten = self._saved.is_overwritten(tensor)
             for node in self.depends.unseen(tensor, is_overwritten=overwritten):
@@ -379,7 +379,7 @@ class Recording(TorchFunctionMode):
     def _cast(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of an arithmetic call, with its constants in the dtype that it casts them to."""
+        """Cast the constants of an arithmetic call to the dtype of the call."""
         args, kwargs, cast = cast_constants(args, kwargs, carries_relevance)
         for constant, number in cast:
             if self.is_nonnegative(constant) and not number.is_complex():
@@ -389,7 +389,7 @@ class Recording(TorchFunctionMode):
     def pass_through(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a call that moves elements; one that takes a conjugate negates some of them, too."""
+        """Run a call that moves elements; a conjugate also negates some of them."""
         if not (name in CONJUGATES and has_complex((args, kwargs))):
             return self._move(name, func, *args, **kwargs)
         moved = self._move(name, CONJUGATES[name], *args, **kwargs)
@@ -409,7 +409,7 @@ class Recording(TorchFunctionMode):
 
 
 class _Reentered:
-    """Context that turns a recording on again inside of the call that it records."""
+    """Context that re-enables a recording inside the call that it records."""
 
     def __init__(self, mode: Recording) -> None:
         self._mode = mode
@@ -422,4 +422,4 @@ class _Reentered:
 
 
 _PLAIN = frozenset([Tensor, nn.Parameter])
-_GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # of the class: a descriptor
+_GET_HISTORY = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # a descriptor of the class

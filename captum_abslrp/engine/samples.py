@@ -1,12 +1,12 @@
-"""Which sample an element belongs to, where a model moves the batch dimension.
+"""Tracking of the sample of each element if a model moves the batch dimension.
 
 Relevance is scaled sample by sample, so every call with a rule needs the samples in its leading dimension:
-B rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence first) as long
-as it moves it back before the next call with a rule. This module follows the calls that move elements with
-a *shadow*, a tensor that holds the number of the sample in place of each element. Where a call with a rule
-meets a tensor that is out of order, or its arguments show that it mixes samples (a reduction, softmax or
-norm over the leading dimension, a product that adds up over it), it raises :class:`Misaligned`, and
-:class:`captum_abslrp.AbsLRP` runs the samples one at a time.
+B rows, or B blocks of rows (windows, heads). A model may move that dimension away (sequence first) if it
+moves it back before the next call with a rule. This module tracks calls that move elements with a *shadow*,
+a tensor with the sample index of each element. It raises :class:`Misaligned` if a call with a rule gets a
+tensor that is out of order, or if its arguments show that it mixes samples (a reduction, softmax or norm
+over the leading dimension, a product that sums over it). :class:`captum_abslrp.AbsLRP` then runs the samples
+one at a time.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _SAME_PLACE = frozenset(
     "to float double half bfloat16 cfloat cdouble chalf type type_as real imag conj conj_physical "
     "resolve_conj resolve_neg".split()
 )
-"""Calls that leave every element where it is."""
+"""Calls that keep the position of every element."""
 
 
 _KEEP_ELEMENT_ORDER = frozenset("view reshape flatten unflatten ravel".split())
 
 
 class Misaligned(Exception):
-    """A call with a rule met a tensor whose samples are not in the leading dimension, or mixes them."""
+    """A call with a rule mixes samples, or its samples are not in the leading dimension."""
 
     def __init__(self) -> None:
         super().__init__(
-            "Expected the samples of a batch to stay apart in the leading dimension of every call with a "
-            "rule, but got one where they are moved or mixed. Explain one sample at a time."
+            "Expected the samples of a batch to stay separate in the leading dimension of every call with a "
+            "rule, but got a call that moves or mixes them. Explain one sample at a time."
         )
 
 
 def check_aligned(tensor: Tensor, batch_size: int) -> None:
-    """Raise :class:`Misaligned` unless the leading dimension holds B samples, one after the other."""
+    """Raise :class:`Misaligned` unless the leading dimension has B samples in order."""
     if batch_size == 1:
         return
     if hasattr(tensor, _SHADOW) or tensor.dim() == 0 or tensor.shape[0] % batch_size:
@@ -58,7 +58,7 @@ def check_aligned(tensor: Tensor, batch_size: int) -> None:
 
 
 def copy_samples(tensor: Tensor, copy: Tensor) -> Tensor:
-    """Mark a copy of a tensor as this is marked, and return it."""
+    """Copy the mark of a tensor to a copy of it, and return the copy."""
     if hasattr(tensor, _SHADOW):
         setattr(copy, _SHADOW, getattr(tensor, _SHADOW))
     return copy
@@ -80,8 +80,8 @@ _DIMS = (
     | {"mode": (1, -1), "msort": (1, 0), "normalize": (2, 1), "sort": (1, -1)}
     | {"aminmax": (1, None), "cross": (2, None), "segment_reduce": (2, 0)}
 )
-"""Calls on one tensor that mix its elements along some dimensions: where these are among the arguments,
-and which they are where they are not given (None: all)."""
+"""Calls on one tensor that mix its elements along some dimensions: the position of the dimensions among the
+arguments, and their default (None: all)."""
 
 
 _PRODUCTS = frozenset("_sparse_mm linalg_matmul matmul mm spmm".split())
@@ -100,7 +100,7 @@ _BETWEEN_ROWS = frozenset("addbmm corrcoef cov pdist renorm".split())
 
 
 _OF_ANY_BATCH = frozenset("linalg_cross linalg_norm linalg_vecdot linalg_vector_norm".split())
-"""Calls of ``torch.linalg`` that are not on matrices."""
+"""Calls of ``torch.linalg`` that do not work on matrices."""
 
 
 _OF_REGIONS = frozenset(
@@ -115,7 +115,7 @@ def check_apart(
     batch_size: int,
     is_source: Callable[[Any], bool],
 ) -> None:
-    """Raise :class:`Misaligned` where it is plain from its arguments that a call mixes samples.
+    """Raise :class:`Misaligned` if the arguments of a call show that it mixes samples.
 
     Args:
         name: canonical name of the call.
@@ -130,7 +130,7 @@ def check_apart(
         return
     given = (*operands, *kwargs.values())
     tensors = [t for t in given if isinstance(t, Tensor)]
-    # Where all have samples first, one with fewer dimensions is laid along others than the first.
+    # A tensor with fewer dimensions broadcasts along the leading dimension of the others.
     least = max((t.dim() for t in tensors), default=0)
     mixes = False
     if name in _DIMS:
@@ -142,7 +142,7 @@ def check_apart(
         mixes = any(map(is_source, tensors[1:]))
     elif name == "einsum":
         mixes = _adds_up_samples(operands, is_source)
-    elif name in _PRODUCTS:  # the second one of two matrices is added up over its rows
+    elif name in _PRODUCTS:  # a product sums over the rows of the second matrix
         mixes = any(t.dim() < least and is_source(t) for t in tensors)
         mixes = mixes or (tensors[-1].dim() <= 2 and is_source(tensors[-1]))
     elif name in TRANSFORMS:
@@ -155,7 +155,7 @@ def check_apart(
         )
     elif name in _BETWEEN_ROWS:
         mixes = any(map(is_source, tensors))
-    elif name in ("embedding", "embedding_bag"):  # of a table that depends on the inputs
+    elif name in ("embedding", "embedding_bag"):  # if the table depends on the inputs
         mixes = any(is_source(t) for t in tensors[:2])
     elif name.startswith("linalg_") and name not in _OF_ANY_BATCH:
         mixes = any(t.dim() <= 2 and is_source(t) for t in tensors)
@@ -166,16 +166,15 @@ def check_apart(
 
 
 def _check_regions(name: str, input: Tensor, rois: Tensor, batch_size: int) -> None:
-    """Raise where the regions of images, each with the number of its image, are not sample by sample."""
-    images = rois[:, 0].detach().cpu().long()  # they have to be waited for
+    """Raise if the regions, each with the index of its image, are not in order of samples."""
+    images = rois[:, 0].detach().cpu().long()  # requires synchronization
     outside = images[(images < 0) | (images >= len(input))]
     if outside.numel():
         raise ValueError(
-            f"Expected every region of `{name}` to be of one of the {len(input)} images that it gets, but "
-            f"got one of image {int(outside[0])}. Samples are explained one at a time where they have "
-            f"different numbers of regions: give the model the regions of the samples that it is run "
-            f"with, as in `for i in range(len(x)): attributor.attribute(x[i : i + 1], target, "
-            f"additional_forward_args=([boxes[i]],))`."
+            f"Expected every region of `{name}` to belong to one of its {len(input)} images, but got a "
+            f"region of image {int(outside[0])}. Samples with different numbers of regions are run one at a "
+            f"time: pass one sample with its regions at a time, `for i in range(len(x)): "
+            f"attributor.attribute(x[i : i + 1], target, additional_forward_args=([boxes[i]],))`."
         )
     samples = images * batch_size // len(input)
     if len(images) % batch_size:
@@ -186,20 +185,20 @@ def _check_regions(name: str, input: Tensor, rois: Tensor, batch_size: int) -> N
 
 
 def _is_over_samples(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the leading dimension is among those that a call is over."""
+    """Whether a call mixes elements along the leading dimension."""
     position, dims = _DIMS[name]
     x = args[0] if args else kwargs["input"]
     if len(args) > position and not isinstance(args[position], (bool, torch.dtype)):
         dims = args[position]
     dims = kwargs.get("dim", kwargs.get("axis", dims))
-    if isinstance(dims, Tensor):  # another argument: points in between, lengths
+    if isinstance(dims, Tensor):  # a different argument, such as coordinates or lengths
         dims = _DIMS[name][1]
     chosen = list(dims) if isinstance(dims, (tuple, list)) else [] if dims is None else [dims]
     return not chosen or any(isinstance(d, int) and d % max(x.dim(), 1) == 0 for d in chosen)
 
 
 def _adds_up_samples(operands: tuple[Any, ...], is_source: Callable[[Any], bool]) -> bool:
-    """Whether an einsum has samples elsewhere than in the first dimension of what it reads and makes."""
+    """Whether an einsum has samples outside of the first dimension of an operand or the result."""
     equation, *given = operands
     if not isinstance(equation, str):
         return False
@@ -231,12 +230,12 @@ def follow(
         func, args, kwargs: the call.
         result: its result, a tensor or a tuple of them.
         batch_size: B.
-        tensors: those among the arguments.
+        tensors: the tensors among the arguments.
     """
     if batch_size == 1:
         return
     if name in _DIMS and _is_over_samples(name, args, kwargs):
-        raise Misaligned  # values decide where its elements go
+        raise Misaligned  # the values determine the positions of its elements
     moved = any(hasattr(tensor, _SHADOW) for tensor in tensors)
     if not moved and (name in _KEEP_ORDER or _keeps_samples_first(name, args, result, batch_size)):
         return
@@ -253,7 +252,7 @@ def follow(
     with torch.no_grad():
         try:
             shadow = func(*shadow_args, **shadow_kwargs)
-        except RuntimeError as error:  # it looks at the memory itself: `as_strided`
+        except RuntimeError as error:  # the call accesses memory directly: `as_strided`
             raise Misaligned from error
     for tensor, samples in zip(tree_flatten(result)[0], tree_flatten(shadow)[0], strict=True):
         is_mask = isinstance(tensor, Tensor) and tensor.dtype == torch.bool
@@ -262,22 +261,22 @@ def follow(
 
 
 def _in_agreement(first: Tensor, second: Tensor) -> Tensor:
-    """The sample that two parts of one element belong to; -1 where they differ."""
+    """The common sample of the two parts of each element; -1 if they differ."""
     return torch.where(first == second, first, -1)
 
 
 _ON_SHADOWS: dict[str, Callable[..., Tensor]] = {
-    "view": Tensor.reshape,  # the memory of a shadow is laid out otherwise
+    "view": Tensor.reshape,  # a shadow has a different memory layout
     "view_as_real": lambda s: s.unsqueeze(-1).expand(*s.shape, 2),
     "view_as_complex": lambda s: _in_agreement(*s.unbind(-1)),
     "complex": _in_agreement,
     **dict.fromkeys(_SAME_PLACE, lambda s, *args, **kwargs: s),
 }
-"""What stands for calls whose function does not suit a shadow."""
+"""Replacements for calls whose function does not work on a shadow."""
 
 
 def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_size: int) -> bool:
-    """Whether it is plain from the arguments that samples stay in the leading dimension."""
+    """Whether the arguments show that samples stay in the leading dimension."""
     dims = [a for a in args[1:] if isinstance(a, int)]
     if name in _KEEP_ELEMENT_ORDER:
         return result.dim() > 0 and result.shape[0] % batch_size == 0
@@ -290,7 +289,7 @@ def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_si
     if name in ("gather", "index_select", "take_along_dim"):
         return len(dims) == 1 and dims[0] % args[0].dim() != 0
     if name == "__getitem__" and isinstance(args[1], tuple) and args[1]:
-        # Two tensors of indices that are apart would move their dimension to the front.
+        # Two index tensors that are not adjacent would move their dimension to the front.
         indices = [i for i in args[1] if isinstance(i, Tensor)]
         first = args[1][0]
         return isinstance(first, slice) and first == slice(None) and len(indices) <= 1
@@ -298,8 +297,8 @@ def _keeps_samples_first(name: str, args: tuple[Any, ...], result: Any, batch_si
 
 
 def _shadow(leaf: Any, batch_size: int, *, is_value: bool = False) -> Any:
-    """The number of its sample for every element, on the host; indices and masks keep their values, unless
-    they are known to be values themselves."""
+    """The sample index of every element, on the CPU. Indices and masks keep their values, unless they are
+    moved as values."""
     if not isinstance(leaf, Tensor):
         return leaf
     if not (is_value or leaf.is_floating_point() or leaf.is_complex()):
@@ -318,7 +317,7 @@ def _in_order(samples: Tensor, batch_size: int) -> bool:
         return False
     if samples.numel() == 0:
         return True
-    # The strides of an expanded shadow show its order, without a look at the elements.
+    # The strides of an expanded shadow show its order without reading the elements.
     if any(samples.stride()[1:]) and samples.dim() > 1:
         rows = samples.reshape(batch_size, -1)
     else:

@@ -1,4 +1,4 @@
-"""Tensors that the backward pass needs: saved without a copy, cloned before the model overwrites them."""
+"""Saved tensors of the backward pass: saved without a copy, and cloned before the model overwrites them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from captum_abslrp.engine.arguments import is_traced
 
 
 class SavedTensor:
-    """A tensor saved for the backward pass, or a function that makes it again.
+    """A tensor saved for the backward pass, or a function that recomputes it.
 
-    Before a call overwrites the tensor, the recording clones it.
+    The recording clones the tensor before a call overwrites it.
     """
 
     __slots__ = ("_remake", "_tensor")
@@ -23,53 +23,53 @@ class SavedTensor:
     def __init__(
         self, tensor: Tensor | None = None, remake: Callable[[], Tensor] | None = None
     ) -> None:
-        # Outside of inference mode a tensor that was made in it cannot be used for everything.
+        # Tensors created in inference mode have restricted use outside of it.
         self._tensor = tensor.clone() if tensor is not None and tensor.is_inference() else tensor
         self._remake = remake
 
     def __call__(self) -> Tensor:
-        """The tensor, in float32 where it is of half precision."""
+        """Return the tensor; half precision is converted to float32."""
         return in_full_precision(self.as_given())
 
     def as_given(self) -> Tensor:
-        """The tensor in its own dtype."""
+        """Return the tensor in its own dtype."""
         if self._tensor is None:
             assert self._remake is not None
             self._tensor, self._remake = self._remake(), None
         return self._tensor
 
     def contiguous(self) -> Tensor:
-        """The tensor as from ``__call__``, in contiguous memory, in which it is kept from now on."""
+        """Make the saved tensor contiguous, and return it as ``__call__`` does."""
         self._tensor = self.as_given().contiguous()
         return self()
 
     def storage(self) -> torch.UntypedStorage | None:
-        """The memory that is kept, if any is."""
+        """Return the storage of the saved tensor, or None if it will be recomputed."""
         return None if self._tensor is None else self._tensor.untyped_storage()
 
     def release(self) -> None:
-        """Get ready for a change of the tensor in place."""
+        """Clone the tensor before it is modified in place."""
         if self._tensor is not None:
             self._tensor = self._tensor.clone()
 
 
 def in_full_precision(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 where it is of half precision: ``EPS`` is zero there."""
+    """Convert half precision, in which ``EPS`` is zero, to float32."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A number for the memory of a tensor, which all of its views share."""
+    """Return an identifier of the storage of a tensor, which all of its views share."""
     if tensor.layout != torch.strided:
         tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
     return int(tensor.untyped_storage()._cdata)
 
 
 class SavedTensors:
-    """The tensors that one forward pass has saved, and what is known of memory that calls overwrite.
+    """The saved tensors of one forward pass, and the state of memory that calls overwrite.
 
-    PyTorch counts how often a tensor was overwritten, but not in inference mode, so the count is kept here.
-    Marks on tensors hold that count, and lapse when it changes.
+    PyTorch does not count in-place changes of tensors in inference mode, so they are counted here. Marks on
+    tensors contain the count and become invalid when it changes.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class SavedTensors:
         self._aliases: dict[int, list[Tensor]] = {}
 
     def clear(self) -> None:
-        """Forget everything, at the end of the forward pass."""
+        """Remove all entries at the end of the forward pass."""
         self._saved.clear()
         self._aliases.clear()
 
@@ -89,7 +89,7 @@ class SavedTensors:
             return cast(SavedTensor, saved)
         tensor = tensor.detach()
         cells = self._saved.setdefault(storage_of(tensor), [])
-        # A sparse tensor has no layout that could be compared.
+        # The layouts of sparse tensors cannot be compared.
         layout = _layout(tensor) if tensor.layout == torch.strided else None
         for known, cell in cells:
             if layout is not None and known == layout:
@@ -98,11 +98,11 @@ class SavedTensors:
         return cells[-1][1]
 
     def save_as(self, tensor: Tensor, saved: SavedTensor) -> None:
-        """Save a tensor by a function that makes it again, as long as it is not overwritten."""
+        """Save a tensor by a function that recomputes it, until it is overwritten."""
         setattr(tensor, _SAVED, (self._count(tensor), saved))
 
     def release(self, target: Tensor) -> None:
-        """Prepare for a call that overwrites a tensor: clone what is saved of it."""
+        """Prepare for a call that overwrites a tensor: clone the saved tensors that share its memory."""
         storage = storage_of(target)
         for _, cell in self._saved.pop(storage, []):
             cell.release()
@@ -112,18 +112,19 @@ class SavedTensors:
                 setattr(source, _STALE, True)
 
     def hand_memory(self, target: Tensor, result: Tensor, *, is_ours: bool) -> bool:
-        """Give a tensor, which a call overwrites, the memory of the result of the call, if nobody can tell.
+        """Replace the memory of a tensor, which a call overwrites, by that of the result, if possible.
 
-        What is saved of the tensor stays as it is then, and nothing is copied.
+        Saved tensors then stay valid, and nothing is copied.
 
         Args:
             target: the tensor.
-            result: what it shall hold.
-            is_ours: whether a call of this forward pass has made it; a buffer of the model keeps its memory.
+            result: its new value.
+            is_ours: whether a call of this forward pass created the tensor; a buffer of the model keeps its
+                memory.
 
         Returns:
-            Whether it was done: both are plain tensors that lie in memory alike, and nothing but what is
-            saved here shares the memory of either.
+            Whether the memory was replaced. This requires plain tensors with the same memory layout, whose
+            memory is shared only with tensors that are saved here.
         """
         is_ours |= hasattr(target, _HANDED)
         alike = _layout(target) == _layout(result) and target.dtype == result.dtype
@@ -131,7 +132,7 @@ class SavedTensors:
             return False
         if not (self._is_alone(target) and self._is_alone(result)):
             return False
-        # No mark of either holds any more.
+        # Invalidate the marks of both tensors.
         count = max(self._count(target), self._count(result)) + 1
         self._saved.pop(storage_of(target), None)
         self._aliases.pop(storage_of(target), None)
@@ -141,11 +142,13 @@ class SavedTensors:
         return True
 
     def _is_alone(self, tensor: Tensor) -> bool:
-        """Whether no other tensor shares the memory of a tensor, but what is saved of it."""
+        """Whether only tensors that are saved here share the memory of a tensor."""
         if type(tensor) is not Tensor or tensor._is_view():
             return False
         storage = tensor.untyped_storage()
-        if _references(tensor) > _references(torch.empty(1)) + 1:  # `storage`, and somebody else's
+        if (
+            _references(tensor) > _references(torch.empty(1)) + 1
+        ):  # `storage`, and another reference
             return False
         saved = [cell.storage() for _, cell in self._saved.get(storage._cdata, [])]
         known = sum(s is not None and s._cdata == storage._cdata for s in saved)
@@ -154,7 +157,7 @@ class SavedTensors:
         return bool(torch._C._storage_Use_Count(storage._cdata) == known + 2)
 
     def note_aliases(self, output: Tensor, inputs: Sequence[Tensor]) -> bool:
-        """Note which inputs of a call share memory with its output; returns whether any does."""
+        """Register the inputs of a call that share memory with its output; return whether there are any."""
         aliases = [x for x in inputs if storage_of(x) == storage_of(output)]
         if aliases:
             self._aliases.setdefault(storage_of(output), []).extend(aliases)
@@ -170,27 +173,27 @@ class SavedTensors:
         return bool(self._overwritten) and self._count(tensor) > 0
 
     def mark_nonnegative(self, tensor: Tensor) -> None:
-        """Note that no entry of a tensor is negative, until it is overwritten."""
+        """Mark a tensor as nonnegative, until it is overwritten."""
         setattr(tensor, _NONNEGATIVE, self._count(tensor))
 
     def is_nonnegative(self, tensor: Tensor) -> bool:
-        """Whether it is known that no negative entry of a tensor takes part in the calls on it."""
+        """Whether a tensor is marked as nonnegative: later calls ignore any negative entries."""
         if tensor.dtype in (torch.bool, torch.uint8):
             return True
         mark = getattr(tensor, _NONNEGATIVE, None)
         return mark is not None and mark == self._count(tensor)
 
     def note_layer(self, tensor: Tensor, layer: Any) -> None:
-        """Note which layer with weights has made a tensor, until it is overwritten."""
+        """Mark a tensor as the output of a layer with weights, until it is overwritten."""
         setattr(tensor, _LAYER, (self._count(tensor), layer))
 
     def layer_behind(self, tensor: Tensor) -> Any:
-        """The layer that has made a tensor, as it was noted, or None."""
+        """The layer whose output a tensor is marked as, or None."""
         count, layer = getattr(tensor, _LAYER, (None, None))
         return layer if count == self._count(tensor) else None
 
     def hides_layer(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a copy of what a layer with weights has made, see :func:`hide_layer`."""
+        """Whether a tensor is a copy of the output of a layer with weights, see :func:`hide_layer`."""
         return hasattr(tensor, _HIDDEN)
 
     def _count(self, tensor: Tensor) -> int:
@@ -198,20 +201,20 @@ class SavedTensors:
 
 
 def hide_layer(tensor: Tensor, copy: Tensor) -> None:
-    """Note of a copy with relevance of its own that a layer has made the original, if one has."""
+    """Mark a copy with separate relevance if the original is the output of a layer with weights."""
     if hasattr(tensor, _LAYER):
         setattr(copy, _HIDDEN, True)
 
 
 def _references(tensor: Tensor) -> int:
-    """How often Python refers to the memory of a tensor."""
+    """The number of Python references to the storage of a tensor."""
     return sys.getrefcount(tensor.untyped_storage())
 
 
 _SAVED = "_abslrp_saved"
-"""Mark of a tensor that is saved by a function that makes it again: the count, and the saved tensor."""
+"""Mark of a tensor that is saved by a function that recomputes it: the count, and the saved tensor."""
 _HANDED = "_abslrp_handed"
-"""Mark of a tensor that has the memory of the result of a call that has overwritten it."""
+"""Mark of a tensor that has the memory of the result of the call that overwrote it."""
 _STALE = "_abslrp_stale"
 """Mark of a tensor whose memory was overwritten through an alias."""
 _NONNEGATIVE = "_abslrp_nonnegative"
@@ -225,5 +228,5 @@ _Layout = tuple[torch.Size, torch.dtype, tuple[int, ...], int]
 
 
 def _layout(tensor: Tensor) -> _Layout:
-    """How a tensor lies in its memory."""
+    """The memory layout of a tensor."""
     return tensor.shape, tensor.dtype, tensor.stride(), int(tensor.storage_offset())

@@ -1,18 +1,18 @@
-"""The state of a model: a snapshot before a forward pass, put back afterwards.
+"""The state of a model: a snapshot before a forward pass, which is restored afterwards.
 
-A forward pass may change the model that it runs: it counts calls, installs hooks the first time, fills a
-list, adds a module, updates statistics, writes into a cache. :func:`unchanged` takes a snapshot of the model
-before, and puts back what differs afterwards, whole and in place.
+A forward pass may modify the model: count calls, install hooks, fill a list, add a module, update
+statistics, or write to a cache. :func:`unchanged` takes a snapshot of the model before the pass, and restores
+all differences afterwards, in place.
 
 The snapshot follows references from the model: attributes of modules, dicts, lists, sets, deques, tuples
-and subclasses of them, and objects whose class comes from a package that a module of the model comes from.
-It keeps references, not copies, of what these hold. It does not follow functions, classes, and objects of
-other packages: a trainer, a logger or a data loader is not a part of the model.
+and their subclasses, and objects whose class is from the same package as a module of the model. It keeps
+references to their contents, not copies. It does not follow functions, classes, or objects of other
+packages: a trainer, a logger or a data loader is not part of the model.
 
-Values of tensors are copied only where they must be: those of buffers at once, because kernels may
-update them unseen (batch norm), those of other tensors right before a call changes them. The
-:class:`~captum_abslrp.engine.recording.Recording` of the pass sees these calls and asks
-:func:`saver` 's function to save.
+Values of tensors are copied only if necessary. Buffers are copied immediately, because kernels can update
+them without a visible call (batch norm). Other tensors are copied right before a call modifies them: the
+:class:`~captum_abslrp.engine.recording.Recording` of the pass passes such tensors to the function from
+:func:`saver`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = ["own_hooks", "saver", "unchanged"]
 
 
 class _Snapshot:
-    """A snapshot of the state of a model, to be put back."""
+    """A snapshot of the state of a model, which can be restored."""
 
     def __init__(self, model: nn.Module) -> None:
         self.users = 0
@@ -67,10 +67,11 @@ class _Snapshot:
         self._lock = threading.Lock()
         self._packages: set[str] = set()
         self._buffers: dict[int, bool] = {}
-        self._seen: dict[int, Any] = {}  # what is seen is kept, so that ids stay its own
+        self._seen: dict[int, Any] = {}  # keeps objects alive, so that ids are unique
         self._found: list[Tensor] = []
         self._strange: list[Any] = []
-        # What `parametrize.cached()` keeps is made without history here, and no use to a training step.
+        # The cache of `parametrize.cached()` is filled without autograd history here, which would break a
+        # training step.
         self._pending: list[Iterable[Any]] = [(model, parametrize._cache)]
         with torch._C.DisableTorchFunction():
             while self._pending:
@@ -92,7 +93,7 @@ class _Snapshot:
                 visit(self, value)
 
     def _look_at_objects(self) -> None:
-        """Look at the objects of classes from the packages of the model, as they are known by now."""
+        """Visit objects of classes from the packages of the model, as far as they are known."""
         strange, self._strange = self._strange, []
         for value in strange:
             if _package(type(value)) in self._packages:
@@ -138,11 +139,11 @@ class _Snapshot:
         self._visit_subclass(elements)
 
     def visit_items(self, items: Any) -> None:
-        """Look at the items of a container that cannot be changed itself."""
+        """Visit the items of an immutable container."""
         self._pending.append(items)
 
     def _visit_subclass(self, container: Any) -> None:
-        """Look at the attributes of a container of a class that PyTorch or Python does not make."""
+        """Visit the attributes of a container whose class is not a plain class of Python or PyTorch."""
         if type(container) not in _PLAIN:
             self.visit_attributes(container)
 
@@ -168,22 +169,22 @@ class _Snapshot:
                 if state.layout is not None:
                     self._sharing.setdefault(storage_of(state.values), []).append(state)
             except (RuntimeError, NotImplementedError, TypeError):
-                continue  # a subclass without memory of its own, or without a copy
+                continue  # a subclass without its own memory, or that cannot be copied
             self._tensors.append(state)
 
     def save(self, tensor: Tensor) -> None:
-        """Save the values that are about to be changed, if the model holds them."""
+        """Save the values of a tensor that is about to be modified, if the model holds its memory."""
         if tensor.layout != torch.strided:
             return
         with torch._C.DisableTorchFunction():
             try:
                 storage = storage_of(tensor)
-            except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+            except (RuntimeError, NotImplementedError):  # a subclass without its own memory
                 return
             if storage not in self._sharing or storage in self._memories:
                 return
             with self._lock:
-                if storage in self._memories:  # another thread has been faster
+                if storage in self._memories:  # another thread has saved it
                     return
                 for state in self._sharing[storage]:
                     state.keep_history()
@@ -191,7 +192,7 @@ class _Snapshot:
                     self._memories[storage] = Memory(self._sharing[storage])
 
     def put_back(self) -> None:
-        """Put everything back; what cannot be is named in a warning, after all the rest."""
+        """Restore everything; warn about failures at the end."""
         failed: dict[str, Exception] = {}
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             memories = self._memories.values()
@@ -199,7 +200,7 @@ class _Snapshot:
                 for state in memory.tensors:
                     state.is_changed = True
             filled = [Table.empty(table) for table in self._empty if table]
-            # Views first: to put a tensor back gives it a new history, and its views with it.
+            # Views first, because restoring a tensor gives it and its views a new history.
             tensors = sorted(self._tensors, key=lambda state: not state.holder._is_view())
             for part in (*self._parts, *filled, *memories, *tensors):
                 try:
@@ -212,8 +213,8 @@ class _Snapshot:
                     version.__exit__()
         for name, reason in failed.items():
             warnings.warn(
-                f"Expected to put back what the forward pass has changed in the model, but could not "
-                f"for {name}: {reason!r}. Explain a copy of the model, `copy.deepcopy(model)`.",
+                f"Expected to restore the state of the model after the forward pass, but got an error for "
+                f"{name}: {reason!r}. Explain a copy of the model, `copy.deepcopy(model)`.",
                 stacklevel=6,
             )
 
@@ -242,13 +243,13 @@ _ATTRIBUTED = (
     types.SimpleNamespace,
     argparse.Namespace,
 )
-"""Classes of Python that keep what they hold in attributes."""
+"""Python classes that store their contents in attributes."""
 _FOREIGN = frozenset(("torch", "builtins"))
-"""Packages whose objects are not the model's own: every model is made of them."""
+"""Packages that every model uses, whose objects are not part of the model."""
 
 
 def _visit_of(cls: type) -> Callable[[_Snapshot, Any], None] | None:
-    """How the snapshot looks at objects of a class; None where there is nothing to look at."""
+    """The method that visits objects of a class, or None for objects without state."""
     for kinds, visit in (
         (nn.Module, _Snapshot.visit_module),
         (Tensor, _Snapshot.visit_tensor),
@@ -268,12 +269,12 @@ def _visit_of(cls: type) -> Callable[[_Snapshot, Any], None] | None:
 _VISITS = ByClass(_visit_of)
 
 _SNAPSHOTS: weakref.WeakKeyDictionary[nn.Module, _Snapshot] = weakref.WeakKeyDictionary()
-_SNAPSHOTS_LOCK = threading.RLock()  # what is put back may run code of the model's
+_SNAPSHOTS_LOCK = threading.RLock()  # reentrant, because restoring may run code of the model
 
 
 @contextmanager
 def own_hooks(register: Callable[[], Iterable[Any]]) -> Iterator[None]:
-    """Hooks of ours on modules, which a snapshot that another thread takes or puts back leaves alone.
+    """Register hooks of this package, which snapshots in other threads ignore.
 
     Args:
         register: registers the hooks and returns their handles; they are removed at the end.
@@ -291,7 +292,7 @@ def own_hooks(register: Callable[[], Iterable[Any]]) -> Iterator[None]:
 
 
 def saver(model: nn.Module) -> Callable[[Tensor], None] | None:
-    """The function that saves the values of a tensor before a call changes them, inside of ``unchanged``."""
+    """Return the function that saves a tensor before a call modifies it, inside ``unchanged``; or None."""
     with _SNAPSHOTS_LOCK:
         snapshot = _SNAPSHOTS.get(model)
     return None if snapshot is None else snapshot.save
@@ -299,20 +300,20 @@ def saver(model: nn.Module) -> Callable[[Tensor], None] | None:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass changes in a model.
+    """Restore the state of a model after a forward pass.
 
-    That is every attribute of its modules, what containers and objects of its own hold, values, flags and
-    gradients of its tensors, and its modules themselves; see the module's docstring. No tensor keeps
-    a history that it did not have.
+    The state consists of the attributes of its modules, the contents of its containers and objects, the
+    values, flags and gradients of its tensors, and its submodules; see the docstring of this module. Tensors
+    also get their previous autograd history.
 
-    Threads that run one model at a time share what was there before the first of them; the last one puts
-    it back.
+    Concurrent threads that run the same model share the snapshot of the first thread; the last thread
+    restores it.
 
     Args:
         model: the model; its calls run under a recording that calls :func:`saver`.
 
     Warns:
-        UserWarning: if something cannot be put back; everything else is.
+        UserWarning: if something cannot be restored; everything else is restored.
 
     Example:
         >>> class Counting(nn.Linear):

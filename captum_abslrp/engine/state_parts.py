@@ -1,4 +1,4 @@
-"""Parts of the state of a model: what one dict, list, tensor or generator holds, put back in place."""
+"""Parts of the state of a model: the contents of a dict, list, tensor or generator, restored in place."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ TABLES = (OrderedDict, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, d
 
 
 class Part(Protocol):
-    """A part of the state of a model: what one object holds."""
+    """A part of the state of a model: the contents of one object."""
 
     holder: Any
 
     def put_back(self) -> None:
-        """Put back what it held. Nothing is touched where nothing differs: other threads may look."""
+        """Restore the contents. Unchanged contents are not written, because other threads may read them."""
 
 
 OWN_HOOKS: set[int] = set()
-"""Numbers of the hooks that this package has on modules now; they are not part of the state."""
+"""Ids of the hooks that this package has currently registered on modules; they are not part of the state."""
 
 
 def is_own_hook(key: Any) -> bool:
@@ -54,7 +54,7 @@ class ByClass(dict[type, Any]):
 
 
 def _slots_of(cls: type) -> list[Any]:
-    """The descriptors of the attributes that a class keeps outside of ``__dict__``."""
+    """The descriptors of the attributes of a class that are stored outside of ``__dict__``."""
     return [
         member
         for base in cls.__mro__
@@ -75,9 +75,9 @@ class Table:
 
     def __init__(self, table: Any) -> None:
         self.holder = table
-        # Methods of the base: those of a subclass may do more, or refuse.
+        # Use the methods of the base class, because a subclass may override them.
         self.base = _BASES[type(table)]
-        items = list(self.base.items(table))  # at once: other threads may add some
+        items = list(self.base.items(table))  # a single call, because other threads may add items
         if OWN_HOOKS:
             items = [item for item in items if not is_own_hook(item[0])]
         self.keys: tuple[Any, ...] = ()
@@ -87,7 +87,7 @@ class Table:
 
     @classmethod
     def empty(cls, table: dict[Any, Any]) -> Table:
-        """The state of a dict that was empty, and is not any more."""
+        """The state of a dict that was empty before the forward pass."""
         part = cls(table)
         part.keys = part.values = ()
         return part
@@ -97,14 +97,14 @@ class Table:
         if _same(base.keys(table), self.keys) and _same(base.values(table), self.values):
             return
         before = dict(zip(self.keys, self.values, strict=True))
-        # Entry by entry: another thread may be looking.
+        # Entry by entry, because another thread may read the dict.
         for key in [k for k in base.keys(table) if k not in before and not is_own_hook(k)]:
             base.__delitem__(table, key)
         for key, value in before.items():
             if base.get(table, key, _MISSING) is not value:
                 base.__setitem__(table, key, value)
         order = [key for key in base.keys(table) if not is_own_hook(key)]
-        if order != list(before):  # in the order that state dicts have, and hooks run
+        if order != list(before):  # restore the order of state dicts and hooks
             own = {key: base.get(table, key) for key in base.keys(table) if is_own_hook(key)}
             base.clear(table)
             for key, value in {**before, **own}.items():
@@ -157,7 +157,7 @@ class Instance:
     def __init__(self, instance: Any, slots: Iterable[Any]) -> None:
         self.holder, self.cls = instance, type(instance)
         self.slots = [(slot, _in_slot(slot, instance)) for slot in slots]
-        # A parametrized module has a class of its own, with a property for each of its parametrizations.
+        # A parametrized module has its own class, with a property for each parametrization.
         modules = vars(instance).get("_modules") if isinstance(instance, nn.Module) else None
         parametrized = "parametrizations" in (modules or ())
         self.members = dict(vars(self.cls)) if parametrized else None
@@ -223,7 +223,7 @@ VALUES: tuple[tuple[type, Any, Any], ...] = (
 
 
 class Value:
-    """The value of an object that is changed in place and holds no references."""
+    """The value of an object that is modified in place and holds no references."""
 
     __slots__ = ("holder", "put", "value")
 
@@ -237,7 +237,7 @@ class Value:
 
 
 class Memory:
-    """The values in the memory that tensors share, before they are first changed."""
+    """The values in the memory that tensors share, before the first change."""
 
     __slots__ = ("copy", "holder", "tensors", "versions")
 
@@ -245,7 +245,7 @@ class Memory:
         self.tensors = tensors
         self.holder = tensors[0].values.untyped_storage()
         self.copy = _bytes_of(self.holder).clone()
-        # What autograd has saved of the tensors for a pass of the user's own is valid again afterwards.
+        # Preserve the version counters, so that tensors that autograd has saved for the user stay valid.
         self.versions = [
             _unsafe_preserve_version_counter(state.holder)
             for state in tensors
@@ -259,7 +259,7 @@ class Memory:
 
 
 class TensorState:
-    """Where a tensor has its values, its history and its flags; the values too, of a buffer."""
+    """The memory, history and flags of a tensor, and the values of a buffer."""
 
     __slots__ = (
         "cls",
@@ -293,7 +293,7 @@ class TensorState:
             self.version = tensor._version
 
     def keep_history(self) -> None:
-        """Keep what leads to the history that the tensor has, before it is changed in place."""
+        """Keep the autograd history of the tensor, before it is modified in place."""
         if self.grad_fn is not None and not self.holder._is_view():
             with torch.enable_grad():
                 self.history = self.holder.clone()
@@ -306,7 +306,7 @@ class TensorState:
             self._put_history_back()
         if _layout(tensor) != self.layout:
             tensor.data = self.values
-        # Batch norm updates its statistics without telling the version.
+        # Batch norm updates its statistics without incrementing the version.
         if self.copy is not None and (self.is_changed or tensor._version != self.version):
             self.values.copy_(self.copy)
         if tensor.requires_grad is not self.requires_grad and tensor.is_leaf:
@@ -324,7 +324,7 @@ class TensorState:
                 if self.history is not None:
                     tensor.copy_(self.history)
                 return
-            # A view cannot be detached: it becomes another view of the same tensor.
+            # A view cannot be detached, so it is replaced by another view of the same tensor.
             base, attributes = tensor._base, tensor.__dict__
             assert base is not None
             if base.grad_fn is not self.grad_fn_of_base:
@@ -343,14 +343,14 @@ _Layout = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def _layout(tensor: Tensor) -> _Layout | None:
-    """Where a tensor has its values; None if it has none of its own."""
+    """The address and memory layout of a tensor, or None if it has no memory."""
     if tensor.layout != torch.strided or is_lazy(tensor):
         return None
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that the tensor cannot be changed in place itself."""
+    """Whether elements share memory, so that the tensor cannot be modified in place."""
     if tensor.layout != torch.strided:
         return False
     return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape, strict=True))

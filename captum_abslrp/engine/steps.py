@@ -1,4 +1,4 @@
-"""The step of the backward pass that a record of a call becomes."""
+"""The steps of the backward pass, one for each recorded call."""
 
 from __future__ import annotations
 
@@ -22,61 +22,61 @@ class Step:
     propagate: Propagate | None
     keeps_sign: bool
     nonnegative: Sequence[bool]
-    """Whether each input is known to have no negative entry that takes part."""
+    """For each input, whether negative entries can be ignored or do not exist."""
     inputs: Sequence[SavedTensor]
-    """The inputs, where their relevance is scaled."""
+    """The inputs, if their relevance is scaled."""
     output: SavedTensor | None
-    """The output, where all inputs together are scaled to what arrived at it (``"joint"``)."""
+    """The output, if all inputs together are scaled to its relevance (``"joint"``)."""
     layouts: Sequence[tuple[torch.Size, torch.dtype]]
     """Shape and dtype of each input."""
     batch_size: int
     total: float
     vanishing: SavedTensor | None
-    """The output, where it may be next to nothing."""
+    """The output, if it may be tiny; see :class:`~captum_abslrp.engine.tape.Record`."""
     all_seeds: bool = False
     """Whether the rule takes all seeds at once."""
     spares_zeros: bool = False
-    """Whether zeros among the inputs get no relevance."""
+    """Whether zero entries of the inputs get no relevance."""
     without_zeros: Propagate | None = None
-    """The rule where no relevance arrives at zeros."""
+    """The rule for the case that zero entries of the output have no relevance."""
     conserves: bool = False
-    """Whether it passes on the magnitude of all that arrives, without being scaled."""
+    """Whether the step conserves the sum of magnitudes without being scaled."""
     adds_total: bool = False
-    """Whether the rule says what all inputs together stand for."""
+    """Whether the rule also returns the sum over all inputs."""
     stabilized: bool = False
-    """Whether what arrives was divided by ``|z| + EPS`` rather than by ``|z|``."""
+    """Whether incoming relevance was divided by ``|z| + EPS`` instead of ``|z|``."""
     is_first: bool = False
-    """Whether it is the first step behind the tail of the score, or behind the score itself."""
+    """Whether it is the first step before the tail of the score, or before the score itself."""
     positive: bool = False
-    """Whether what arrives is known to be nowhere negative."""
+    """Whether incoming relevance is known to be nonnegative."""
     cancels: list[Tensor] | None = None
-    """For each seed, which samples have had relevance of both signs on the way, (B,), where it was looked
-    at; None where only what the rules say is known."""
+    """For each seed, which samples have had relevance of both signs so far, (B,), by its values; None if
+    the signs are only known from the rules."""
     references: int | None = None
-    """How many seeds, from the first one, the scale is chosen by; the others are parts of them, in the same
-    order, and are scaled as they are. None for all."""
+    """The number of seeds, from the first one, that determine the scale. The others are parts of them, in
+    the same order, and are scaled by the same factors. None for all seeds."""
     shared: bool = True
-    """Whether something else may look at what arrives, so that it cannot be overwritten."""
+    """Whether incoming relevance may be used elsewhere, so that it must not be overwritten."""
     unscaled: frozenset[int] = frozenset()
-    """Sources whose scale does not matter, because what comes next is scaled itself."""
+    """Sources whose scale does not matter, because the next step is scaled."""
     arrives_unscaled: bool = False
-    """Whether the scale of what arrives is none in particular, so that its size tells nothing."""
+    """Whether incoming relevance has an arbitrary scale."""
     scale_now: bool = False
-    """Whether all inputs are to be scaled nevertheless."""
+    """Whether all inputs must be scaled in any case."""
     observed: ObservedCall | None = None
-    """Who looks at what goes through, if anybody does."""
+    """The observer of the relevance of the step, or None."""
     tail: Tail | None = None
-    """What the call does on the tail of the score."""
+    """The rule of the call on the tail of the score."""
     on_tail: bool = False
-    """Whether it is on the tail."""
+    """Whether the step is on the tail."""
     rectified: SavedTensor | None = None
-    """The output, if a ReLU has changed it in place: relevance of a score of zero ends there."""
+    """The output, if a ReLU has modified it in place; relevance of a score of zero ends there."""
     changes: list[Tensor] = field(default_factory=list)
-    """By how much the relevance of each seed changed there, because of signs."""
+    """The changes of the relevance of each seed due to negative slopes."""
     logits: SavedTensor | None = None
-    """The input, where the output holds probabilities of it."""
+    """The input, if the output consists of its probabilities."""
     is_layer: bool = False
-    """Whether it is a layer with weights."""
+    """Whether the call is a layer with weights."""
 
     @classmethod
     def of(
@@ -90,10 +90,10 @@ class Step:
         joint: bool,
         may_be_on_tail: bool,
     ) -> Step:
-        """The step of what a rule has recorded for a call with an output."""
+        """Create the step for a record and the output of its call."""
 
         def saved_output() -> SavedTensor:
-            # The step must not hold the output itself, whose history it becomes.
+            # The step must not hold the output itself, because it is part of the history of the output.
             return saved.save(output) if record.saved_output is None else record.saved_output
 
         inputs: Sequence[SavedTensor] = ()
@@ -124,16 +124,16 @@ class Step:
 
     @property
     def scaled(self) -> bool:
-        """Whether what the inputs get is scaled."""
+        """Whether the relevance of the inputs is scaled."""
         return bool(self.inputs)
 
     @property
     def joint(self) -> bool:
-        """Whether all inputs together are scaled to what arrived."""
+        """Whether all inputs together are scaled to the incoming relevance."""
         return self.output is not None
 
     def _note_signs(self, of_seeds: Sequence[Sequence[Tensor]]) -> None:
-        """Note which samples have negative relevance in what the sources get, where it is looked at."""
+        """Update which samples have negative relevance, if this is tracked by values."""
         if self.cancels is None:
             return
         found = [
@@ -146,26 +146,28 @@ class Step:
         ]
 
     def expect_no_zeros(self) -> None:
-        """Note that no relevance arrives at entries of zero: all of it comes from steps that spare them."""
+        """Use the rule for outputs whose zero entries have no relevance."""
         if self.without_zeros is not None:
             self.propagate, self.spares_zeros = self.without_zeros, True
 
     def __call__(
         self, seeds: Sequence[Tensor], arrived: Totals = None
     ) -> tuple[list[list[Tensor]], list[Totals]]:
-        """Relevance per magnitude of each source, for each seed, from that of the output.
+        """Propagate relevance per magnitude from the output to each source, for each seed.
 
         Args:
             seeds: relevance per magnitude of the output, for each seed.
-            arrived: what it adds up to, where that is known.
+            arrived: the sums of its relevance, if known.
 
         Returns:
-            For each source, its relevance per magnitude, and what its relevance adds up to, where known.
+            For each source, its relevance per magnitude, and the sums of its relevance, if known.
         """
-        rule, self.propagate = self.propagate, None  # what it holds is freed as soon as it was used
+        rule, self.propagate = self.propagate, None  # free its saved tensors right after use
         self.without_zeros = None
         if rule is None:
-            raise RuntimeError("Expected each call to be run back once, but got a second time.")
+            raise RuntimeError(
+                "Expected one backward pass, but got a second one. Run the forward pass again."
+            )
         if self.rectified is not None and (self.on_tail or self.is_first):
             output = self.rectified()
             seeds = [numerics.rectify(in_full_precision(s), output) for s in seeds]
@@ -209,7 +211,7 @@ class Step:
         return results, passed
 
     def _run_tail(self, seeds: Sequence[Tensor]) -> list[list[Tensor]]:
-        """What a call on the tail of the score passes to its inputs: nothing is scaled."""
+        """Propagate relevance through a call on the tail of the score, without scaling."""
         assert self.tail is not None
         tail, self.tail = self.tail, None
         self.inputs, self.output, self.vanishing = (), None, None
@@ -234,12 +236,12 @@ class Step:
         return [[shares[i] for shares in of_seeds] for i in range(len(self.layouts))]
 
     def _total(self, s: Tensor) -> Tensor:
-        """What the relevance that arrives adds up to."""
+        """The sum of the incoming relevance of each sample."""
         assert self.output is not None
         magnitudes = self.output().abs()
         if self.stabilized:
             magnitudes += numerics.EPS
-        else:  # as in what is passed to an output of zero
+        else:  # consistent with the relevance of zero entries
             magnitudes.masked_fill_(magnitudes == 0, numerics.LEAST)
         return numerics.sums(magnitudes, s, self.batch_size)
 
@@ -249,17 +251,17 @@ class Step:
         totals: Sequence[Tensor | float],
         wholes: Sequence[Tensor | None],
     ) -> list[Totals]:
-        """Scale each source to the total, or all of them to what arrived; in place.
+        """Scale each source to the total, or all of them together to the incoming relevance, in place.
 
         Returns:
-            What each source gets then, where all of them together are scaled.
+            The sums of the relevance of each source, if all of them are scaled together.
         """
         joint = self.joint
         unscaled = self.unscaled
-        if self.adds_total:  # the part of each is not known, and is summed later
+        if self.adds_total:  # the sum of each source is unknown, and is computed later
             unscaled = frozenset()
         chosen = [i for i in range(len(self.inputs)) if i not in unscaled]
-        if joint and len(self.inputs) > 1:  # the parts of each are to be known
+        if joint and len(self.inputs) > 1:  # the sum of each source is needed
             chosen = [*range(len(self.inputs))]
         known_totals: Any = totals if joint else None
         passed: list[Totals] = [known_totals] * len(self.inputs)
@@ -296,12 +298,12 @@ class Step:
 
 
 def _laid_out_as(share: Tensor, x: Tensor) -> Tensor:
-    """A source as what it gets lies in memory, so that products of the two are fast."""
+    """Copy a source to the memory layout of its relevance if they differ, for fast products."""
     return x if x.stride() == share.stride() else torch.empty_like(share, dtype=x.dtype).copy_(x)
 
 
 def _apart(shares: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, none of which has memory in common with another, so that all may be overwritten."""
+    """Clone tensors that share memory, so that all can be overwritten."""
     seen: set[int] = set()
     result = []
     for share in shares:
@@ -313,7 +315,7 @@ def _apart(shares: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether each place of a tensor's memory holds one element, whatever their order."""
+    """Whether the elements of a tensor fill its memory without gaps or overlap, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1

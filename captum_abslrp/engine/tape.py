@@ -1,4 +1,4 @@
-"""The tape: what a rule records for a call."""
+"""The tape: records of calls by rules."""
 
 from __future__ import annotations
 
@@ -12,80 +12,81 @@ from captum_abslrp.engine import numerics
 from captum_abslrp.engine.saved import SavedTensor
 
 Totals = Sequence[Tensor] | None
-"""The sum of the magnitudes of relevance of each sample, (B,), for each seed; None where it is not known."""
+"""The sum of the magnitudes of relevance of each sample, (B,), for each seed; None if it is unknown."""
 
 Propagate = Callable[[Tensor], Sequence[Tensor]]
-"""From relevance per magnitude of the output to that of each input. Where it is scaled afterwards, a factor
-that all inputs share may be left out. The argument may be overwritten, and what is returned will be."""
+"""Maps relevance per magnitude of the output to that of each input. If the result is scaled afterwards, a
+factor that all inputs share can be omitted. The function may overwrite its argument, and its results will be
+overwritten."""
 
 
 class Record(NamedTuple):
-    """What a rule makes of a call."""
+    """The record of a call by its rule."""
 
     output: Tensor
-    """The result of the call, without history."""
+    """The result of the call, without autograd history."""
     inputs: Sequence[Tensor]
     """The inputs of the call that receive relevance."""
     propagate: Propagate
     """Maps relevance per magnitude of the output to that of each input; runs once per seed."""
     scaled: bool = True
-    """Whether the relevance of each sample is scaled afterwards, so that the sum of its magnitudes is the
-    total, or with ``"joint"`` that of what arrived. A rule of another family, or one that only passes
-    relevance, says no."""
+    """Whether the relevance of each sample is scaled afterwards, such that the sum of its magnitudes is the
+    total or, with ``"joint"``, that of the output. False for other families of rules, and for rules that only
+    pass relevance on."""
     constants: Sequence[Tensor] = ()
-    """Arguments that depend on the explained inputs, too, and are constants of this call."""
+    """Arguments that depend on the explained inputs, but are constants of this call."""
     nonnegative: bool = False
-    """Whether no negative entry of the output takes part in what comes after, because there is none, or the
-    rule passes nothing where the output is negative. The rules of later calls may make use of it."""
+    """Whether later calls can ignore negative entries of the output, because there are none, or because the
+    rule passes on no relevance where the output is negative."""
     vanishing: bool = False
-    """Whether the output may be next to nothing where the input is not (softmax, GELU at -6). Its relevance
-    is divided by ``|z| + EPS`` there, as in the definition, which leaves nothing of it."""
+    """Whether the output may be tiny where the input is not (softmax, GELU at -6). Its relevance is then
+    divided by ``|z| + EPS``, as in the definition, and nearly vanishes."""
     keeps_sign: bool = False
-    """Whether the rule passes nothing negative where nothing negative arrives."""
+    """Whether the relevance of the inputs is nonnegative if that of the output is."""
     saved_output: SavedTensor | None = None
     """The output, saved by ``Call.save_output`` or otherwise."""
     all_seeds: bool = False
-    """Whether `propagate` takes a list of all seeds, and returns a list of what it would for each."""
+    """Whether `propagate` takes a list of all seeds and returns a list with the result for each seed."""
     scale_now: bool = False
-    """Whether relevance must be scaled at once, because the rule takes it out of its range."""
+    """Whether relevance must be scaled immediately, because the rule changes its order of magnitude."""
     conserves: bool = False
-    """Whether a call with one input, whose relevance is not scaled, passes on the magnitude of all of it."""
+    """Whether a call with one input, whose relevance is not scaled, conserves the sum of magnitudes."""
     adds_total: bool = False
-    """Whether `propagate` returns, behind what each input gets, the sum of magnitudes of each sample that
-    all inputs together stand for, (B,), where some of it ends inside of the call."""
+    """Whether `propagate` also returns, after the relevance of each input, the sum of magnitudes that all
+    inputs together represent, (B,), because some relevance ends inside the call."""
     spares_zeros: bool = False
-    """Whether entries of the inputs that are zero get no relevance, wherever it arrives."""
+    """Whether zero entries of the inputs never get relevance."""
     without_zeros: Propagate | None = None
-    """A faster `propagate` for where no relevance arrives at entries of zero. Then none of it goes to such
-    entries of the inputs, either."""
+    """A faster `propagate` for the case that zero entries of the output have no relevance. Zero entries of
+    the inputs then get no relevance either."""
     saved_inputs: Sequence[SavedTensor] | None = None
-    """The inputs as they were, where the call has changed one of them in place."""
+    """The original inputs, if the call has modified one of them in place."""
     tail: Tail | None = None
-    """What the call does on the tail of the score; None if the tail ends before it."""
+    """The rule of the call on the tail of the score; None if the tail ends before the call."""
     logits: SavedTensor | None = None
-    """The input, where the output holds probabilities of it (softmax, sigmoid)."""
+    """The input, if the output consists of its probabilities (softmax, sigmoid)."""
     layer: Any = None
-    """The call by its parts and its rule, if it is a layer with weights that a later call may fold into."""
+    """The layer and its rule, if it has weights and a later call may be folded into it."""
 
 
 class Tail(NamedTuple):
     """A call on the tail of the score: between the last layer with weights and the output.
 
-    The score itself is explained, so all of its relevance arrives at the last layer with weights. The calls
-    behind it pass relevance by the share of the magnitudes of their inputs, with the sign of their slope.
+    The score itself is explained, so all of its relevance has to reach the last layer with weights. The calls
+    after this layer distribute relevance by the magnitudes of their inputs, with the sign of their slope.
     """
 
     propagate: Propagate
-    """From relevance over magnitude of the output, ``R / (|z| + EPS)``, to that of each input."""
+    """Maps relevance per magnitude of the output, ``R / (|z| + EPS)``, to that of each input."""
     output: SavedTensor
     inputs: Sequence[SavedTensor] | None = None
-    """The inputs; None where the call scales its only input by `factor`."""
+    """The inputs; None if the call scales its only input by `factor`."""
     factor: Callable[[], Tensor | float] | None = None
     keeps_sign: bool = False
-    """Whether nonnegative relevance of the output makes nonnegative relevance of the inputs."""
+    """Whether the relevance of the inputs is nonnegative if that of the output is."""
 
     def change(self, s: Tensor, shares: Sequence[Tensor], batch_size: int) -> Tensor:
-        """By how much the sum of the relevance of each sample changes, because signs do."""
+        """Return the change of the sum of relevance of each sample due to negative slopes."""
         relevance = numerics.relevance(self.output(), s)
         if self.inputs is None:
             assert self.factor is not None

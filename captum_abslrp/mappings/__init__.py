@@ -1,6 +1,6 @@
-"""Which rule records which call: one table per architecture family over a generic one.
+"""Mappings from calls to rules: a generic table, and one table per architecture family on top of it.
 
-The tables register themselves when this package is imported; to add an architecture, write one more
+The tables are registered when this package is imported. To add an architecture, add a module with its table
 and import it here.
 """
 

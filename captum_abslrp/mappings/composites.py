@@ -1,7 +1,7 @@
-"""Composites: tables of LRP rules for whole models, one for each name that the field uses.
+"""Composites: tables of LRP rules for whole models, under their usual names.
 
-Every table shares relevance of the logit by signed contributions, so relevance starts as the logit itself
-(``signed=True``). They differ in the rules of linear layers and convolutions, of softmax and of sums.
+Every table distributes the logit by signed contributions (``signed=True``). The tables differ in the rules
+of linear layers and convolutions, of softmax and of sums.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _table(
     softmax: Rule | None = None,
     residual_gamma: float = 0.0,
 ) -> Mapping:
-    """The rules of a composite: those of its layers, and those that all composites have in common."""
+    """The mapping of a composite: the rules of its layers, and the rules that all composites share."""
     plain = EpsilonRule(epsilon)
     of_softmax = plain if softmax is None else AttentionRule(softmax, plain)
     return Mapping(
@@ -84,17 +84,17 @@ def _table(
 
 
 def epsilon(*, epsilon: float = EPS) -> Mapping:
-    """The epsilon rule everywhere."""
+    """Return the mapping with the epsilon rule everywhere."""
     return _table("epsilon", [], epsilon=epsilon)
 
 
 def epsilon_plus(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mapping:
-    """Z-plus in convolutions, epsilon in linear layers."""
+    """Return the mapping with z-plus for convolutions and epsilon for linear layers."""
     return _table("epsilon_plus", [(CONV, ZPlusRule(stabilizer))], epsilon=epsilon)
 
 
 def epsilon_plus_flat(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mapping:
-    """As ``epsilon_plus``, with the flat rule in the first layer."""
+    """Return ``epsilon_plus`` with the flat rule for the first layer."""
     flat = FlatRule(stabilizer)
     layers: Entries = [
         (CONV, FirstLayerRule(flat, ZPlusRule(stabilizer))),
@@ -104,7 +104,7 @@ def epsilon_plus_flat(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mappi
 
 
 def epsilon_alpha2_beta1(*, epsilon: float = EPS, stabilizer: float = EPS) -> Mapping:
-    """Alpha-beta with 2 and 1 in convolutions, epsilon in linear layers."""
+    """Return the mapping with alpha-beta (2, 1) for convolutions and epsilon for linear layers."""
     layers: Entries = [(CONV, AlphaBetaRule(2.0, 1.0, stabilizer))]
     return _table("epsilon_alpha2_beta1", layers, epsilon=epsilon)
 
@@ -117,7 +117,7 @@ def epsilon_gamma_box(
     gamma: float = 0.25,
     stabilizer: float = EPS,
 ) -> Mapping:
-    """Z-box in the first convolution, gamma in the others, epsilon in linear layers."""
+    """Return the mapping with z-box for the first convolution, gamma for the others, epsilon elsewhere."""
     rule = FirstLayerRule(ZBoxRule(low, high, stabilizer), GammaRule(gamma, stabilizer))
     return _table("epsilon_gamma_box", [(CONV, rule)], epsilon=epsilon)
 
@@ -129,7 +129,7 @@ def attnlrp(
     linear_gamma: float | None = None,
     residual_gamma: float = 0.0,
 ) -> Mapping:
-    """AttnLRP: softmax by its gradient, products shared evenly; gamma rules where they are asked for."""
+    """Return the AttnLRP mapping: softmax by its gradient, products split evenly; optional gamma rules."""
     return _transformer("attnlrp", None, epsilon, conv_gamma, linear_gamma, residual_gamma)
 
 
@@ -140,7 +140,7 @@ def cp_lrp(
     linear_gamma: float | None = None,
     residual_gamma: float = 0.0,
 ) -> Mapping:
-    """CP-LRP: attention is a constant, so that all relevance goes to the values."""
+    """Return the CP-LRP mapping: attention weights are constants, so all relevance flows to the values."""
     return _transformer("cp_lrp", ConstantRule(), epsilon, conv_gamma, linear_gamma, residual_gamma)
 
 
@@ -151,7 +151,7 @@ def res_lrp(
     linear_gamma: float | None = None,
     residual_gamma: float = 1.0,
 ) -> Mapping:
-    """ResLRP: AttnLRP with a gamma in sums."""
+    """Return the ResLRP mapping: AttnLRP with a gamma rule for sums."""
     return _transformer("res_lrp", None, epsilon, conv_gamma, linear_gamma, residual_gamma)
 
 
@@ -184,19 +184,19 @@ COMPOSITES: dict[str, Callable[..., Mapping]] = {
         res_lrp,
     )
 }
-"""The composites by name; each takes its parameters as keywords."""
+"""The composites by name; each takes its parameters as keyword arguments."""
 
 
 def composite(name: str, **parameters: Any) -> Mapping:
-    """The table of a composite.
+    """Return the mapping of a composite.
 
     Args:
         name: one of ``COMPOSITES``, such as ``"epsilon_plus"``.
-        parameters: its parameters, ``epsilon=1e-6`` for example.
+        parameters: parameters of the composite, for example ``epsilon=1e-6``.
 
     Raises:
-        ValueError: if there is no composite of this name.
-        TypeError: if it has no such parameter, or needs one that is not given.
+        ValueError: if the name is unknown.
+        TypeError: if a parameter is unknown, or if a required one is missing.
 
     Example:
         >>> composite("epsilon_plus", epsilon=1e-6).name
@@ -213,7 +213,7 @@ def composite(name: str, **parameters: Any) -> Mapping:
     if not set(needed) <= set(parameters) <= set(taken):
         raise TypeError(
             f"Expected the parameters of the composite {name!r} to be among {[*taken]}"
-            f"{f', with {needed} given' if needed else ''}, but got {[*parameters]}."
+            f"{f', including {needed}' if needed else ''}, but got {[*parameters]}."
         )
     return COMPOSITES[name](**parameters)
 
@@ -227,15 +227,15 @@ def signed_rules(
     residual_gamma: float = 1.0,
     name: str = "signed_rules",
 ) -> Mapping:
-    """Signed rules with another rule in the first layer: the embedding of a transformer, the stem of a CNN.
+    """Return signed rules with a separate rule for the first layer (patch embedding or stem).
 
     Args:
         first: the rule of the first layer with weights.
         convolution: the rule of other convolutions; None for epsilon.
         linear: the rule of other linear layers; None for epsilon.
         softmax: the rule of softmax; None for its gradient (AttnLRP).
-        residual_gamma: how much more the summands of the sign of a sum count.
-        name: of the mapping.
+        residual_gamma: the gamma of sums, which favors summands with the sign of the sum.
+        name: the name of the mapping.
     """
     plain = EpsilonRule()
     layers: Entries = [
@@ -265,5 +265,5 @@ RECOMMENDED = register_mapping(
         name="recommended",
     )
 )
-"""What measured best on real Vision Transformers and convolutional networks: z-plus in the first layer, gamma
-in other convolutions, epsilon in linear layers, attention as a constant, and sums with a gamma."""
+"""The mapping with the best results on real Vision Transformers and convolutional networks: z-plus for the
+first layer, gamma for other convolutions and for sums, epsilon for linear layers, and constant attention."""

@@ -1,4 +1,4 @@
-"""The generic mapping: the rules that every architecture starts from."""
+"""The generic mapping: the default rules of all architectures."""
 
 from captum_abslrp.mappings.registry import Mapping, register_mapping
 from captum_abslrp.rules import AbsLRPRule, ConstantRule, PassThroughRule, TwinRule
@@ -8,7 +8,7 @@ from captum_abslrp.rules.elementwise import DROPOUTS
 __all__ = ["GENERIC"]
 
 DIVISORS = ("reciprocal", "rsqrt")
-# The logarithm of softmax's denominator is an offset that all classes share.
+# In log-softmax, the logarithm of the denominator is an offset that all classes share.
 SHIFTED_OR_SCALED = ("neg", "log_softmax", "nan_to_num", "rad2deg", "deg2rad")
 BY_DEFINITION = (
     "amax", "amin", "bilinear", "cdist", "cumprod", "fmax", "fmin", "index_add", "index_reduce",
@@ -30,4 +30,4 @@ GENERIC = register_mapping(
         ],
     )
 )
-"""The rules of all calls, for every model that has no mapping of its own."""
+"""The rules of all calls, for models without a registered mapping."""

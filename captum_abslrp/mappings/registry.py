@@ -1,4 +1,4 @@
-"""What a mapping is, and the register of those that are known by name."""
+"""Mappings from calls to rules, and the registry of named mappings."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class At:
-    """Matches calls by where they are made.
+    """Matches calls by the module that makes them.
 
     Args:
-        pattern: path of the module that makes the call, with the wildcards of ``fnmatch``: ``*`` matches
-            dots, too. The path is relative to the module that the mapping was found for; that module itself
-            is ``""``.
-        call: canonical name of the call (``"add"``); None matches every call that is made there.
+        pattern: path of the module, with the wildcards of ``fnmatch``; ``*`` also matches dots. The path is
+            relative to the module of the registered architecture, whose own path is ``""``.
+        call: canonical name of the call (``"add"``); None matches every call in the module.
 
     Example:
         >>> At("*pos_drop")
@@ -49,8 +48,8 @@ class At:
 
 
 Key = str | type[nn.Module] | At
-"""A call by its canonical name (``"add"`` for what ``inspect_rules`` prints as ``torch.Tensor.add``), the
-calls of a layer type (``nn.Dropout``) or place (:class:`At`)."""
+"""A call by its canonical name (``"add"`` for ``torch.Tensor.add`` in the table of ``inspect_rules``), the
+calls of a layer type (``nn.Dropout``), or the calls of modules by path (:class:`At`)."""
 
 
 Entries = Sequence[tuple[Key | tuple[Key, ...], Rule]]
@@ -61,18 +60,18 @@ class Mapping:
     """An ordered table from calls to rules; the first entry that matches a call wins.
 
     Args:
-        name: for messages and the register.
+        name: name of the mapping, in messages and in the registry.
         entries: pairs of a :data:`~captum_abslrp.mappings.registry.Key`, or a tuple of keys, and the rule
-            for what they match.
-        base: the mapping to ask where no entry matches.
-        signed: whether relevance starts as the output itself, which its rules share by contributions of both
-            signs, as in LRP. Otherwise it starts as a share of one, as in absLRP.
+            for matching calls.
+        base: the mapping to use if no entry matches.
+        signed: True if relevance starts as the output itself and the rules distribute it by contributions of
+            both signs, as in LRP. False if relevance starts as a share of one, as in absLRP.
 
     Raises:
         TypeError: if a rule is not an instance of :class:`~captum_abslrp.rules.Rule`.
 
-    Calls that only move elements (``captum_abslrp.engine.names.PASS_THROUGH``: reshape, cat, ...) are not
-    asked for: relevance moves with its element there.
+    Calls that only move elements (``captum_abslrp.engine.names.PASS_THROUGH``: reshape, cat, ...) need no
+    rule: relevance moves with its element.
 
     Example:
         >>> from captum_abslrp.rules import PassThroughRule, TwinRule
@@ -90,17 +89,17 @@ class Mapping:
         for keys, rule in self.entries:
             if not isinstance(rule, Rule):
                 raise TypeError(
-                    f"Expected the rule of {keys!r} in mapping {self.name!r} to be an instance of a rule of "
-                    f"captum_abslrp.rules, such as `TwinRule()`, but got {rule!r}."
+                    f"Expected the rule of {keys!r} in mapping {self.name!r} to be an instance of a rule "
+                    f"class, such as `captum_abslrp.rules.TwinRule()`, but got {rule!r}."
                 )
 
     def rule_of_call(self, call: Call) -> Rule | None:
-        """The rule for a call, or None."""
+        """Return the rule for a call, or None."""
         found = self.find(call)
         return None if found is None else found[0]
 
     def find(self, call: Call) -> tuple[Rule, str] | None:
-        """The rule for a call and where it comes from, or None."""
+        """Return the rule for a call and its origin, or None."""
         registered = _CALL_RULES.get(call.name) if self.base is None else None
         if registered is not None and self is _MAPPINGS.get("generic"):
             return registered, "registered"
@@ -117,13 +116,13 @@ class Mapping:
         return None if self.base is None else self.base.find(call)
 
     def rule_of_name(self, name: str) -> Rule | None:
-        """The rule that the table itself has for all calls of a name, or None."""
+        """Return the rule of the table itself, without its base, for all calls of a name, or None."""
         found = self._index[1].get(name)
         return None if found is None else found[1]
 
     @functools.cached_property
     def _index(self) -> tuple[list[tuple[int, Key, Rule]], dict[str, tuple[int, Rule]]]:
-        """The keys that need a look at the call, and the names of calls, with their place in the table."""
+        """The keys that match by module, and the keys that are call names, with their positions."""
         by_place: list[tuple[int, Key, Rule]] = []
         by_name: dict[str, tuple[int, Rule]] = {}
         for i, (keys, rule) in enumerate(self.entries):
@@ -135,7 +134,7 @@ class Mapping:
         return by_place, by_name
 
     def extended(self, entries: collections.abc.Mapping[Key | tuple[Key, ...], Rule]) -> Mapping:
-        """A mapping whose entries win over those of this one.
+        """Return a mapping with additional entries, which take precedence over the existing ones.
 
         Args:
             entries: keys and rules, in order of precedence.
@@ -155,20 +154,20 @@ def register_mapping(
     architectures: Sequence[str | type[nn.Module]] = (),
     overwrite: bool = False,
 ) -> Mapping:
-    """Make a mapping known by its name, and as the mapping of architectures.
+    """Register a mapping under its name and for architectures.
 
     Args:
         mapping: the mapping.
-        architectures: classes of the models it is for, or their qualified names, for example
-            ``"timm.models.vgg.VGG"``, which are not imported. Subclasses are found, too.
-        overwrite: replace what is registered already.
+        architectures: model classes that use the mapping by default, or their qualified names, for example
+            ``"timm.models.vgg.VGG"``, which are not imported. Subclasses are included.
+        overwrite: whether to replace existing entries.
 
     Returns:
         The mapping.
 
     Raises:
-        TypeError: if an architecture is neither.
-        ValueError: if the name or an architecture is taken and ``overwrite`` is not set.
+        TypeError: if an architecture is neither a class nor a qualified name.
+        ValueError: if the name or an architecture is already registered and ``overwrite`` is False.
 
     Example:
         >>> from captum_abslrp.rules import TwinRule
@@ -181,8 +180,8 @@ def register_mapping(
     taken += [name for name in names if name in _ARCHITECTURES]
     if taken and not overwrite:
         raise ValueError(
-            f"Expected a mapping of a new name for new architectures, but got {taken}, which "
-            f"are registered already. Pass `overwrite=True` to replace them."
+            f"Expected a new name and new architectures, but got {taken}, which are already registered. "
+            f"Pass `overwrite=True` to replace them."
         )
     _MAPPINGS[mapping.name] = mapping
     _ARCHITECTURES.update(dict.fromkeys(names, mapping))
@@ -195,7 +194,7 @@ def _qualified_name(architecture: str | type[nn.Module]) -> str:
     if isinstance(architecture, str) and "." in architecture:
         return architecture
     raise TypeError(
-        f"Expected `architectures` to hold classes of models, or qualified names such as "
+        f"Expected `architectures` to be model classes or qualified names such as "
         f"'timm.models.vgg.VGG', but got {architecture!r}."
     )
 
@@ -203,30 +202,30 @@ def _qualified_name(architecture: str | type[nn.Module]) -> str:
 def register_call_rule(
     call: str | Callable[..., Any] | type[nn.Module], rule: Rule, *, overwrite: bool = False
 ) -> None:
-    """Give a rule to a call that has none, in every model.
+    """Register a rule for a call, in all models.
 
     Args:
         call: one of
 
-            - the name of a call as messages have it (``"erfinv"``), or the function itself
+            - the name of a call as in messages (``"erfinv"``), or the function itself
               (``torch.erfinv``);
             - an operator of a library, ``torch.ops.mylib.fused``, or its name, ``"mylib::fused"``;
-            - a function of your own that PyTorch shows (``torch.overrides.wrap_torch_function``);
-            - a class of layers, each of which is one call from its arguments to what it returns (a tensor,
-              or a tuple, dict or dataclass of tensors): what is inside (an ``autograd.Function``, a kernel)
-              is not looked at. Such a layer takes a state as an argument, and returns it. Subclasses are
-              meant, too.
-        rule: for example :class:`~captum_abslrp.rules.TwinRule`, which suits whatever PyTorch can
-            differentiate, a layer with its own backward pass included.
-        overwrite: replace a rule that the generic mapping has, or that is registered already.
+            - a custom function that PyTorch can override (``torch.overrides.wrap_torch_function``);
+            - a layer class. Each layer is then a single call from its arguments to its outputs (a tensor, or
+              a tuple, dict or dataclass of tensors), whatever it runs inside (an ``autograd.Function``, a
+              kernel). If it has a state, it must take the state as an argument and return it. Subclasses
+              are included.
+        rule: the rule, for example :class:`~captum_abslrp.rules.TwinRule`, which works for anything that
+            PyTorch can differentiate, including layers with a custom backward pass.
+        overwrite: whether to replace a rule of the generic mapping or a registered rule.
 
-    A rule set on a module still wins; where a call is registered, so do the entries of an architecture's
-    mapping. A registered layer is one call, and no mapping is asked for what is inside of it.
+    A rule set on a module takes precedence, and so do the entries of an architecture's mapping for a
+    registered function. The calls inside a registered layer need no rules.
 
     Raises:
-        TypeError: if the call or the rule is none.
-        ValueError: if the call has a rule and ``overwrite`` is not set, or needs none, because it only
-            moves elements or its result carries no relevance.
+        TypeError: if the call or the rule has the wrong type.
+        ValueError: if the call has a rule and ``overwrite`` is False, or if it needs no rule because it
+            only moves elements or its result carries no relevance.
 
     Example:
         >>> from captum_abslrp.rules import TwinRule
@@ -239,20 +238,22 @@ def register_call_rule(
         >>> _ = _CALL_RULES.pop("erfinv")
     """
     if not isinstance(rule, Rule):
-        raise TypeError(f"Expected `rule` to be one of captum_abslrp.rules, but got {rule!r}.")
+        raise TypeError(
+            f"Expected `rule` to be an instance of a rule class of captum_abslrp.rules, but got {rule!r}."
+        )
     if isinstance(call, type) and issubclass(call, nn.Module):
         register_layer_rule(call, rule, overwrite=overwrite)
         return
     if not (isinstance(call, str) or callable(call)) or isinstance(call, type):
         raise TypeError(
-            f"Expected `call` to be the name of a call, a function or a class of layers, but got "
-            f"{call!r}. For an autograd function, register the layer that calls it."
+            f"Expected `call` to be the name of a call, a function or a layer class, but got {call!r}. For "
+            f"an autograd function, register the layer that calls it."
         )
     name = call if isinstance(call, str) else canonical_name(call)[0]
     if name in PASS_THROUGH | CONSTANT:
         raise ValueError(
-            f"Expected a call that needs a rule, but got {name!r}, which moves elements or has a result "
-            f"without relevance. Set a rule on the module around it, if it should do otherwise."
+            f"Expected a call that needs a rule, but got {name!r}, which only moves elements or has a result "
+            f"without relevance. To change this, set a rule on the module that makes the call."
         )
     known = name in _CALL_RULES or any(
         name == key
@@ -268,10 +269,10 @@ def register_call_rule(
 
 
 def get_mapping(name: str = "generic") -> Mapping:
-    """The mapping of a name.
+    """Return the mapping that is registered under a name.
 
     Raises:
-        ValueError: if there is none; the message lists near names.
+        ValueError: if the name is unknown. The message suggests similar names.
 
     Example:
         >>> get_mapping("vit").name
@@ -287,7 +288,7 @@ def get_mapping(name: str = "generic") -> Mapping:
 
 
 def list_mappings() -> list[str]:
-    """Names of the registered mappings.
+    """Return the names of the registered mappings.
 
     Example:
         >>> {"generic", "resnet", "vgg", "vit"} <= set(list_mappings())
@@ -297,7 +298,7 @@ def list_mappings() -> list[str]:
 
 
 def find_mapping(module: nn.Module) -> Mapping | None:
-    """The mapping that is registered for the class of a module or a class it derives from.
+    """Return the mapping that is registered for the class of a module or one of its base classes, or None.
 
     Example:
         >>> import timm

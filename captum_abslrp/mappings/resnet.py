@@ -1,4 +1,4 @@
-"""ResNet: the generic rules; the residual addition and batch norm are what matters here."""
+"""ResNet: the generic rules, in particular those of residual additions and batch norm."""
 
 from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import Mapping, register_mapping

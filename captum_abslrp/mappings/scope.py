@@ -1,4 +1,4 @@
-"""The scope of a model: which rule its mapping, its modules and its classes of layers give to a call."""
+"""The scope of a model: the rule of a call by the mapping, the modules and the layer classes of the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MappingScope:
     """Finds the rule of a call in the mapping of the innermost module of a registered architecture.
 
     Args:
-        mapping: the mapping of all calls instead, or None.
+        mapping: a mapping to use for all calls instead, or None.
     """
 
     def __init__(self, mapping: Mapping | None = None) -> None:
@@ -37,5 +37,5 @@ class MappingScope:
         return (self.mapping or table or get_mapping()).rule_of_call(call)
 
     def is_default(self, call: Call, rule: Any) -> bool:
-        """Whether a rule is the one that the generic mapping itself has for calls of this name."""
+        """Whether a rule is the rule of the generic mapping for calls of this name."""
         return rule is not None and rule is get_mapping().rule_of_name(call.name)

@@ -1,5 +1,5 @@
-"""Vision Transformer: as published, dropout is the twin of the identity even where it does nothing,
-apart from the dropout behind the position embedding."""
+"""Vision Transformer: as published, dropout has the twin rule of the identity even in evaluation mode,
+except for the dropout after the position embedding."""
 
 from captum_abslrp.mappings.generic import GENERIC
 from captum_abslrp.mappings.registry import At, Mapping, register_mapping

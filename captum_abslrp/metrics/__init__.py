@@ -1,4 +1,4 @@
-"""How good is an attribution? Global Attribution Evaluation (GAE) of any Captum attributor."""
+"""Metrics of attributions: Global Attribution Evaluation (GAE) for any Captum attributor."""
 
 from captum_abslrp.metrics.comparison import Comparison, MethodScores, compare
 from captum_abslrp.metrics.evaluation import Evaluation

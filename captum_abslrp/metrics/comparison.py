@@ -1,4 +1,4 @@
-"""Several attributors on the same mosaics, positives and masked states, computed once.
+"""Comparison of several attributors on the same mosaics, positives and masked states.
 
 Axes: M mosaics, C channels, H height, W width.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "MethodScores", "compare"]
 
 COLUMNS = (*SCORES, "localization", "lerf_morf")
-"""Scores of a method, one value per mosaic each; all are better the higher they are."""
+"""Scores of a method, with one value per mosaic; higher is better for all of them."""
 
 
 @dataclass
@@ -39,11 +39,11 @@ class MethodScores:
     """Scores of one method.
 
     Attributes:
-        values: one value per mosaic for each of the scores; the localization is NaN for mosaics of
+        values: one value per mosaic for each score; the localization is NaN for mosaics with
             fewer than four classes.
-        seconds: time that its attributions took in all.
-        n_images: how many images were explained in that time.
-        failure: why the method could not be scored; None where it could.
+        seconds: total time of the attributions.
+        n_images: number of images that were explained in that time.
+        failure: the reason if the method failed, or None.
 
     Example:
         >>> scores = MethodScores()
@@ -58,7 +58,7 @@ class MethodScores:
     failure: str | None = None
 
     def extend(self, more: MethodScores) -> None:
-        """Add the scores of more mosaics; a failure on any of them is one of the method."""
+        """Add the scores of more mosaics; a failure on any mosaic is a failure of the method."""
         for column, values in more.values.items():
             self.values[column].extend(values)
         self.seconds += more.seconds
@@ -66,12 +66,12 @@ class MethodScores:
         self.failure = self.failure or more.failure
 
     def mean(self, column: str) -> float:
-        """Mean of a score over the mosaics that have one; NaN where none has."""
+        """Return the mean of a score over the mosaics that have one; NaN if none has."""
         values = self._known(column)
         return sum(values) / len(values) if values else math.nan
 
     def interval(self, column: str, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap confidence interval of :meth:`mean`."""
+        """Return a bootstrap confidence interval of :meth:`mean`."""
         values = self._known(column)
         return _interval(tuple(values), level) if values else (math.nan, math.nan)
 
@@ -85,16 +85,16 @@ class MethodScores:
 
 @functools.lru_cache(maxsize=256)
 def _interval(values: tuple[float, ...], level: float) -> tuple[float, float]:
-    """The interval of a column, which table, file and figure show."""
+    """The confidence interval of a column, cached for table, file and figure."""
     return bootstrap_interval(torch.tensor(values, dtype=torch.float64), level)
 
 
 @dataclass
 class Comparison:
-    """Scores of several methods on the same mosaics; printed as a Markdown table.
+    """Scores of several methods on the same mosaics; prints as a Markdown table.
 
     Attributes:
-        methods: scores by the name of the method.
+        methods: scores by name of the method.
 
     Example:
         >>> print(Comparison({"mine": MethodScores(failure="no rule")}))
@@ -111,7 +111,7 @@ class Comparison:
         return markdown_table(header, rows, aligned=False)
 
     def rows(self) -> list[list[str]]:
-        """The table as text: the names of the columns, then a row per method."""
+        """Return the table as text: the column names, followed by one row per method."""
         rows = [["method", *COLUMNS, "ms / image"]]
         for name, scores in self.methods.items():
             if scores.failure is not None:
@@ -126,7 +126,7 @@ class Comparison:
         return rows
 
     def to_csv(self) -> str:
-        """Means and confidence intervals as comma-separated values, one line per method."""
+        """Return means and confidence intervals as comma-separated values, one line per method."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         bounds = [f"{column}{end}" for column in COLUMNS for end in ("", "_low", "_high")]
@@ -141,7 +141,7 @@ class Comparison:
         return buffer.getvalue()
 
     def to_dataframe(self) -> Any:
-        """Means as a pandas DataFrame, one row per method.
+        """Return means as a pandas DataFrame, one row per method.
 
         Raises:
             ModuleNotFoundError: if pandas is not installed.
@@ -157,7 +157,7 @@ class Comparison:
         return pandas.DataFrame.from_dict(rows, orient="index")
 
     def to_json(self) -> str:
-        """All values as JSON."""
+        """Return all values as JSON."""
         table = {name: scores_to_json(scores) for name, scores in self.methods.items()}
         return json.dumps(table, indent=1)
 
@@ -167,12 +167,12 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read what :meth:`save` has written."""
+        """Load a comparison that :meth:`save` has written."""
         table = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls({name: scores_from_json(scores) for name, scores in table.items()})
 
     def plot(self, title: str | None = None) -> Figure:
-        """Bars with confidence intervals per score; local consistency against contrastiveness.
+        """Plot bars with confidence intervals per score, and local consistency against contrastiveness.
 
         Args:
             title: heading of the figure.
@@ -214,7 +214,7 @@ class Comparison:
 
 
 def scores_to_json(scores: MethodScores) -> dict[str, Any]:
-    """The scores as JSON can hold them: without NaN."""
+    """Convert scores to JSON-serializable values, with None instead of NaN."""
     table = asdict(scores)
     table["values"] = {
         column: [None if math.isnan(value) else value for value in values]
@@ -224,7 +224,7 @@ def scores_to_json(scores: MethodScores) -> dict[str, Any]:
 
 
 def scores_from_json(table: dict[str, Any]) -> MethodScores:
-    """The scores that :func:`scores_to_json` was given."""
+    """Restore scores from :func:`scores_to_json`."""
     values = {
         column: [math.nan if value is None else value for value in values]
         for column, values in table["values"].items()
@@ -247,19 +247,19 @@ def compare(
     """Score several attributors on the same mosaics, positives and masked states.
 
     Args:
-        explanation_funcs: attributors as for :func:`~captum_abslrp.metrics.gae`, by name.
-        forward_func: from images (B, C, H, W) to outputs (B, K): the model, in evaluation mode.
-        data: images (4 M, C, H, W), or a DataLoader over images or pairs of images and labels, which
-            are not used. Images that are left over from fours take no part.
-        n_steps, schedule, baseline, generator, max_examples_per_batch: as for
+        explanation_funcs: attributors by name, as in :func:`~captum_abslrp.metrics.gae`.
+        forward_func: the model in evaluation mode, which maps images, (B, C, H, W), to outputs, (B, K).
+        data: images, (4 M, C, H, W), or a DataLoader over images or over pairs of images and labels (labels
+            are ignored). If the number of images is not a multiple of four, the remainder is dropped.
+        n_steps, schedule, baseline, generator, max_examples_per_batch: as in
             :func:`~captum_abslrp.metrics.gae`.
-        show_progress: show a progress bar over methods.
+        show_progress: whether to show a progress bar over methods.
 
     Returns:
         The table: GAE and its parts, localization
         (:func:`~captum_abslrp.metrics.functional.localization`), the area between the LeRF and MoRF
-        curves (:func:`~captum_abslrp.metrics.functional.lerf_morf_area`), and the time. A method that
-        fails has a row that says why, and the others are still scored.
+        curves (:func:`~captum_abslrp.metrics.functional.lerf_morf_area`), and the time. If a method fails,
+        its row gives the reason, and the other methods are still scored.
 
     Raises:
         ValueError: if there are fewer than four images.
@@ -292,7 +292,7 @@ def compare(
                     score_method(setting, forward_func, explanation_func, max_examples_per_batch)
                 )
     if not seen:
-        raise ValueError("Expected `data` to hold at least four images, but got fewer.")
+        raise ValueError("Expected `data` to have at least four images, but got fewer.")
     return Comparison(methods)
 
 
@@ -302,13 +302,13 @@ def score_method(
     explanation_func: Attribution | Callable[..., Tensor],
     max_examples_per_batch: int | None = None,
 ) -> MethodScores:
-    """Scores of one attributor in one setting; ``failure`` says why there are none."""
+    """Score one attributor in one setting; ``failure`` is the reason if it raises an error."""
     start = time.perf_counter()
     try:
         attributions = setting.explain(
             explanation_func, max_examples_per_batch=max_examples_per_batch
         )
-    except Exception as error:  # attributors fail in many ways on layers that they do not know
+    except Exception as error:  # attributors fail in many ways on unknown layers
         return MethodScores(failure=f"{type(error).__name__}: {error}".splitlines()[0])
     seconds = time.perf_counter() - start
     n_images = attributions.shape[0] * attributions.shape[1]
@@ -318,11 +318,11 @@ def score_method(
 def score_maps(
     setting: Setting, forward_func: Callable[..., Tensor], attributions: Tensor
 ) -> dict[str, list[float]]:
-    """All columns for attributions (2 S, M, C, H, W) as :meth:`Setting.explain` returns them."""
+    """Compute all columns for attributions, (2 S, M, C, H, W), from :meth:`Setting.explain`."""
     result = setting.score(attributions)
     values = {name: getattr(result, name) for name in SCORES}
     localization = functional.localization(attributions[-1], setting.positive_index)
-    # In a mosaic of fewer than four classes there is more than one right place to look at.
+    # In a mosaic with fewer than four classes, several quadrants can be correct.
     values["localization"] = localization.where(setting.of_four_classes, torch.nan)
     values["lerf_morf"] = functional.lerf_morf_area(
         forward_func,
@@ -336,7 +336,7 @@ def score_maps(
 
 
 def _fours(data: Tensor | Iterable[Any]) -> Iterator[Tensor]:
-    """Batches of images whose number is a multiple of four, in order."""
+    """Yield batches of images in order, with a multiple of four images each."""
     rest: Tensor | None = None
     for batch in [data] if isinstance(data, Tensor) else data:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch

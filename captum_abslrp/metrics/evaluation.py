@@ -1,8 +1,7 @@
-"""Scores of attributors over many mosaics, written to disk one by one, so that a stopped run can continue.
+"""Evaluation of attributors on many mosaics, with scores saved one by one, so that a run can be resumed.
 
-The unit of work is one attributor on one mosaic. The random numbers of a mosaic depend on the
-seed and the number of the mosaic alone, so that the scores do not depend on how often a run was stopped,
-nor on how many processes shared the work.
+The unit of work is one attributor on one mosaic. The random numbers of a mosaic depend only on the seed and
+the index of the mosaic, so the scores do not depend on interruptions or on the number of processes.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ __all__ = ["Evaluation", "Images", "plan_mosaics"]
 
 
 class Images(Protocol):
-    """Images (C, H, W), all of one shape, by their number; OSError where one cannot be read."""
+    """A sequence of images, (C, H, W), of one shape; raises OSError for images that cannot be read."""
 
     def __len__(self) -> int: ...
 
@@ -42,32 +41,33 @@ class Images(Protocol):
 
 
 class Evaluation:
-    """Scores attributors mosaic by mosaic, in a folder that a later run can continue.
+    """Score attributors mosaic by mosaic, and save the scores to a folder, from which a run can be resumed.
 
-    The folder holds ``settings.json``, what the scores depend on, and ``scores.jsonl``, one line per
-    mosaic and attributor. Nothing else in it is touched.
+    The folder contains ``settings.json``, the settings of the evaluation, and ``scores.jsonl``, with one line
+    per mosaic and attributor. Other files in the folder are not modified.
 
-    Where ``torch.distributed`` is initialized, the processes share the mosaics: each of them makes the
-    evaluation and calls :meth:`run`, which returns the whole table in each. Process n > 0 writes to
-    ``scores-n.jsonl`` in the folder, which all must see. A run may be resumed by another number of
-    processes. The scores are those of one process with as many threads as each of them has
-    (``torch.set_num_threads``): the last digits depend on the number of threads.
+    If ``torch.distributed`` is initialized, the processes share the mosaics: each process creates the
+    evaluation and calls :meth:`run`, which returns the whole table in each process. All processes need
+    access to the folder; process n > 0 writes to ``scores-n.jsonl``. A run can be resumed with a different
+    number of processes. The scores equal those of a single process with the same number of threads
+    (``torch.set_num_threads``); the number of threads affects the last digits.
 
     Args:
-        folder: where to write; made if it is not there.
-        forward_func: from images (B, C, H, W) to outputs (B, K): the model, in evaluation mode.
-        images: a sequence of images (C, H, W), H and W even; one that raises OSError is skipped.
-        labels: a class per image. A mosaic is made of four classes as long as there are four.
-        seed: for the choice of the images and of the positives.
-        n_steps, schedule, baseline, max_examples_per_batch: as for
+        folder: output folder; created if it does not exist.
+        forward_func: the model in evaluation mode, which maps images, (B, C, H, W), to outputs, (B, K).
+        images: a sequence of images, (C, H, W), H and W even; images that raise OSError are skipped.
+        labels: one class per image. Mosaics consist of four classes as long as four classes are left.
+        seed: random seed for the choice of images and positives.
+        n_steps, schedule, baseline, max_examples_per_batch: as in
             :func:`~captum_abslrp.metrics.gae`.
-        device: where the images are moved to.
-        description: what else the scores depend on (names of model and data, say), as JSON holds it.
-        resume: go on with the scores in the folder. Failures are tried again.
+        device: device for the images.
+        description: other settings that affect the scores, such as names of the model and the data, as
+            JSON-serializable values.
+        resume: whether to continue from the scores in the folder. Failures are tried again.
 
     Raises:
         FileExistsError: if the folder has scores and ``resume`` is False.
-        ValueError: if there are fewer than four images, or the scores in the folder are of other
+        ValueError: if there are fewer than four images, or if the scores in the folder have different
             settings or are damaged.
 
     Example:
@@ -97,7 +97,9 @@ class Evaluation:
         resume: bool = False,
     ) -> None:
         if len(images) < 4:
-            raise ValueError(f"Expected `images` to be at least four, but got {len(images)}.")
+            raise ValueError(
+                f"Expected `images` to have at least four images, but got {len(images)}."
+            )
         self.forward_func = forward_func
         self.images = images
         self.labels = [0] * len(images) if labels is None else list(labels)
@@ -110,7 +112,7 @@ class Evaluation:
         self.max_examples_per_batch = max_examples_per_batch
         self.device = device
         self.skipped: dict[int, str] = {}
-        """Why an image could not be read, by its number."""
+        """The reasons why images could not be read, by image index."""
         self._scores: dict[tuple[int, str], MethodScores] = {}
         self._written: list[dict[str, Any]] = []
         settings = {
@@ -146,16 +148,16 @@ class Evaluation:
         *,
         show_progress: bool = False,
     ) -> Comparison:
-        """Score attributors on mosaics ``0 .. n_mosaics - 1``, as far as they have no scores yet.
+        """Score attributors on mosaics ``0 .. n_mosaics - 1``, except where scores already exist.
 
         Args:
-            explanation_funcs: attributors as for :func:`~captum_abslrp.metrics.gae`, by name.
-            n_mosaics: number of mosaics. Fewer images than four for each take part in several.
-            show_progress: show a progress bar over mosaics and attributors.
+            explanation_funcs: attributors by name, as in :func:`~captum_abslrp.metrics.gae`.
+            n_mosaics: number of mosaics. Images are reused if there are fewer than ``4 * n_mosaics``.
+            show_progress: whether to show a progress bar over mosaics and attributors.
 
         Returns:
-            The table of these attributors on these mosaics. An attributor that fails on one of them
-            is not asked again in this run, and its row says why.
+            The table of these attributors on these mosaics. An attributor that fails on a mosaic is not
+            run again in this call, and its row gives the reason.
 
         Raises:
             ValueError: if fewer than four images can be read.
@@ -186,7 +188,7 @@ class Evaluation:
                     self._scores[number, name] = scores
                     entry = {"mosaic": number, "method": name, "scores": scores_to_json(scores)}
                     self._write(entry)
-                # The others are about as far.
+                # Assume that the other processes progress at the same rate.
                 bar.update(min(len(explanation_funcs) * processes.count(), bar.total - bar.n))
         for entries in processes.gather(self._written):
             self._add(entries)
@@ -202,7 +204,7 @@ class Evaluation:
         return scores is not None and scores.failure is None
 
     def comparison(self, methods: Sequence[str] | Mapping[str, Any], n_mosaics: int) -> Comparison:
-        """The table of what has been scored so far."""
+        """Return the table of all scores so far."""
         table = {name: MethodScores() for name in methods}
         for number in range(n_mosaics):
             for name, total in table.items():
@@ -210,11 +212,11 @@ class Evaluation:
         return Comparison(table)
 
     def setting(self, number: int, chosen: Sequence[int] | None = None) -> Setting:
-        """Mosaic, positive and masked states of mosaic ``number``.
+        """Return the mosaic, the positive image and the masked states of mosaic ``number``.
 
         Args:
-            number: of the mosaic, from 0.
-            chosen: its images, if they are known already.
+            number: index of the mosaic.
+            chosen: indices of its images, if already known.
         """
         if chosen is None:
             chosen = plan_mosaics(self.labels, number + 1, self.seed)[number]
@@ -229,7 +231,7 @@ class Evaluation:
         )
 
     def _load(self, chosen: list[int], generator: torch.Generator) -> Tensor:
-        """Four images; in place of one that cannot be read another one, of its class if possible."""
+        """Load four images; replace unreadable ones, if possible with images of the same class."""
         images: list[Tensor] = []
         reserve: list[int] | None = None
         while len(images) < 4:
@@ -242,8 +244,8 @@ class Evaluation:
                 reserve = [index for index in drawn if index not in chosen]
             if not reserve:
                 raise ValueError(
-                    f"Expected at least four images that can be read, but got "
-                    f"{len(self.images) - len(self.skipped)}; the first that cannot: "
+                    f"Expected at least four readable images, but got "
+                    f"{len(self.images) - len(self.skipped)}. The first error was: "
                     f"{next(iter(self.skipped.values()))}"
                 )
             label = self.labels[chosen[len(images)]]
@@ -262,19 +264,19 @@ class Evaluation:
 
 
 _SCORES = re.compile(r"scores(-\d+)?\.jsonl")
-"""Names of the files that processes write their scores to."""
+"""Names of the score files of all processes."""
 
 
 def _open(folder: Path, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
-    """Prepare a folder for these settings, and return the scores that it has already."""
+    """Prepare a folder for these settings, and return its existing scores."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     described = folder / "settings.json"
     paths = sorted(p for p in folder.iterdir() if _SCORES.fullmatch(p.name))
     if paths and not resume:
         raise FileExistsError(
-            f"Expected `folder` to be without scores, but got {folder}, which has some: "
-            f"resume, or choose another folder."
+            f"Expected `folder` to have no scores, but got {folder}, which has some. Pass `resume=True`, or "
+            f"choose another folder."
         )
     if not paths:
         described.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -283,23 +285,23 @@ def _open(folder: Path, settings: dict[str, Any], resume: bool) -> list[dict[str
         stored = dict(json.loads(described.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise ValueError(
-            f"Expected {described} to hold the settings of the scores beside it, but got "
-            f"{type(error).__name__}: choose another folder."
+            f"Expected {described} to contain the settings of the scores in this folder, but got "
+            f"{type(error).__name__}. Choose another folder."
         ) from error
     for name in {**settings, **stored}:
         if stored.get(name) != settings.get(name):
             raise ValueError(
                 f"Expected {name} to be {stored.get(name)!r}, as for the scores in {folder}, "
-                f"but got {settings.get(name)!r}: choose another folder."
+                f"but got {settings.get(name)!r}. Choose another folder."
             )
     return [entry for path in paths for entry in _read(path)]
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of scores; one that was not written to its end is removed."""
+    """Yield the entries of a score file; remove an incomplete last line."""
     whole, newline, torn = path.read_bytes().rpartition(b"\n")
     if torn:
-        # The run was stopped while it wrote this line.
+        # The run was interrupted while it wrote this line.
         os.truncate(path, len(whole) + len(newline))
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
@@ -307,14 +309,14 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             _check(entry)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected line {number} of {path} to hold scores, but got "
-                f"{line[:80].decode(errors='replace')!r}: remove the line and resume."
+                f"Expected line {number} of {path} to contain scores, but got "
+                f"{line[:80].decode(errors='replace')!r}. Remove the line and resume."
             ) from error
         yield entry
 
 
 def _check(entry: dict[str, Any]) -> None:
-    """Raise where a line is not as :class:`Evaluation` writes them."""
+    """Raise if an entry does not have the format of :class:`Evaluation`."""
     wanted = (
         {"skipped": int, "reason": str} if "skipped" in entry else {"mosaic": int, "method": str}
     )
@@ -326,16 +328,16 @@ def _check(entry: dict[str, Any]) -> None:
 
 
 def plan_mosaics(labels: Sequence[int], n_mosaics: int, seed: int) -> list[list[int]]:
-    """The images of each mosaic: all images once, in random order, then again.
+    """Choose the images of each mosaic; every image is used once, in random order, before any is reused.
 
     Args:
-        labels: a class per image. The four images of a mosaic are of different classes as long as
+        labels: one class per image. The four images of a mosaic have different classes as long as
             images of four classes are left.
         n_mosaics: number of mosaics M.
-        seed: for the order.
+        seed: random seed for the order.
 
     Returns:
-        M lists of four different images; those of a smaller M come first in those of a larger one.
+        M lists of four different images. The plan for a smaller M is the beginning of that for a larger M.
 
     Example:
         >>> plan = plan_mosaics([0, 0, 1, 1, 2, 2, 3, 3], 2, seed=0)
@@ -365,5 +367,5 @@ def plan_mosaics(labels: Sequence[int], n_mosaics: int, seed: int) -> list[list[
 
 
 def _seed(seed: int, number: int) -> int:
-    # The generator of the CPU looks at 32 bits.
+    # The CPU generator uses 32 bits of the seed.
     return zlib.crc32(f"{seed}:{number}".encode())

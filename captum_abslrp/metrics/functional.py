@@ -1,7 +1,7 @@
 r"""The parts of Global Attribution Evaluation (GAE) as pure functions.
 
-Axes: M mosaics, B images, C channels, H height, W width, K classes, S states of masking (ten as
-published, the unmasked one first).
+Axes: M mosaics, B images, C channels, H height, W width, K classes, S masking states (ten as
+published, starting with the unmasked image).
 
 Source: Vukadin et al., ACM TIST 15(3), 2024, section on GAE.
 """
@@ -32,17 +32,17 @@ __all__ = [
 
 
 def mosaic(images: Tensor) -> Tensor:
-    """Put four images each into one, shrunk to half size by nearest neighbor.
+    """Combine every four images into a mosaic, at half size by nearest-neighbor interpolation.
 
     Args:
-        images: (4 M, C, H, W); mosaic ``m`` is made of images ``4 m`` to ``4 m + 3``: top left, top
+        images: (4 M, C, H, W); mosaic ``m`` consists of images ``4 m`` to ``4 m + 3``: top left, top
             right, bottom left, bottom right.
 
     Returns:
-        Mosaics (M, C, H, W).
+        Mosaics, (M, C, H, W).
 
     Raises:
-        ValueError: if the number of images is no multiple of four, or H or W is odd.
+        ValueError: if the number of images is not a multiple of four, or if H or W is odd.
 
     Example:
         >>> images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 2)
@@ -52,7 +52,7 @@ def mosaic(images: Tensor) -> Tensor:
     """
     if images.dim() != 4 or len(images) % 4 or len(images) == 0:
         raise ValueError(
-            f"Expected `images` to be of shape (4 M, C, H, W), but got {tuple(images.shape)}."
+            f"Expected `images` to have shape (4 M, C, H, W), but got {tuple(images.shape)}."
         )
     height, width = images.shape[2:]
     if height % 2 or width % 2:
@@ -65,11 +65,11 @@ def mosaic(images: Tensor) -> Tensor:
 
 
 def positive_probabilities(mosaic_outputs: Tensor, predictions: Tensor) -> Tensor:
-    """How probably each image of a mosaic is drawn as the positive one.
+    """Compute the probability that each image of a mosaic is drawn as the positive image.
 
     Args:
         mosaic_outputs: outputs of the model for the mosaics, (M, K).
-        predictions: predicted classes of the four images of each, (M, 4).
+        predictions: predicted classes of the four images of each mosaic, (M, 4).
 
     Returns:
         The softmax over the outputs of the four classes, (M, 4).
@@ -84,15 +84,15 @@ def positive_probabilities(mosaic_outputs: Tensor, predictions: Tensor) -> Tenso
 def gradient_map(
     forward_func: Callable[[Tensor], Tensor], x: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""The order of masking: :math:`g = |x \, \partial |f_t(x)| / \partial x|`.
+    r"""Compute the map that determines the masking order, :math:`g = |x \, \partial |f_t(x)| / \partial x|`.
 
     Args:
-        forward_func: from images (B, C, H, W) to outputs (B, K).
-        x: images (B, C, H, W).
-        target: classes ``t`` (B,).
+        forward_func: the model, which maps images, (B, C, H, W), to outputs, (B, K).
+        x: images, (B, C, H, W).
+        target: classes ``t``, (B,).
 
     Returns:
-        ``f_t(x)`` of shape (B,), and ``g`` shaped like ``x``.
+        ``f_t(x)`` of shape (B,), and ``g`` with the shape of ``x``.
 
     Example:
         >>> f, g = gradient_map(lambda x: -x.sum((2, 3)), torch.ones(1, 2, 1, 1), torch.tensor([1]))
@@ -117,25 +117,26 @@ def masked_states(
     baseline: float = 0.0,
     unmasked: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask images step by step, by the model's own gradient.
+    """Mask images step by step, in the order of the model's gradient.
 
-    Step ``k`` masks elements of the image of step ``k - 1`` by its own :func:`gradient_map`.
+    Step ``k`` masks the image of step ``k - 1`` in the order of its own :func:`gradient_map`.
 
     Args:
-        forward_func: from images (B, C, H, W) to outputs (B, K).
-        x: images (B, C, H, W).
-        target: classes (B,).
-        most_relevant_first: mask the largest values of the map (MoRF) or the smallest (LeRF).
-        n_steps: number of states S, the unmasked one included.
-        schedule: ``"published"``: step ``k`` masks the share ``k / S`` of all elements, whether they
-            are masked already or not, so that MoRF compounds (10, 30, 60, 100 % with ten states)
-            and LeRF does not; ``"cumulative"``: exactly the share ``k / S`` is masked after step ``k``.
+        forward_func: the model, which maps images, (B, C, H, W), to outputs, (B, K).
+        x: images, (B, C, H, W).
+        target: classes, (B,).
+        most_relevant_first: whether to mask the largest values of the map first (MoRF) or the smallest
+            (LeRF).
+        n_steps: number of states S, including the unmasked one.
+        schedule: with ``"published"``, step ``k`` masks a fraction ``k / S`` of all elements, including
+            elements that are already masked, so that MoRF accumulates (10, 30, 60, 100 % with ten states)
+            and LeRF does not. With ``"cumulative"``, a fraction ``k / S`` is masked after step ``k``.
         baseline: value of a masked element.
-        unmasked: output and :func:`gradient_map` of the images themselves, where they are known.
+        unmasked: output and :func:`gradient_map` of the unmasked images, if already computed.
 
     Returns:
-        States (S, B, C, H, W), their outputs for the target (S, B), and their maps, each scaled to
-        sum 1, shaped like the states.
+        States, (S, B, C, H, W), their outputs for the target, (S, B), and their maps, with the shape of the
+        states, each scaled to sum 1.
 
     Example:
         >>> x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
@@ -159,7 +160,7 @@ def masked_states(
             break
         order = g.flatten(1)
         if schedule == "cumulative":
-            # What is masked already stays first in line.
+            # Masked elements stay first in the order.
             order = order.masked_fill(masked.flatten(1), torch.inf if most_relevant_first else -1.0)
         chosen = order.topk(step * count // n_steps, dim=1, largest=most_relevant_first).indices
         masked = masked.flatten(1).scatter(1, chosen, True).view_as(x)
@@ -172,19 +173,20 @@ def masked_states(
 
 
 def scaled_to_sum_one(values: Tensor) -> Tensor:
-    """Scale non-negative maps (B, ...) to sum 1; a map of zeros stays one."""
+    """Scale nonnegative maps (B, ...) to sum 1; a map of zeros is unchanged."""
     totals = values.flatten(1).sum(1)
     return values / torch.where(totals > 0, totals, 1).view(-1, *[1] * (values.dim() - 1))
 
 
 def impact_map(lerf_maps: Tensor, morf_maps: Tensor) -> Tensor:
-    """Where masking shows that an element matters (1) or does not (-1).
+    """Compute which elements have an impact under masking (1) and which do not (-1).
 
     Args:
-        lerf_maps, morf_maps: gradient maps of the states, (S, B, C, H, W), each of sum 1.
+        lerf_maps, morf_maps: gradient maps of the states, (S, B, C, H, W), each with sum 1.
 
     Returns:
-        The sign of the difference of both sums over the states, each scaled to sum 1, (B, C, H, W).
+        The sign of the difference between the LeRF and MoRF maps, (B, C, H, W), each summed over the states
+        and scaled to sum 1.
 
     Example:
         >>> lerf, morf = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
@@ -195,13 +197,13 @@ def impact_map(lerf_maps: Tensor, morf_maps: Tensor) -> Tensor:
 
 
 def positive_part(attributions: Tensor) -> Tensor:
-    """Positive part of attributions, scaled to maximum 1 per image; zeros stay zeros.
+    """Compute the positive part of attributions, scaled to maximum 1 per image; zeros stay zeros.
 
     Args:
         attributions: (B, ...), signed, in any unit.
 
     Returns:
-        Shaped like them, in [0, 1].
+        Values in [0, 1], with the shape of the attributions.
 
     Example:
         >>> positive_part(torch.tensor([[-1.0, 2.0, 4.0], [-1.0, 0.0, -2.0]]))
@@ -214,10 +216,10 @@ def positive_part(attributions: Tensor) -> Tensor:
 
 
 def dice_distance(a: Tensor, b: Tensor) -> Tensor:
-    r""":math:`D(a, b) = \sum |a - b| / (\sum |a| + \sum |b|)` over all dimensions but the first.
+    r"""Compute :math:`D(a, b) = \sum |a - b| / (\sum |a| + \sum |b|)` over all dimensions but the first.
 
     Returns:
-        (B,), between 0 (equal) and 1; 0 where both are zero.
+        (B,), between 0 (equal) and 1; 0 if both are zero.
 
     Example:
         >>> dice_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
@@ -229,11 +231,11 @@ def dice_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    r""":math:`\sum v r / \sum r` per image, 0 where there are no weights.
+    r"""Compute :math:`\sum v r / \sum r` per image; 0 if all weights are zero.
 
     Args:
         values: ``v``, (B, ...).
-        weights: ``r``, not negative, (B, ...); the two broadcast.
+        weights: ``r``, nonnegative, (B, ...), broadcastable with the values.
 
     Returns:
         (B,).
@@ -247,11 +249,11 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def faithfulness(impact: Tensor, relevance: Tensor) -> Tensor:
-    """Share of relevance on elements that matter less that on others.
+    """Compute the share of relevance on elements with an impact minus the share on other elements.
 
     Args:
         impact: see :func:`impact_map`, (B, C, H, W).
-        relevance: not negative, see :func:`positive_part`, (B, C, H, W).
+        relevance: nonnegative, see :func:`positive_part`, (B, C, H, W).
 
     Returns:
         (B,), in [-1, 1].
@@ -264,7 +266,7 @@ def faithfulness(impact: Tensor, relevance: Tensor) -> Tensor:
 
 
 def robustness(relevance_shift: Tensor, output_shift: Tensor) -> Tensor:
-    """How well the shift of relevance follows the shift of the output: ``1 - 2 D``.
+    """Compute how well the shift of relevance follows the shift of the output: ``1 - 2 D``.
 
     Args:
         relevance_shift: ``D(r, r_MoRF_k) - D(r, r_LeRF_k)``, (B, S - 1).
@@ -281,15 +283,15 @@ def robustness(relevance_shift: Tensor, output_shift: Tensor) -> Tensor:
 
 
 def score_map(probabilities: Tensor, positive: Tensor, height: int, width: int) -> Tensor:
-    r"""The score of relevance at each place of a mosaic.
+    r"""Compute the score of relevance at each position of a mosaic.
 
-    Quadrant ``j`` has :math:`2 p_j / p_{positive} - 1`; the two center rows and columns have 1.
+    The score is :math:`2 p_j / p_{positive} - 1` in quadrant ``j`` and 1 in the two center rows and columns.
 
     Args:
-        probabilities: softmax output of the model for the positive image, read at the predicted
-            classes of the four images, (M, 4).
+        probabilities: softmax output of the model for the positive image, at the predicted classes of
+            the four images, (M, 4).
         positive: position of the positive image in each mosaic, (M,).
-        height, width: of the mosaic, even.
+        height, width: size of the mosaic, even.
 
     Returns:
         (M, height, width), in [-1, 1].
@@ -310,9 +312,9 @@ def score_map(probabilities: Tensor, positive: Tensor, height: int, width: int) 
 
 
 def localization(relevance: Tensor, positive: Tensor) -> Tensor:
-    """Share of positive relevance in the quadrant of a mosaic that the class is in (GridPG).
+    """Compute the share of positive relevance in the quadrant of the target class (GridPG).
 
-    Relevance is summed over channels first. Chance is a quarter.
+    Relevance is summed over channels first. The chance level is 0.25.
 
     Source: Böhle, Fritz, Schiele, *Convolutional Dynamic Alignment Networks for Interpretable
     Classifications*, CVPR 2021, section 4.
@@ -322,7 +324,7 @@ def localization(relevance: Tensor, positive: Tensor) -> Tensor:
         positive: position of that quadrant, (M,).
 
     Returns:
-        (M,), in [0, 1]; 0 where there is no positive relevance.
+        (M,), in [0, 1]; 0 if there is no positive relevance.
 
     Example:
         >>> localization(torch.ones(1, 3, 4, 4), torch.tensor([2]))
@@ -345,22 +347,24 @@ def lerf_morf_area(
     n_steps: int = 10,
     baseline: float = 0.0,
 ) -> Tensor:
-    """Area between two curves: the target's probability as pixels are masked by an attribution,
-    least relevant first (LeRF) and most relevant first (MoRF).
+    """Compute the area between the LeRF and MoRF curves of an attribution.
+
+    The curves are the target's probability as pixels are masked, least relevant first (LeRF) and most
+    relevant first (MoRF).
 
     Args:
-        forward_func: from images (B, C, H, W) to outputs (B, K).
-        x: images (B, C, H, W).
-        attributions: shaped like ``x``; pixels are ranked by its sum over channels.
-        target: classes (B,).
-        n_steps: the shares ``k / n_steps`` are masked, ``k = 1 .. n_steps - 1``.
+        forward_func: the model, which maps images, (B, C, H, W), to outputs, (B, K).
+        x: images, (B, C, H, W).
+        attributions: relevance with the shape of ``x``; pixels are ranked by its sum over channels.
+        target: classes, (B,).
+        n_steps: fractions ``k / n_steps`` are masked, ``k = 1 .. n_steps - 1``.
         baseline: value of a masked pixel.
 
     Returns:
-        Mean of LeRF less MoRF over the steps, (B,), in [-1, 1]; higher is better.
+        Mean of LeRF minus MoRF over the steps, (B,), in [-1, 1]; higher is better.
 
     Example:
-        >>> model = lambda x: torch.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)  # looks at one pixel
+        >>> model = lambda x: torch.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)  # depends on one pixel
         >>> x = torch.full((1, 1, 1, 2), 5.0)
         >>> lerf_morf_area(model, x, torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([0]), n_steps=2)
         tensor([0.5000])

@@ -1,6 +1,6 @@
-"""Global Attribution Evaluation in the manner of Captum's ``infidelity`` and ``sensitivity_max``.
+"""Global Attribution Evaluation, with an interface like Captum's ``infidelity`` and ``sensitivity_max``.
 
-Axes: M mosaics, C channels, H height, W width, K classes, S states of masking.
+Axes: M mosaics, C channels, H height, W width, K classes, S masking states.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SCHEDULES = ("published", "cumulative")
 
 @dataclass(frozen=True)
 class GAEResult:
-    """Scores of one attributor, one value per mosaic, and what they were measured on.
+    """Scores of one attributor, one value per mosaic, with the images that they were measured on.
 
     Attributes:
         gae: ``local_consistency * contrastiveness``, (M,), in [0, 1].
         local_consistency: ``relu(faithfulness + robustness) / 2``, (M,), in [0, 1].
-        faithfulness: whether relevance lies where masking hurts, (M,), in [-1, 1].
-        robustness: whether relevance shifts as the output does, (M,), in [-1, 1].
-        contrastiveness: whether relevance lies on the class that it is for, (M,), in [0, 1].
+        faithfulness: how much relevance lies on elements whose masking changes the output, (M,), in [-1, 1].
+        robustness: how well shifts of relevance follow shifts of the output, (M,), in [-1, 1].
+        contrastiveness: how much relevance lies on the image of the target class, (M,), in [0, 1].
         mosaics: (M, C, H, W).
         positives: the positive images, (M, C, H, W).
         positive_index: position of the positive image in its mosaic, (M,).
-        targets: the class that each positive image was predicted as, (M,).
+        targets: the predicted class of each positive image, (M,).
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
@@ -56,7 +56,7 @@ class GAEResult:
     targets: Tensor
 
     def mean(self) -> dict[str, float]:
-        """Mean of each score over the mosaics."""
+        """Return the mean of each score over the mosaics."""
         return {name: getattr(self, name).mean().item() for name in SCORES}
 
     def confidence_interval(
@@ -66,12 +66,12 @@ class GAEResult:
         n_resamples: int = 2000,
         generator: torch.Generator | None = None,
     ) -> dict[str, tuple[float, float]]:
-        """Bootstrap confidence interval of the mean of each score.
+        """Return a bootstrap confidence interval of the mean of each score.
 
         Args:
-            level: probability that the interval is for, in (0, 1).
+            level: confidence level, in (0, 1).
             n_resamples: number of resamples of the mosaics.
-            generator: for the resamples, on the CPU; a fresh one of seed 0 by default.
+            generator: CPU generator for the resamples; by default, a new one with seed 0.
 
         Raises:
             ValueError: if the level is not between 0 and 1.
@@ -95,8 +95,9 @@ def bootstrap_interval(
     n_resamples: int = 2000,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
-    """Bootstrap confidence interval of the mean of values (M,); see
-    :meth:`GAEResult.confidence_interval`.
+    """Return a bootstrap confidence interval of the mean of values, (M,).
+
+    See :meth:`GAEResult.confidence_interval`.
 
     Example:
         >>> bootstrap_interval(torch.ones(5))
@@ -125,36 +126,36 @@ def gae(
     show_progress: bool = False,
     **explain_kwargs: Any,
 ) -> GAEResult:
-    """Global Attribution Evaluation of one attributor.
+    """Compute Global Attribution Evaluation (GAE) for one attributor.
 
-    Every four images make a mosaic. One of them is drawn as the positive; the attributor is asked for
-    its class on the image itself, while it is masked step by step by the model's own gradient
+    Every four images form a mosaic, and one of the four is drawn as the positive image. Its class is
+    explained on the image itself, which is masked step by step in the order of the model's gradient
     (faithfulness and robustness), and on the mosaic (contrastiveness).
 
     Source: Vukadin et al., ACM TIST 15(3), 2024, section on GAE.
 
     Args:
-        forward_func: from images (B, C, H, W) to outputs (B, K): the model, in evaluation mode.
+        forward_func: the model in evaluation mode, which maps images, (B, C, H, W), to outputs, (B, K).
         explanation_func: a Captum ``Attribution``, or any callable ``(inputs, target=..., **kwargs)``
             that returns maps of shape (B, C, H, W), (B, 1, H, W) or (B, H, W).
-        inputs: images (4 M, C, H, W), H and W even.
-        n_steps: number of states of masking S, the unmasked one included.
-        schedule: ``"published"`` masks a growing share of all elements at each step, so that masking
-            the most relevant first compounds (10, 30, 60, 100 %) and the least relevant first does
-            not; ``"cumulative"`` masks exactly 10, 20, ... 90 % in both orders.
+        inputs: images, (4 M, C, H, W), H and W even.
+        n_steps: number of masking states S, including the unmasked one.
+        schedule: ``"published"`` masks a growing fraction of all elements at each step, so that masking
+            the most relevant first accumulates (10, 30, 60, 100 %) and masking the least relevant first
+            does not. ``"cumulative"`` masks 10, 20, ... 90 % in both orders.
         baseline: value of a masked element.
-        positive_index: position (0 to 3) of the positive image in each mosaic, (M,); drawn by
-            default, with the probabilities that the model gives the four classes in the mosaic.
-        generator: for that draw, on the CPU.
-        max_examples_per_batch: how many images are run at a time, at most; all by default.
-        show_progress: show a progress bar over the attributions.
-        **explain_kwargs: for ``explanation_func``.
+        positive_index: position (0 to 3) of the positive image in each mosaic, (M,). By default it is
+            drawn with the model's probabilities of the four classes for the mosaic.
+        generator: CPU generator for that draw.
+        max_examples_per_batch: maximum number of images per batch; all by default.
+        show_progress: whether to show a progress bar over the attributions.
+        **explain_kwargs: further arguments of ``explanation_func``.
 
     Returns:
         The scores, one per mosaic.
 
     Raises:
-        ValueError: if an argument or a map is not of a shape or value that is listed here.
+        ValueError: if an argument has the wrong shape or value, or if a map has the wrong shape.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
@@ -184,19 +185,19 @@ def gae(
 
 @dataclass(frozen=True)
 class Setting:
-    """All that GAE needs of a model and its images, whatever the attributor: computed once.
+    """The part of GAE that does not depend on the attributor, computed once.
 
     Attributes:
-        mosaics: as in :class:`GAEResult`, as are the next three.
-        positives: (M, C, H, W).
-        positive_index: (M,).
-        targets: (M,).
-        states: what is explained for the local part: ``x+``, its S - 1 masked states with the most
-            relevant first, and as many with the least relevant first, (2 S - 1, M, C, H, W).
+        mosaics: as in :class:`GAEResult`, (M, C, H, W).
+        positives: as in :class:`GAEResult`, (M, C, H, W).
+        positive_index: as in :class:`GAEResult`, (M,).
+        targets: as in :class:`GAEResult`, (M,).
+        states: the images to explain for local consistency: the positive image, its S - 1 states that are
+            masked most relevant first, and as many least relevant first, (2 S - 1, M, C, H, W).
         impact: see :func:`~captum_abslrp.metrics.functional.impact_map`, (M, C, H, W).
         output_shift: see :func:`~captum_abslrp.metrics.functional.robustness`, (M, S - 1).
         scores: see :func:`~captum_abslrp.metrics.functional.score_map`, (M, H, W).
-        of_four_classes: whether the four images of a mosaic were predicted as different classes, (M,).
+        of_four_classes: whether the four images of a mosaic have different predicted classes, (M,).
         baseline: value of a masked element.
     """
 
@@ -219,7 +220,7 @@ class Setting:
         show_progress: bool = False,
         **explain_kwargs: Any,
     ) -> Tensor:
-        """Attributions of the states and, last, of the mosaics: (2 S, M, C, H, W), signed."""
+        """Return signed attributions of the states, followed by the mosaics, (2 S, M, C, H, W)."""
         asked = torch.cat([self.states, self.mosaics[None]])
         return _explain(
             explanation_func,
@@ -231,7 +232,7 @@ class Setting:
         ).unflatten(0, (len(asked), -1))
 
     def score(self, attributions: Tensor) -> GAEResult:
-        """Scores of what :meth:`explain` returned."""
+        """Return the scores of attributions from :meth:`explain`."""
         relevance = functional.positive_part(attributions.flatten(0, 1))
         steps = self.output_shift.shape[1]
         (whole,), morf, lerf, (of_mosaic,) = relevance.view_as(attributions).split(
@@ -269,7 +270,7 @@ def prepare(
     generator: torch.Generator | None = None,
     max_examples_per_batch: int | None = None,
 ) -> Setting:
-    """Mosaics, positives and masked states for :func:`gae`, which documents the arguments."""
+    """Compute mosaics, positives and masked states; arguments as in :func:`gae`."""
     if schedule not in SCHEDULES:
         raise ValueError(f"Expected `schedule` to be one of {SCHEDULES}, but got {schedule!r}.")
     if n_steps < 2:
@@ -289,7 +290,7 @@ def prepare(
         ((positive_index >= 0) & (positive_index < 4)).all()
     ):
         raise ValueError(
-            f"Expected `positive_index` to hold {len(mosaics)} positions from 0 to 3, but got "
+            f"Expected `positive_index` to have {len(mosaics)} positions from 0 to 3, but got "
             f"{positive_index.tolist()}."
         )
     positive_index = positive_index.to(inputs.device)
@@ -298,8 +299,8 @@ def prepare(
     targets = predictions.gather(1, positive_index.view(-1, 1)).squeeze(1)
 
     def masked(x: Tensor, t: Tensor) -> list[Tensor]:
-        """States, outputs and maps with the most relevant elements masked first, and with the least."""
-        unmasked = functional.gradient_map(forward_func, x, t)  # both start from it
+        """States, outputs and maps for masking most relevant first, then for least relevant first."""
+        unmasked = functional.gradient_map(forward_func, x, t)  # the start of both orders
         return [
             tensor
             for most_relevant_first in (True, False)
@@ -337,7 +338,7 @@ def prepare(
 
 
 def _away_from_zero(values: Tensor) -> Tensor:
-    """The values; those below the smallest normal number in magnitude become this number."""
+    """Replace values below the smallest normal number in magnitude by this number."""
     tiny = torch.finfo(values.dtype).tiny
     return torch.where(values.abs() < tiny, tiny, values)
 
@@ -362,8 +363,7 @@ def _explain(
     maps = []
     for x, target in tqdm(batches, desc="attributions", disable=not show_progress):
         with warnings.catch_warnings():
-            # Little is left to tell classes apart by, or nothing at all, in an image that is masked nearly
-            # everywhere.
+            # In an image that is almost fully masked, little or nothing distinguishes the classes.
             warnings.filterwarnings("ignore", "The maps? of (target|the target|the contrast)")
             attribution = explain(x.clone(), target=target, **kwargs).detach()
         if attribution.dim() == 3:
@@ -373,7 +373,7 @@ def _explain(
             raise ValueError(
                 f"Expected `explanation_func` to return maps of shape (B, C, H, W), (B, 1, H, W) or "
                 f"(B, H, W) for inputs of shape {tuple(x.shape)}, but got {tuple(attribution.shape)}. "
-                f"Upsample layer maps, for example by `LayerAttribution.interpolate`."
+                f"Upsample layer maps, for example with `LayerAttribution.interpolate`."
             )
         maps.append(attribution.expand_as(x))
     return torch.cat(maps)

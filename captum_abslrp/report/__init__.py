@@ -1,7 +1,6 @@
-"""Reports for a browser: one HTML file that needs no network, with maps to click through.
+"""HTML reports with interactive maps, as a single file without external resources.
 
-Axes: C channels (1 or 3), H height, W width. Pictures and maps are inside of the file, as PNGs; nothing is
-loaded from anywhere.
+Axes: C channels (1 or 3), H height, W width. Images and maps are embedded in the file as PNGs.
 
 Example:
     >>> import torch
@@ -41,30 +40,29 @@ from captum_abslrp.visualization import (
 __all__ = ["Panel", "Section", "Table", "render"]
 
 TARGET, CONTRAST, DIFFERENCE = "target", "contrast", "difference"
-"""Views that :class:`Panel` knows the meaning of."""
+"""Views with a predefined meaning in :class:`Panel`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One picture and its maps.
+    """One image and its maps.
 
     Attributes:
-        name: heading, for example the name of the file.
-        picture: the image as the model sees it, values in [0, 1] or uint8, (C, H, W) or (H, W).
-        classes: names of the K classes that are explained.
-        maps: for each view K maps (C, H, W) or (H, W), one per class; None where there is none. The view
-            that is shown first is ``"difference"``, or else the first one. ``"target"``, ``"contrast"``
-            and ``"difference"`` are the relevance of the class, of what it is contrasted with, and what is
-            left of the one without the other. Where ``"target"`` is there, any two classes can be
-            compared.
-        probabilities: of the classes, K numbers in [0, 1].
-        contrast: what ``"contrast"`` stands for, in words.
-        combined: what the view ``"difference"`` is called. A map that two classes are compared by is always
-            the difference of theirs.
-        notes: lines below the picture.
+        name: heading, for example the file name.
+        picture: the image without normalization, values in [0, 1] or uint8, (C, H, W) or (H, W).
+        classes: names of the K explained classes.
+        maps: for each view, K maps (C, H, W) or (H, W), one per class, or None for a missing map. The view
+            ``"target"`` is the relevance of the class, ``"contrast"`` that of its contrast, and
+            ``"difference"`` the difference or another combination of both. ``"difference"`` is shown first,
+            if it exists, otherwise the first view. With ``"target"``, any two classes can be compared.
+        probabilities: probabilities of the classes, K values in [0, 1].
+        contrast: a description of the contrast.
+        combined: the name of the view ``"difference"``. The comparison of two classes is always the
+            difference of their maps.
+        notes: lines below the image.
         smoothing: number of pixels that drawn maps are smoothed over, see
-            :func:`~captum_abslrp.visualization.smooth_map`; 1 draws the maps as they are. Alternative texts
-            always describe the maps as they are.
+            :func:`~captum_abslrp.visualization.smooth_map`; 1 draws the maps unchanged. Alternative texts
+            always describe the maps without smoothing.
 
     Example:
         >>> import torch
@@ -86,7 +84,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of scores: a caption, the heads of the columns, and rows of text, the first cell a head.
+    """A table of scores: a caption, column headers, and rows of text that start with a row header.
 
     Example:
         >>> Table("Scores", ["method", "GAE"], [["absLRP", "0.21"]]).caption
@@ -100,7 +98,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: notes, tables, figures (PNG files as bytes, by their alt text), then panels.
+    """A section of a report: notes, tables, figures (PNG bytes by alternative text), and panels.
 
     Example:
         >>> Section("VGG", notes=["100 mosaics"]).title
@@ -122,21 +120,21 @@ def render(
     command: str | None = None,
     clip_percentile: float = 99.0,
 ) -> str:
-    """The report as one HTML page.
+    """Render a report as one HTML page.
 
     Args:
-        sections: what it shows.
+        sections: the sections of the report.
         title: heading of the page.
-        settings: what the results depend on, by name.
-        command: the command line that makes the report again.
-        clip_percentile: percentile of the magnitudes of a map at which its colors end.
+        settings: names and values of all settings that affect the results.
+        command: the command line that reproduces the report.
+        clip_percentile: percentile of the magnitudes of a map at the ends of its color scale.
 
     Returns:
-        The page, to be written in UTF-8.
+        The page, to be saved as UTF-8.
 
     Raises:
-        ValueError: if a panel has no map, its counts differ, or its picture or a map is not fit to be
-            shown, see :func:`~captum_abslrp.visualization.plot_attribution`.
+        ValueError: if a panel has no map, if its counts differ, or if its image or a map is invalid, see
+            :func:`~captum_abslrp.visualization.plot_attribution`.
 
     Example:
         >>> table = Table("Scores", ["method", "GAE"], [["absLRP", "0.21"]])
@@ -232,7 +230,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
             and 0 < np.abs(first - second).sum() < 100 * _precision(panel.maps[TARGET][a]) * total
         ):
             notes.append(
-                f"{what}: the maps of the two are so alike that their difference is rounding."
+                f"{what}: the two maps are so similar that their difference is rounding error."
             )
     return {
         "name": panel.name,
@@ -256,7 +254,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
 
 
 def _precision(values: Array | None) -> float:
-    """The smallest relative difference that the numbers of a map can express."""
+    """The relative precision of the dtype of a map."""
     if isinstance(values, np.ndarray):
         return float(np.finfo(values.dtype).eps) if values.dtype.kind == "f" else 0.0
     return (
@@ -274,7 +272,7 @@ def _name_of_view(view: str, contrast: str) -> str:
 
 
 def _in_words(relevance: npt.NDArray[np.float64]) -> str:
-    """What a map shows, for those who do not see it: how much is for the class or against it, and where."""
+    """An alternative text for a map: the shares of positive and negative relevance, and their locations."""
     total = np.abs(relevance).sum()
     if total == 0:
         return "no relevance"
@@ -284,13 +282,13 @@ def _in_words(relevance: npt.NDArray[np.float64]) -> str:
         if share > 0:
             most, place = _largest_cell(part)
             parts.append(
-                f"{share:.0%} of the relevance is {name}, the largest part of it ({most:.0%}) in the {place}"
+                f"{share:.0%} of the relevance is {name}, the largest part ({most:.0%}) in the {place}"
             )
     return "; ".join(parts)
 
 
 def _largest_cell(values: npt.NDArray[np.float64]) -> tuple[float, str]:
-    """The share of the ninth of a map that holds most, and where it is."""
+    """The largest share of a cell in a 3 x 3 grid of the map, and the name of the cell."""
     rows = np.array_split(values, 3, axis=0)
     cells = np.array([[cell.sum() for cell in np.array_split(row, 3, axis=1)] for row in rows])
     row, column = np.unravel_index(int(cells.argmax()), cells.shape)
@@ -300,11 +298,11 @@ def _largest_cell(values: npt.NDArray[np.float64]) -> tuple[float, str]:
 
 
 LEVELS = 63
-"""Steps of the color scale on each side of zero: as many as the eye can tell apart, and small files."""
+"""Number of color levels on each side of zero: enough for the eye, and small enough for small files."""
 
 
 def _palette() -> npt.NDArray[np.uint8]:
-    """Color and opacity of each step, (2 LEVELS + 1, 4)."""
+    """Color and opacity of each level, (2 LEVELS + 1, 4)."""
     from matplotlib import colormaps
 
     values = np.linspace(-1, 1, 2 * LEVELS + 1)
@@ -314,7 +312,7 @@ def _palette() -> npt.NDArray[np.uint8]:
 
 
 def _overlay(relevance: npt.NDArray[np.float64], limit: float) -> str:
-    """The map as a picture to be laid over the image, transparent where there is no relevance."""
+    """Draw a map as an overlay for the image, transparent where relevance is zero."""
     from PIL import Image
 
     steps = ((relevance / limit).clip(-1, 1) * LEVELS).round().astype(int) + LEVELS
@@ -327,7 +325,7 @@ def _overlay(relevance: npt.NDArray[np.float64], limit: float) -> str:
 
 
 def _color_bar() -> str:
-    """The color scale as a picture, laid over white."""
+    """Draw the color scale on white."""
     palette = _palette()[None].astype(float)
     opacity = palette[..., 3:] / 255
     return _data_url(_png((palette[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)))

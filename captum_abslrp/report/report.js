@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const main = document.querySelector("main");
 
-/** An element with attributes (properties where the value is no string) and children. */
+/** Create an element with attributes (properties if the value is not a string) and children. */
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -16,7 +16,7 @@ function element(tag, attributes = {}, ...children) {
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-/** A group of radio buttons; `chosen` is called with the index that was picked. */
+/** Create a group of radio buttons; `chosen` is called with the selected index. */
 function choices(legend, name, labels, chosen) {
   const buttons = labels.map((label, i) => {
     const input = element("input", { type: "radio", name, value: String(i), checked: i === 0 });
@@ -50,12 +50,12 @@ function panel(given) {
     "div",
     { class: "scale" },
     least,
-    element("img", { src: data.scale, alt: "Colors from against (blue) to for the class (red)" }),
+    element("img", { src: data.scale, alt: "Colors from against the class (blue) to for the class (red)" }),
     most,
   );
-  const missing = element("p", { class: "missing", hidden: true }, "There is no such map.");
+  const missing = element("p", { class: "missing", hidden: true }, "This map is not available.");
 
-  /** The map of the present choice, and its name. Of two classes it is the one without the other. */
+  /** The selected map and its name. For two classes, it is the difference of their maps. */
   function current() {
     const name = given.classes[state.class];
     const of = (view, i) => given.maps[view][i];
@@ -129,7 +129,7 @@ function panel(given) {
       show();
     });
   }
-  const titles = { target: "the class", contrast: "what it is held against", difference: given.combined };
+  const titles = { target: "the class", contrast: "the contrast", difference: given.combined };
   const ofViews =
     views.length > 1
       ? choices("Map", `${id}-view`, views.map((view) => [titles[view] ?? view]), (i) => {
@@ -161,7 +161,7 @@ function panel(given) {
     ...given.notes.map((note) => element("p", { class: "note" }, note)),
   );
 
-  // Digits choose a class, + and - fade the map, wherever the focus is inside of the panel.
+  // While the focus is in the panel, digits select a class, and + and - change the opacity of the map.
   article.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT") return;
     const digit = "123456789".indexOf(event.key);
@@ -220,7 +220,7 @@ const keys = [
   element(
     "p",
     {},
-    "Tab goes from control to control, arrows choose. In the panel of a picture the keys 1 to 9 choose the class, + and - fade the map.",
+    "Tab moves between controls, and the arrow keys change a selection. In the panel of an image, the keys 1 to 9 select a class, and + and - change the opacity of the map.",
   ),
 ];
 document.querySelector("footer").append(

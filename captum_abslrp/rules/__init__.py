@@ -1,10 +1,11 @@
 """The absLRP rules as Captum ``PropagationRule`` subclasses.
 
-A rule runs a call and records how relevance goes from its output to its inputs. :class:`captum_abslrp.AbsLRP`
-asks the mapping of the model for the rule of each call. A rule that is set on a module, ``module.rule =
-AbsLRPRule()``, wins over every mapping there, and works in the same place under ``captum.attr.LRP``.
+A rule runs a call and records how to propagate relevance from its output to its inputs.
+:class:`captum_abslrp.AbsLRP` gets the rule of each call from the mapping of the model. A rule that is set on
+a module, ``module.rule = AbsLRPRule()``, takes precedence over the mapping, and also works with
+``captum.attr.LRP``.
 
-Each file holds one kind of call: its mathematics, how it is recorded, and a table of its forms.
+Each file covers one kind of call: its mathematics, its records, and a table of its closed forms.
 """
 
 from captum_abslrp.engine.tape import Record, Tail

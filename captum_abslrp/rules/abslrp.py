@@ -1,4 +1,4 @@
-"""The absLRP rule: picks the closed form of the call itself."""
+"""The absLRP rule, which selects the closed form of each call."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ CLOSED_FORMS: dict[str, Form] = {
     **RECURRENT,
     **DECOMPOSITIONS,
 }
-"""The closed forms by the canonical name of the call, without dropout, which mappings decide about."""
+"""The closed forms by canonical name of the call; the rule of dropout depends on the mapping."""
 
 
 class AbsLRPRule(Rule):
-    """The absLRP rule: picks the closed form of the call itself.
+    """The absLRP rule, which selects the closed form of each call.
 
-    Every differentiable call that has no closed form is recorded by the definition, :class:`TwinRule`.
+    Differentiable calls without a closed form are recorded by the definition, :class:`TwinRule`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

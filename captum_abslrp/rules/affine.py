@@ -26,13 +26,13 @@ from captum_abslrp.rules.sparse import is_sparse, record_sparse
 from captum_abslrp.rules.twin import record_twin
 
 LARGE = 2**22
-"""Elements of a weight above which its parts are made piece by piece, so that it is never copied whole."""
+"""Number of elements of a weight above which its parts are computed in pieces, to avoid a full copy."""
 
 
 def linear(
     x: Tensor, weight: Tensor | SignedParts, s: Tensor, *, nonnegative: bool = False
 ) -> Tensor:
-    """:func:`positive_contributions` of ``F.linear``.
+    """Apply :func:`positive_contributions` to ``F.linear``.
 
     Example:
         >>> linear(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]]), torch.ones(1, 1))
@@ -45,7 +45,7 @@ def linear(
 def linear_of_seeds(
     x: Tensor, parts: SignedParts, seeds: Sequence[Tensor], *, nonnegative: bool = False
 ) -> list[Tensor]:
-    """:func:`linear` with a large weight, of which each piece is read once for all seeds.
+    """Apply :func:`linear` with a large weight, reading each piece of the weight once for all seeds.
 
     Example:
         >>> x, weight = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -4.0]])
@@ -75,7 +75,7 @@ def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
     nonnegative = call.is_nonnegative(input)
     if not carries_relevance(weight):
         full = torch.promote_types(output.dtype, torch.float32)
-        parts = SignedParts(w.as_given(), dtype=full)  # of a large weight, one piece at a time
+        parts = SignedParts(w.as_given(), dtype=full)  # in pieces for a large weight
         masked = without_noise(call, output, input, weight, F.linear)
         if weight.numel() > LARGE:
             return _record_large(call, output, input, parts, masked)
@@ -98,9 +98,9 @@ def record_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
 def _record_large(
     call: Call, output: Tensor, input: Tensor, parts: SignedParts, masked: Function
 ) -> Record:
-    """A linear layer with a large weight, or a convolution that sees its input once, as a whole."""
+    """Record a linear layer with a large weight, or a convolution whose kernel covers the whole input."""
     x, nonnegative = call.save(input), call.is_nonnegative(input)
-    trailing = parts.weight.dim() - 1  # that a product goes over
+    trailing = parts.weight.dim() - 1  # the dimensions that the product sums over
 
     def propagate(seeds: Sequence[Tensor]) -> list[list[Tensor]]:
         values = x()
@@ -116,14 +116,14 @@ def _record_large(
     return Record(
         output,
         [input],
-        propagate,  # type: ignore[arg-type]  # of all seeds
+        propagate,  # type: ignore[arg-type]  # takes all seeds
         keeps_sign=True,
         all_seeds=True,
     )
 
 
 FEW = 8
-"""Channels of an input for which two convolutions cost as much as one with twice as many."""
+"""Maximum number of input channels for which both products are computed by one convolution."""
 
 
 def convolution(
@@ -134,7 +134,7 @@ def convolution(
     nonnegative: bool = False,
     **options: Any,
 ) -> Tensor:
-    """:func:`positive_contributions` of a convolution; options as for :func:`transposed_convolution`.
+    """Apply :func:`positive_contributions` to a convolution; options as in :func:`transposed_convolution`.
 
     Example:
         >>> x, w = torch.ones(1, 1, 2, 2), torch.tensor([[[[2.0]]], [[[-1.0]]]])
@@ -153,7 +153,7 @@ def convolution(
     plain = options["groups"] == 1 and "output_padding" not in options
     if nonnegative or not plain or x.shape[1] > FEW:
         return positive_contributions(x, parts, transposed, nonnegative=nonnegative)
-    # An image: the products with the positive and the negative part of the weight as one.
+    # For few channels (images), compute the products with both parts of the weight as one.
     both = transposed(torch.cat([parts.positive, parts.negative], 1), torch.cat([x, x], 1))
     return chosen([product.contiguous() for product in both.chunk(2, 1)], x)
 
@@ -167,7 +167,7 @@ def _is_linear(
     output_padding: Sequence[int] | None = None,
     **_: Any,
 ) -> bool:
-    """Whether a convolution sees its input as a whole, once."""
+    """Whether the kernel of a convolution covers the whole input."""
     whole = weight.shape[2:] == x.shape[2:] and not any(padding)
     return whole and groups == 1 and output_padding is None
 
@@ -183,14 +183,14 @@ def transposed_convolution(
     groups: int,
     output_padding: Sequence[int] | None = None,
 ) -> Tensor:
-    """The transposed product of ``s`` with the weight of a convolution, in new memory.
+    """Compute the transposed product of ``s`` with the weight of a convolution, as a new tensor.
 
     Args:
-        s: shaped like the output of the convolution.
+        s: tensor with the shape of the output of the convolution.
         weight: its weight.
-        like: of its input, shape and layout are used.
-        stride, padding, dilation, groups: its options, one number for each spatial dimension.
-        output_padding: that of a transposed convolution; None for a plain one.
+        like: its input, of which only shape and memory layout are used.
+        stride, padding, dilation, groups: its options, one number per spatial dimension.
+        output_padding: the option of a transposed convolution; None for a regular convolution.
 
     Example:
         >>> options = dict(stride=(2,), padding=(0,), dilation=(1,), groups=1)
@@ -203,7 +203,7 @@ def transposed_convolution(
     if plain and weight.shape[1] <= FEW and max(stride) > 1:
         return _by_phases(s, weight, like, stride, padding)
     of_points = plain and set(weight.shape[2:]) == {1} and not any(padding)
-    # On a GPU a convolution may be of lower precision, and faster, than a product.
+    # On a GPU, a convolution can be faster than a matrix product, with lower precision.
     if of_points and s.device.type == "cpu" and s.is_contiguous() and like.is_contiguous():
         return _of_points(s, weight, like, stride)
     grad_input: Tensor = torch.ops.aten.convolution_backward(
@@ -214,7 +214,7 @@ def transposed_convolution(
 
 
 def _of_points(s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int]) -> Tensor:
-    """The transposed product of a convolution whose kernel is one point, as a product of matrices."""
+    """The transposed product of a convolution with kernel size 1, as a matrix product."""
     product = (weight.flatten(1).mT @ s.flatten(2)).view(len(s), weight.shape[1], *s.shape[2:])
     if max(stride) == 1:
         return product
@@ -227,10 +227,10 @@ def _of_points(s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int]) -
 def _by_phases(
     s: Tensor, weight: Tensor, like: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """The transposed product of a convolution with a stride, as a convolution without one.
+    """The transposed product of a strided convolution, as a convolution without a stride.
 
-    Input places that are a stride apart use the same taps: place ``k a + r`` uses tap ``r + p - k d`` of
-    output place ``a + d``. So each phase ``r`` is a channel of its own, over places ``a``.
+    Input positions that are a stride apart use the same taps: position ``k a + r`` uses tap ``r + p - k d``
+    of output position ``a + d``. Each phase ``r`` therefore becomes a channel over positions ``a``.
     """
     channels, dims = weight.shape[1], len(stride)
     pads, kept = [], [slice(None), slice(None)]
@@ -239,7 +239,7 @@ def _by_phases(
         lowest, highest = -((taps - 1 - p) // k), (k - 1 + p) // k
         phase = torch.arange(k, device=weight.device).unsqueeze(1)
         offset = torch.arange(lowest, highest + 1, device=weight.device)
-        # A tap that does not exist is the last one, which is zero.
+        # Taps that do not exist are mapped to the last one, which is zero.
         met = (phase + p - k * offset).flatten().clamp_(-1, taps) % (taps + 1)
         end = [0, 0] * (weight.dim() - 3 - 2 * dim) + [0, 1]
         weight = F.pad(weight, end).index_select(2 + 2 * dim, met)
@@ -274,15 +274,15 @@ class Affine(NamedTuple):
     bias: Tensor | None
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     transposed: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """The transposed product of ``s`` with a weight, for an input like the last argument."""
+    """Maps ``s``, a weight and an input to the transposed product; only the input's shape is used."""
     options: Mapping[str, Any]
     """Stride, padding, dilation, groups and output padding of a convolution."""
     channels: int | None = 0
-    """The dimension of the weight that output channels are in; None where they are in two."""
+    """The output channel dimension of the weight; None if two dimensions contribute."""
 
 
 def affine_of(call: Call) -> Affine | None:
-    """A linear layer or a convolution by its parts; None if its weight depends on the explained inputs."""
+    """Return a linear layer or convolution with a constant dense weight as an ``Affine``; otherwise None."""
     names = ["input", "weight", "bias", *_DEFAULTS.get(call.name, {})]
     given = dict(zip(names, call.operands)) | call.kwargs
     input, weight, bias = (given.pop(name, None) for name in names[:3])
@@ -328,7 +328,7 @@ def record_convolution(call: Call, *args: Any, **kwargs: Any) -> Record:
     x, w = call.save(input), call.save(affine.weight)
     parts = once(lambda: SignedParts(w()))
     nonnegative, is_transposed = call.is_nonnegative(input), "transpose" in call.name
-    masked: Function = lambda s: s  # noqa: E731  # the weight of a transposed one makes no means
+    masked: Function = lambda s: s  # noqa: E731  # transposed convolutions do not compute means
     if not is_transposed:
         masked = without_noise(
             call, output, input, affine.weight, lambda x, w: affine.run(x, w, None)

@@ -1,4 +1,4 @@
-"""Attention in one call: run part by part, so that each part has its own rule, or at once."""
+"""Attention in one call: decomposed, so that each part has its own rule, or fused."""
 
 from __future__ import annotations
 
@@ -34,19 +34,23 @@ def attention(
     stabilized: int = 1,
     sizes: list[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    r""":func:`matmul`, :func:`softmax` and :func:`matmul` again, of :math:`\mathrm{softmax}(q k^T) v`.
+    r"""Apply the rules of matmul, softmax and matmul to :math:`\mathrm{softmax}(q k^T) v`.
 
-    Returns the relevance of query, key and value for each seed. A few rows of the attention are made again
-    at a time: what stays in the cache costs little, and memory does not grow with the square of the tokens.
+    The attention matrix is recomputed a few rows at a time. These fit into the cache, and memory does not
+    grow with the square of the number of tokens.
 
     Args:
         query: (G, N, D), scaled; G samples and heads, N queries, D features.
         key: (G, M, D), M keys.
         value: (G, M, E), E features.
         seeds: relevance per magnitude of the output for each seed, (G, N, E).
-        mask: what is seen, bool, (G, N, M) or (1, N, M); None for all.
-        stabilized: how many calls divide by the probabilities: softmax, and a dropout behind it.
-        sizes: gets for each seed the sum of magnitudes of the relevance of the probabilities, (G,).
+        mask: the keys that each query attends to, bool, (G, N, M) or (1, N, M); None for all.
+        stabilized: the number of calls that divide by the probabilities: softmax, and a dropout after it.
+        sizes: a list to which the sum of magnitudes of the relevance of the probabilities is added for each
+            seed, (G,).
+
+    Returns:
+        The relevance of query, key and value for each seed.
 
     Example:
         >>> q, k, v = torch.ones(1, 1, 1), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, 2, 1)
@@ -71,7 +75,7 @@ def attention(
                 seen = mask[group if len(mask) > 1 else slice(None), row]
                 logits.masked_fill_(~seen, -torch.inf)
             probabilities = logits.softmax(-1)
-            if mask is not None:  # a query that sees nothing
+            if mask is not None:  # queries whose keys are all masked
                 probabilities.nan_to_num_(0)
             factor = softmax(logits, probabilities, -1)
             for _ in range(stabilized):
@@ -96,16 +100,17 @@ def attention(
 
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
-"""Elements of attention that are made at a time, by the kind of device: about five tensors of as many, 5 MB
-or 1.3 GB in float32. That of the CPU was measured; a GPU wants large products and has memory for them."""
+"""Number of elements of the attention matrix to compute at a time, by type of device. About five tensors of
+this size are needed, 5 MB or 1.3 GB in float32. The value for the CPU was measured; a GPU is efficient for
+large products and has the memory for them."""
 
 
 ROWS = 256
-"""Rows of attention that are made at a time at least, so that products with them are efficient."""
+"""Minimum number of rows of the attention matrix to compute at a time, for efficient products."""
 
 
 def _blocks(groups: int, rows: int, columns: int, device: torch.device) -> list[list[slice]]:
-    """Some groups with all of their rows, or some rows of a group, at a time."""
+    """Split the attention matrix into blocks of several groups, or of several rows of one group."""
     elements = BLOCK.get(device.type, BLOCK["cuda"])
     many = max(1, elements // (rows * columns))
     few = rows if many > 1 else max(ROWS, elements // columns)
@@ -150,21 +155,20 @@ def record_attention(
             logits = logits.masked_fill(~mask, -torch.inf)
         elif mask is not None:
             logits = logits + mask
-        # Dropout is a call even where it does nothing: as in attention that is written out.
+        # Call dropout even if it is inactive, as in explicit attention.
         weights = F.dropout(logits.softmax(-1), dropout_p, dropout_p > 0)
-        if (
-            mask is not None
-        ):  # attention of a query that sees nothing is zero, as in PyTorch's own kernels
+        if mask is not None:
+            # If all keys of a query are masked, its attention is zero, as in the kernels of PyTorch.
             nothing = logits.detach().isneginf().all(-1, keepdim=True)
             weights = weights.masked_fill(nothing, 0)
-        del logits  # which are made again by the backward pass
+        del logits  # the backward pass recomputes them
         return weights @ value
 
     return call.recording.run_parts(parts)
 
 
 def _stabilized(call: Call) -> int | None:
-    """How many calls of attention divide by its probabilities; None if a part has an unusual form."""
+    """The number of calls in attention that divide by the probabilities; None if a part has another rule."""
     if not call.recording.fuses:
         return None
 
@@ -188,7 +192,7 @@ def _record_at_once(
     is_causal: bool,
     stabilized: int,
 ) -> Record:
-    """What the parts would pass one after the other, without the attention of all tokens on each other."""
+    """Record fused attention, with the same result as for its parts, without the full attention matrix."""
     output = call.run(
         lambda: F.scaled_dot_product_attention(*inputs, mask, 0.0, is_causal, scale=scale)
     )
@@ -223,7 +227,7 @@ def _record_at_once(
     return Record(
         output,
         list(compress(inputs, wanted)),
-        propagate,  # type: ignore[arg-type]  # of all seeds
+        propagate,  # type: ignore[arg-type]  # takes all seeds
         nonnegative=call.is_nonnegative(inputs[2]),
         all_seeds=True,
         adds_total=joint,
@@ -237,24 +241,24 @@ def _joined(
     wanted: Sequence[bool],
     scale: float,
 ) -> Tensor:
-    """Scale what query and key get to what the probabilities have, so that all parts have one scale.
+    """Scale the relevance of query and key to that of the probabilities, so that all parts have one scale.
 
     Args:
-        inputs: those of query, key and value that get relevance.
-        shares: their relevance per magnitude, which is overwritten: of the query times the scale, as yet.
-        of_probabilities: what the relevance of the probabilities adds up to, (B,).
-        wanted: which of query, key and value get relevance.
-        scale: what the query is multiplied by, without its sign.
+        inputs: the tensors among query, key and value that receive relevance.
+        shares: their relevance per magnitude, which is overwritten; for the query, that of the scaled query.
+        of_probabilities: the sum of the relevance of the probabilities, (B,).
+        wanted: which of query, key and value receive relevance.
+        scale: the magnitude of the factor of the query.
 
     Returns:
-        What the relevance of probabilities and value adds up to, (B,).
+        The sum of the relevance of probabilities and value, (B,).
     """
     batch_size = len(of_probabilities)
     if wanted[0]:
         shares[0].mul_(scale)
     count = wanted[0] + wanted[1]
     whole = torch.zeros_like(of_probabilities)
-    if count:  # logits have no history otherwise, and softmax makes constants of them
+    if count:  # otherwise the logits are constants
         whole += of_probabilities
         numerics.scale(
             inputs[:count], shares[:count], batch_size, totals=of_probabilities, joint=True
@@ -265,7 +269,7 @@ def _joined(
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """Which keys a query may see if it sees none after its own place."""
+    """The causal mask: each query attends to keys up to its own position."""
     shape = (query.shape[-2], key.shape[-2])
     return torch.ones(shape, dtype=torch.bool, device=query.device).tril()
 

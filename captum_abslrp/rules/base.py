@@ -1,4 +1,4 @@
-"""What all rules share: the base class, rules that only pass relevance or stop it, and helpers of forms."""
+"""The base class of all rules, rules that pass relevance on or stop it, and helpers of closed forms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from captum_abslrp.rules.captum import run_under_captum
 from captum_abslrp.rules.tails import passed_on, scaled_tail
 
 Form = Callable[..., Any]
-"""Runs a call and records it: from the call and its arguments to a record, or a result without relevance."""
+"""Runs and records a call. It receives the call and its arguments and returns a record, or a result without
+relevance."""
 
 Function = Callable[[Tensor], Tensor]
 
@@ -48,47 +49,51 @@ class Rule(PropagationRule):
     closed_forms: ClassVar[Mapping[str, Form]] = {}
 
     def record(self, call: Call) -> Any:
-        """Run a call and record how relevance goes from its output to its inputs.
+        """Run a call and record how to propagate relevance from its output to its inputs.
 
-        PyTorch records no history meanwhile. Returns a :class:`~captum_abslrp.engine.tape.Record`; any other
-        result is a constant of the calls that use it. Raises
-        ``UnsupportedCallError`` if the rule has no form for the call.
+        The method runs without autograd.
+
+        Returns:
+            A :class:`~captum_abslrp.engine.tape.Record`. Any other result is a constant for later calls.
+
+        Raises:
+            UnsupportedCallError: if the rule has no form for the call.
         """
         form = self.form_of(call)
         if form is None:
-            # Not a TypeError, which an operator such as `*` would turn into one of its own.
+            # Not a TypeError, which Python would replace in operators such as `*`.
             raise UnsupportedCallError(
                 f"Expected {type(self).__name__} to be used for one of {sorted(self.closed_forms)}, but "
-                f"got {call}. Use `AbsLRPRule()` or `TwinRule()` there."
+                f"got {call}. Use `AbsLRPRule()` or `TwinRule()` for this call."
             )
         return form(call, *call.operands, **call.kwargs)
 
     def form_of(self, call: Call) -> Form | None:
-        """The form that records a call, or None."""
+        """Return the form that records a call, or None."""
         return self.closed_forms.get(call.name)
 
     def suits_complex(self, call: Call) -> bool:
-        """Whether the rule can record a call on complex tensors, which it sees as real views."""
+        """Whether the rule can record a call on complex tensors, which it receives as real views."""
         known = call.name in self.closed_forms
         return not known or suits_parts(call.name) or self.runs_parts_of(call)
 
     def runs_parts_of(self, call: Call) -> bool:
-        """Whether the rule runs the calls that a call is made of, each by its own rule."""
+        """Whether the rule decomposes a call into simpler calls, each with its own rule."""
         return getattr(self.closed_forms.get(call.name), "runs_parts", False)
 
     def forward_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        """Entry for Captum's ``LRP``: runs the module again under this rule."""
+        """Hook for Captum's ``LRP``, which runs the module again under this rule."""
         return run_under_captum(self, module, inputs, outputs)
 
     def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Captum's place to change weights: these rules need none of it."""
+        """Hook for Captum to modify weights, which is not needed here."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
 class DividingRule(Rule):
-    """A rule that can leave out the division by the magnitude of the output."""
+    """Base class of rules with an optional division by the magnitude of the output."""
 
     def __init__(self, *, divide: bool = True) -> None:
         self.divide = divide
@@ -102,7 +107,7 @@ class DividingRule(Rule):
 
 
 class PassThroughRule(Rule):
-    """Relevance moves with its element: reshape, scaling by a constant, dropout in evaluation mode.
+    """Pass the relevance of each element on unchanged: scaling by a constant, dropout in evaluation mode.
 
     Example:
         >>> layer = nn.Dropout()
@@ -117,7 +122,7 @@ class PassThroughRule(Rule):
 
 
 class ConstantRule(Rule):
-    """No relevance: the result is a constant of the call that uses it, as a divisor is.
+    """Pass on no relevance: the result is a constant for later calls, as for a divisor.
 
     Example:
         >>> class Gated(nn.Linear):
@@ -133,25 +138,25 @@ class ConstantRule(Rule):
 
 
 def record_constant(call: Call, *_: Any, **__: Any) -> Tensor:
-    """The result is a constant of the call that uses it: it passes no relevance on."""
+    """Run a call without a record, so that its result is a constant for later calls."""
     return call.run(lambda: call.func(*call.args, **call.kwargs))
 
 
 def record_passed(call: Call, *_: Any, **__: Any) -> Any:
-    """Relevance moves with its element."""
+    """Record a call that passes the relevance of each element on unchanged."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     inputs = [t for t in tensors_in((call.args, call.kwargs)) if carries_relevance(t)]
     if not isinstance(output, Tensor) or any(s.shape != output.shape for s in inputs):
         raise UnsupportedCallError(
-            f"Expected relevance to pass through a call that keeps the shape of its input, but got "
-            f"{call}."
+            f"Expected `PassThroughRule` to be used for a call that keeps the shape of its input, but got "
+            f"{call}. Use `TwinRule()` for this call."
         )
-    if len(inputs) == 1 and is_alias(output, inputs[0]):  # dropout that does nothing
+    if len(inputs) == 1 and is_alias(output, inputs[0]):  # inactive dropout
         return inputs[0]
     z, saved = call.save(output), [(call.save(x), x.dtype) for x in inputs]
 
     def propagate(s: Tensor) -> list[Tensor]:
-        # Zeros have relevance, too: that of a class whose log-probability is rounded to 0, say.
+        # Zeros can have relevance, for example a class whose log-probability is rounded to 0.
         relevance = numerics.relevance(z().abs().clamp(min=numerics.LEAST), s)
         return [numerics.per_magnitude(relevance, x(), dtype) for x, dtype in saved]
 
@@ -178,7 +183,7 @@ def record_passed(call: Call, *_: Any, **__: Any) -> Any:
 
 
 def _keeps_zeros(call: Call) -> bool:
-    """Whether a function is zero where its input is, and elsewhere a limited multiple of it."""
+    """Whether a function maps 0 to 0 and is otherwise a bounded multiple of its input."""
     if call.name == "hardtanh":  # ReLU6, for example
         given = dict(zip(("input", "min_val", "max_val"), call.operands)) | call.kwargs
         return bool(given.get("min_val", -1.0) <= 0 <= given.get("max_val", 1.0))
@@ -198,7 +203,7 @@ def passed(
     *,
     nonnegative: bool = False,
 ) -> Record:
-    """The record of scaling by a constant factor: relevance moves with its element."""
+    """Record scaling by a constant factor, which passes relevance on unchanged."""
 
     def propagate(s: Tensor) -> list[Tensor]:
         value = factor()
@@ -221,7 +226,7 @@ def passed(
 def multiplied(
     output: Tensor, input: Tensor, factor: Callable[[], Tensor], **options: Any
 ) -> Record:
-    """The record of a call with one input whose rule is a factor for each element.
+    """Record a call with one input whose rule is a factor for each element.
 
     The options are those of :class:`~captum_abslrp.engine.tape.Record`.
     """
@@ -236,11 +241,11 @@ def without_noise(
     weight: Tensor,
     run: Callable[[Tensor, Tensor], Tensor],
 ) -> Function:
-    """How to set relevance to zero where the output of an affine call is a rounding error: in a mean, written
-    as a product, of values that were centered before.
+    """Return a function that sets relevance to zero where the output of an affine call is a rounding error.
 
-    Only weights of one sign make means. Their signs are read only if they are on the host, because nothing
-    waits for a device. ``run`` is the product of an input with a weight.
+    This happens in the mean of centered values, written as a product. Only weights of one sign can be means.
+    The signs are only checked on the CPU, to avoid synchronization with a device. ``run`` is the product of
+    an input with a weight.
     """
     if call.is_nonnegative(input) or not _has_one_sign(weight):
         return lambda s: s
@@ -256,17 +261,17 @@ def without_noise(
 
 
 def _has_one_sign(weight: Tensor) -> bool:
-    """Whether it is known that a constant has no two entries of different signs."""
+    """Whether a constant is known to have entries of one sign only."""
     if weight.numel() == 0 or weight.is_meta or is_source(weight):
         return False
     weight = weight.detach()
-    # The weights of almost every layer differ in sign in their first row already.
+    # The weights of almost every layer already differ in sign within their first row.
     few = weight[0].flatten()[:64] if weight.dim() else weight
     return all(on_host((w < 0).any() & (w > 0).any()) is False for w in (few, weight))
 
 
 def once(compute: Callable[[], Made]) -> Callable[[], Made]:
-    """Compute something with the first seed only, keep it for the others, and free what it is made from."""
+    """Compute a value on first use, cache it for all seeds, and free the tensors that it depends on."""
     steps = [compute]
     result: list[Made] = []
 
@@ -279,7 +284,7 @@ def once(compute: Callable[[], Made]) -> Callable[[], Made]:
 
 
 def is_alias(output: Tensor, source: Tensor) -> bool:
-    """Whether the output is the input under another name."""
+    """Whether the output shares memory and layout with the input."""
     layouts = [(t.data_ptr(), t.dtype, t.stride(), t.shape) for t in (output, source)]
     return output.numel() > 0 and not output.is_meta and layouts[0] == layouts[1]
 
@@ -288,6 +293,6 @@ def check_batched(call: Call, input: Tensor, dims: int) -> None:
     """Raise if an input with so many spatial dimensions has no batch dimension."""
     if input.dim() != dims + 2:
         raise ValueError(
-            f"Expected {call} to see a batch, an input of {dims + 2} dimensions, but got shape "
+            f"Expected {call} to get a batch, an input with {dims + 2} dimensions, but got shape "
             f"{tuple(input.shape)}. Add the batch dimension to `inputs`: `x.unsqueeze(0)`."
         )

@@ -1,4 +1,4 @@
-"""Rules that choose another rule by what a call is for."""
+"""Rules that select another rule depending on the call."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["AttentionRule", "PowerRule"]
 
 
 class AttentionRule(Rule):
-    """Softmax: a rule of its own in attention, and another one elsewhere, where it makes scores of classes.
+    """One rule for softmax in attention, and another for softmax that computes class scores.
 
-    Attention is softmax of tensors with at least three dimensions inside of the model. What makes a score of
-    the model's output, ``target=lambda out: out.softmax(1)[:, 3]``, is none.
+    Softmax of a tensor with at least three dimensions inside the model counts as attention. Softmax in a
+    target function, ``target=lambda out: out.softmax(1)[:, 3]``, does not.
 
     Args:
         rule: the rule in attention, such as ``ConstantRule()``.
-        elsewhere: the rule of other calls.
+        elsewhere: the rule of all other calls.
 
     Example:
         >>> from captum_abslrp.rules import ConstantRule
@@ -40,7 +40,7 @@ class AttentionRule(Rule):
 
 
 class PowerRule(PassThroughRule):
-    """Powers pass relevance; with a negative exponent they are divisors, which are constants.
+    """Pass relevance through powers; powers with a negative exponent are divisors, and thus constants.
 
     Example:
         >>> LRP(nn.Sequential(nn.Linear(3, 4)).eval(), "epsilon", output=lambda z: z**2).attribute(

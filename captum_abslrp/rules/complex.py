@@ -1,4 +1,4 @@
-"""Calls on complex tensors, each given as its real view: the last dimension holds real and imaginary part."""
+"""Rules of calls on complex tensors, as real views: the last dimension has the real and imaginary part."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from captum_abslrp.rules.twin import record_twin
 
 
 def complex_diagonal(x: Tensor, weight: Tensor) -> Tensor:
-    r"""The factors of a product of complex numbers, element by element, on real views.
+    r"""Compute the factors of an elementwise product of complex numbers, on real views.
 
-    :math:`(a + ib)(c + id)` has the parts :math:`ac - bd` and :math:`ad + bc`: a linear map from two real
-    numbers to two, of which each contribution is as in :func:`diagonal`. The result is
+    :math:`(a + ib)(c + id)` has the parts :math:`ac - bd` and :math:`ad + bc`, which is a linear map between
+    pairs of real numbers. Each contribution is as in :func:`diagonal`. The result has shape
     (..., part of ``x``, part of the output).
 
     Example:
@@ -46,7 +46,7 @@ def complex_diagonal(x: Tensor, weight: Tensor) -> Tensor:
 def complex_bilinear(
     x: Tensor, weight: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
 ) -> Tensor:
-    """:func:`positive_contributions` of a product of two complex tensors, the second one fixed.
+    """Apply :func:`positive_contributions` to a product of complex tensors, the second one fixed.
 
     As in :func:`complex_diagonal`, each part of the output is a sum over both parts of ``x``. The tensors are
     real views; ``call`` is the product on real tensors.
@@ -82,7 +82,7 @@ def record_complex_product(call: Call, input: Any, other: Any) -> Record:
 
 
 def record_complex_division(call: Call, input: Any, other: Any) -> Any:
-    """The divisor is a constant of the call, also where it depends on the data."""
+    """Record a division; the divisor is a constant of the call, even if it depends on the inputs."""
     if not is_source(input):
         return call.run(lambda: call.func(*call.args))
     if isinstance(other, complex):
@@ -96,12 +96,12 @@ def record_complex_division(call: Call, input: Any, other: Any) -> Any:
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether a factor is a real number that all elements share; a real view has two elements at least."""
+    """Whether a factor is a real number that all elements share; a real view has at least two elements."""
     return not isinstance(value, Tensor) or value.numel() == 1
 
 
 def _record_number(call: Call, parts: Tensor, number: complex) -> Record:
-    """The product with a complex number; a real or an imaginary one only moves and scales the parts."""
+    """Record a product with a complex number; a real or imaginary number only moves and scales the parts."""
     if number.real and number.imag:
         factor = torch.tensor([number.real, number.imag], dtype=parts.dtype, device=parts.device)
         return _record_diagonal(call, [(parts, factor)])
@@ -129,7 +129,7 @@ def _record_diagonal(
     pairs: Sequence[tuple[Tensor, Tensor]],
     weight: Callable[[Tensor], Tensor] = lambda w: w,
 ) -> Record:
-    """The elementwise product of each source with a weight, which is made of the other operand."""
+    """Record the elementwise product of each source with a weight that is computed from the other operand."""
     output = call.run(lambda: call.func(*call.args))
     kept = [(call.save(x), call.save(w)) for x, w in pairs]
     factors = once(lambda: [complex_diagonal(x(), weight(w())) for x, w in kept])
@@ -143,7 +143,7 @@ def _record_diagonal(
 def _record_product(
     call: Call, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor], Tensor], alpha: float = 1
 ) -> Record:
-    """A sum of products of the elements of two tensors, times `alpha`; ``run`` is it on real tensors."""
+    """Record a sum of products of two tensors, times `alpha`; ``run`` is the call on real tensors."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     pairs = [(a, b, run), (b, a, lambda b, a: run(a, b))]
     kept = [(call.save(x), call.save(w), f) for x, w, f in pairs if is_source(x)]
@@ -157,7 +157,9 @@ def _record_product(
 def record_complex_bilinear(
     call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any
 ) -> Record:
-    run = getattr(torch, call.name.removeprefix(PREFIX), torch.matmul)  # of `linalg_matmul`
+    run = getattr(
+        torch, call.name.removeprefix(PREFIX), torch.matmul
+    )  # the default: `linalg_matmul`
     return _record_product(call, input, other, lambda a, b: run(a, b, *args, **kwargs))
 
 
@@ -179,7 +181,7 @@ def record_complex_einsum(call: Call, equation: Any, *operands: Any) -> Record:
 def record_complex_product_and_sum(
     call: Call, input: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Record:
-    """``beta * input + alpha * (first @ second)``: one affine call."""
+    """Record ``beta * input + alpha * (first @ second)`` as one affine call."""
     sums_batch = call.name.removeprefix(PREFIX) == "addbmm"
 
     def run(a: Tensor, b: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def record_complex_product_and_sum(
 
 
 def record_complex_exponential(call: Call, input: Tensor) -> Any:
-    """``exp(a + ib)`` is ``exp(a)`` times ``cos(b)`` and ``sin(b)``."""
+    """Record ``exp(a + ib)`` as ``exp(a)`` times ``cos(b)`` and ``sin(b)``."""
 
     def parts(input: Tensor) -> Tensor:
         real, imag = input.unbind(-1)
@@ -200,7 +202,7 @@ def record_complex_exponential(call: Call, input: Tensor) -> Any:
 
 
 def record_magnitude(call: Call, input: Tensor) -> Record:
-    """The norm of the two parts."""
+    """Record the magnitude as the norm of the two parts."""
     return record_twin(replace(call, name="linalg_vector_norm"))
 
 

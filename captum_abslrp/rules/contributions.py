@@ -1,4 +1,4 @@
-"""Positive contributions: what the rules of affine calls and products share."""
+"""Positive contributions, the common part of the rules of affine calls and products."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from captum_abslrp.engine.numerics import rectify, rectify_in_place
 
 
 class SignedParts:
-    """Positive and negative part of a weight, made when they are first asked for.
+    """The positive and the negative part of a weight, computed on first use.
 
     Args:
         weight: any shape.
-        nonnegative: whether it is known to have no negative entry.
-        dtype: of the parts; None for that of the weight.
+        nonnegative: whether it is known to have no negative entries.
+        dtype: the dtype of the parts; None for that of the weight.
 
     Example:
         >>> parts = SignedParts(torch.tensor([3.0, -5.0]))
@@ -55,14 +55,17 @@ def positive_contributions(
     *,
     nonnegative: bool = False,
 ) -> Tensor:
-    r"""The rule for a call that is linear in ``x``: only positive contributions count.
+    r"""Apply the rule of a call that is linear in ``x``, which uses only positive contributions.
 
-    :math:`R_i = \sum_j (x_i w_{ij} + |x_i w_{ij}|) s_j = 2 \sum_j (x_i w_{ij})^+ s_j`, per magnitude and
-    without the 2: :math:`T(w^+)` where :math:`x > 0` and :math:`-T(w^-)` where :math:`x < 0`.
+    :math:`R_i = \sum_j (x_i w_{ij} + |x_i w_{ij}|) s_j = 2 \sum_j (x_i w_{ij})^+ s_j`. Per magnitude and
+    without the factor 2, this is :math:`T(w^+)` where :math:`x > 0` and :math:`-T(w^-)` where :math:`x < 0`.
 
     Args:
-        transposed: the transposed product :math:`T(w)` of ``s`` with a weight; a new tensor.
-        nonnegative: whether ``x`` is known to have no negative entry that takes part, which saves a product.
+        x: the input.
+        weight: the weight, or its parts.
+        transposed: a function that returns the transposed product :math:`T(w)` of ``s`` with a weight, as a
+            new tensor.
+        nonnegative: whether negative entries of ``x`` can be ignored or do not exist, which saves a product.
 
     Example:
         >>> x, w = torch.tensor([1.0, -2.0]), torch.tensor([[3.0, -5.0]])
@@ -77,7 +80,7 @@ def positive_contributions(
 
 
 def chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of the products with positive and negative part, that of the sign of ``x``; overwrites both."""
+    """Select from the products with the positive and the negative part by the sign of ``x``, in place."""
     positive, negative = products
     return rectify_in_place(positive, x).sub_(rectify_in_place(negative, x, negative=True))
 
@@ -85,7 +88,7 @@ def chosen(products: Sequence[Tensor], x: Tensor) -> Tensor:
 def bilinear(
     a: Tensor, b: Tensor, call: Callable[[Tensor, Tensor], Tensor], s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`positive_contributions` for each argument of a sum of products: einsum, outer, dot ...
+    """Apply :func:`positive_contributions` to both arguments of a sum of products: einsum, outer, dot ...
 
     Example:
         >>> bilinear(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0]), torch.dot, torch.tensor(1.0))
@@ -97,7 +100,7 @@ def bilinear(
 
 
 def transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor:
-    """The transposed product of ``s`` with the linear part of a call at ``x``."""
+    """Compute the transposed product of ``s`` with the linear part of a call at ``x``."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = call(leaf)
@@ -107,10 +110,10 @@ def transposed(call: Callable[[Tensor], Tensor], x: Tensor, s: Tensor) -> Tensor
 
 
 def diagonal(x: Tensor, weight: Tensor, *, positive: bool = False) -> Tensor:
-    r"""The factor of ``s`` where each element has a weight ``c`` of its own: batch norm, a product.
+    r"""Compute the factor of a call that multiplies each element by a weight ``c``: batch norm, a product.
 
-    :math:`R_{in} = 2 (x c)^+ s`, per magnitude and without the 2: :math:`|c|` where :math:`x c > 0`.
-    ``positive`` says that all weights are known to be positive.
+    :math:`R_{in} = 2 (x c)^+ s`; per magnitude and without the factor 2, the factor is :math:`|c|` where
+    :math:`x c > 0`. With ``positive``, all weights are known to be positive.
 
     Example:
         >>> diagonal(torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]))

@@ -1,4 +1,4 @@
-"""Calls that are made of others: run part by part, each part by its own rule."""
+"""Calls that are decomposed into simpler calls with their own rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 
 
 def _extremum(name: str) -> Callable[..., Any]:
-    """``max`` and ``min``: over all elements, over one axis, or of two tensors."""
+    """``max`` or ``min``: over all elements, over one dimension, or of two tensors."""
     names = (f"a{name}", f"arg{name}", f"{name}imum")
     reduced, at, of_two = (getattr(torch, of) for of in names)
     pair = getattr(torch.return_types, name)
@@ -42,7 +42,7 @@ def _extremum(name: str) -> Callable[..., Any]:
 
 
 def _statistics(spread: Callable[..., Tensor]) -> Callable[..., Any]:
-    """``var_mean`` and ``std_mean``."""
+    """``var_mean`` or ``std_mean``."""
 
     def statistics(input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
@@ -66,7 +66,7 @@ _PARTS: dict[str, Callable[..., Any]] = {
     "std_mean": _statistics(torch.std),
     "var_mean": _statistics(torch.var),
 }
-"""Calls as functions of others, which take the same arguments."""
+"""Decompositions by name of the call; each takes the arguments of the call."""
 
 
 def _decomposed(parts: Callable[..., Any]) -> Form:
@@ -85,9 +85,9 @@ def record_gumbel_softmax(
     eps: float = 1e-10,
     dim: int = -1,
 ) -> Any:
-    """Softmax of logits with noise, which is drawn once.
+    """Record Gumbel softmax, with noise that is drawn once.
 
-    Where it is hard, relevance moves with the chosen element, as the gradient does in the straight-through
+    With ``hard``, relevance moves with the chosen element, like the gradient of the straight-through
     estimator.
     """
 
@@ -117,10 +117,10 @@ DECOMPOSITIONS["gumbel_softmax"] = record_gumbel_softmax
 
 
 class DecomposedRule(Rule):
-    """A call that is made of others: run part by part, each part by its own rule.
+    """Decompose a call into simpler calls, each with its own rule.
 
     Args:
-        parts: the function that makes the parts; it takes the arguments of the call.
+        parts: a function that computes the call from simpler calls; it takes the arguments of the call.
 
     Example:
         >>> from torch.overrides import wrap_torch_function

@@ -1,4 +1,4 @@
-"""Calls on each element alone: activations, powers, dropout."""
+"""Elementwise calls: activations, powers, dropout."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from captum_abslrp.rules.twin import record_twin
 
 
 def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tensor:
-    r"""The factor of a call ``f`` on each element alone, shaped like ``x``.
+    r"""Compute the factor of an elementwise call ``f``, with the shape of ``x``.
 
-    The twin form, per magnitude: :math:`k = \mathrm{sign}(x) f'(x) + f'(|x|)`; 0 where :math:`x = 0`.
-    With ``even_slope``, :math:`f'(x) = f'(-x)`, so that :math:`k = 2 f'(x)` where :math:`x > 0`.
+    It is the twin form, per magnitude: :math:`k = \mathrm{sign}(x) f'(x) + f'(|x|)`, and 0 where
+    :math:`x = 0`. With ``even_slope``, :math:`f'(x) = f'(-x)`, so that :math:`k = 2 f'(x)` where
+    :math:`x > 0`.
 
     Example:
         >>> elementwise(torch.tensor([2.0, -2.0]), torch.square)
@@ -42,10 +43,10 @@ def elementwise(x: Tensor, call: Function, *, even_slope: bool = False) -> Tenso
 
 
 def gate(x: Tensor, slope: Function) -> Tensor:
-    r""":func:`elementwise` of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
+    r"""Compute the factor of functions with :math:`f(x) - f(-x) = x`: GELU, SiLU, hardswish.
 
-    Their slopes at ``x`` and ``-x`` add up to one, so that one is enough:
-    :math:`k = \mathrm{sign}(x) f'(x) + [x < 0] / 2`, but for a factor of two. ``slope`` is :math:`f'`, which
+    Their slopes at ``x`` and ``-x`` sum to one, so that one slope is sufficient:
+    :math:`k = \mathrm{sign}(x) f'(x) + [x < 0] / 2`, up to a factor of two. ``slope`` is :math:`f'` and
     returns a new tensor.
 
     Example:
@@ -68,13 +69,13 @@ def record_elementwise(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> 
 def _record_function(
     call: Call, input: Tensor, run: Function, slope: Function | None = None
 ) -> Record:
-    """A function of one tensor, element by element."""
+    """Record an elementwise function of one tensor."""
     output = call.run(lambda: run(input))
     if output.shape != input.shape:  # broadcast with another argument
         return record_twin(call)
     x = call.save(input)
     even_slope, increases = call.name in _EVEN_SLOPE, call.name in _INCREASING
-    # Drawn at random in training mode.
+    # `rrelu` draws its slopes at random in training mode.
     made_again = None if call.name == "rrelu" else call.save_output(output, lambda: run(x()))
 
     def factor() -> Tensor:
@@ -115,15 +116,15 @@ def record_clamp(call: Call, input: Tensor, min: Any = None, max: Any = None) ->
 
 
 def record_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
-    """The twin rule of ReLU is the identity, up to the scale of a sample, where the output is positive.
+    """Record ReLU: where the output is positive, the twin rule is the identity, up to the scale of a sample.
 
-    Where the output is zero, so is the relevance that arrives there: the later call has multiplied it by that
-    zero. So nothing is left to do.
+    Where the output is zero, its relevance is zero as well, because the later call has multiplied it by the
+    output. Relevance is therefore passed on unchanged.
     """
     if call.target is input and call.recording.is_fresh(input):
         call.recording.release(input)
-        torch.relu_(input)  # its history stays what it is, but it passes less on
-        step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: a call has made it
+        torch.relu_(input)  # the autograd history stays the same, but its node passes on less
+        step: Step = input.grad_fn.step  # type: ignore[union-attr]  # fresh: the output of a call
         before = step.output
         if before is not None:
             step.output = SavedTensor(remake=lambda: before.as_given().clamp(min=0))
@@ -133,7 +134,7 @@ def record_relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     output = call.run(lambda: torch.relu(input))
     x = call.save(input)
     z = call.save_output(output, lambda: torch.relu(x()))
-    # A score of zero does not depend on what is negative.
+    # A score of zero does not depend on negative inputs.
     tail = tail_of(z, [x], lambda r: [rectify(r, x())], keeps_sign=True)
     return Record(output, [input], lambda s: [s], nonnegative=True, keeps_sign=True, tail=tail)
 
@@ -143,7 +144,7 @@ def record_dropout(
 ) -> Record:
     output = call.run(lambda: call.func(input, p, training))
     z = call.save(output)
-    # Relevance of attention of next to nothing is divided by `EPS` once more.
+    # Relevance of very small attention weights is divided by `EPS` once more.
     attends = call.is_nonnegative(input)
     call.recording.hides_negatives |= not attends
     return Record(
@@ -157,7 +158,7 @@ def record_dropout(
 
 
 _EVEN_SLOPE = frozenset("erf hardsigmoid sigmoid sin sinh softsign tan tanh".split())
-"""Functions whose slope at x and -x is the same: negative inputs have no relevance at all."""
+"""Functions with the same slope at x and -x; negative inputs get no relevance."""
 
 
 _GATES: dict[str, Callable[..., Tensor]] = {
@@ -167,7 +168,7 @@ _GATES: dict[str, Callable[..., Tensor]] = {
     "hardswish": lambda x, inplace=False: torch.ops.aten.hardswish_backward(torch.ones_like(x), x),
     "silu": lambda x, inplace=False: torch.ops.aten.silu_backward(torch.ones_like(x), x),
 }
-"""Slopes of functions that are their input times a share, and at -x times the rest."""
+"""Slopes of gates: functions x g(x) with g(x) + g(-x) = 1."""
 
 
 _INCREASING = frozenset(
@@ -175,7 +176,7 @@ _INCREASING = frozenset(
     "asinh atan log2 logit logsigmoid relu6 selu sigmoid sinh softplus softshrink softsign sqrt tanh "
     "threshold".split()
 )
-"""Functions that never fall."""
+"""Functions that never decrease."""
 
 
 _NONNEGATIVE = frozenset("abs exp exp2 hardsigmoid relu6 sigmoid softplus sqrt square".split())
@@ -200,8 +201,9 @@ DROPOUTS: dict[str, Form] = dict.fromkeys(
 
 
 class DropoutRule(Rule):
-    r"""Dropout as in the published Vision Transformer mapping: the twin of the identity,
-    :math:`2 x^+ s`, which lets relevance through where the activation is positive.
+    r"""The rule of dropout in the published Vision Transformer mapping: the twin rule of the identity.
+
+    Its formula is :math:`2 x^+ s`: only positive activations get relevance.
 
     Example:
         >>> mapping = get_mapping().extended({"dropout": DropoutRule()})

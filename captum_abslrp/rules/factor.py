@@ -1,4 +1,4 @@
-"""The base class of rules that multiply relevance per magnitude by a factor."""
+"""The base class of rules with a factor for relevance per magnitude."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from captum_abslrp.rules.base import Rule, once
 
 
 class FactorRule(Rule):
-    r"""Base class for a rule of a call with one input: :math:`s_x = k(x) \, s`.
+    r"""Base class of rules for calls with one input: :math:`s_x = k(x) \, s`.
 
-    A subclass defines :meth:`factor`, the ``k`` of the call.
+    A subclass defines :meth:`factor`, which returns :math:`k(x)`. Here :math:`s` is relevance per magnitude.
 
     Example:
         >>> class SquareRule(FactorRule):
@@ -31,23 +31,25 @@ class FactorRule(Rule):
     """
 
     def factor(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the relevance per magnitude of the output is multiplied by.
+        """Return the factor for the relevance per magnitude of the output.
 
         Args:
-            x: the input of the call, in float32 where it is of half precision.
-            args, kwargs: its other arguments.
+            x: the input of the call; half precision is converted to float32.
+            args, kwargs: the other arguments of the call.
 
         Returns:
-            Tensor shaped like ``x`` and like the output.
+            Tensor with the shape of ``x``, which is also that of the output.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to define `factor`.")
+        raise NotImplementedError(
+            f"Expected {type(self).__name__} to define `factor`, but got a class that does not."
+        )
 
     def record(self, call: Call) -> Record:
         if not call.operands or not is_source(call.operands[0]):
-            found = type(call.operands[0]).__name__ if call.operands else "no argument by position"
+            found = type(call.operands[0]).__name__ if call.operands else "no positional argument"
             raise UnsupportedCallError(
-                f"Expected the first argument of {call} to be the tensor that {type(self).__name__} passes "
-                f"relevance to, by position, but got {found} there. Use `TwinRule()` for it."
+                f"Expected the first positional argument of {call} to be the tensor that receives relevance "
+                f"from {type(self).__name__}, but got {found}. Use `TwinRule()` for this call."
             )
         x, *others = call.operands
         output = call.run(lambda: call.func(*call.args, **call.kwargs))

@@ -1,4 +1,7 @@
-"""Layers whose contributions are split into groups, within which relevance is shared by their size."""
+"""The base class of rules that split the contributions of a layer into groups.
+
+Within a group, relevance is distributed in proportion to the contributions.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,20 @@ class Term(NamedTuple):
     """Contributions ``factor * x * w`` to a group."""
 
     x: Tensor | None
-    """None where the term is known to be zero."""
+    """The input; None if the term is known to be zero."""
     weight: Tensor
     bias: Tensor | None = None
     factor: float = 1.0
 
 
 class Group(NamedTuple):
-    """Contributions among which relevance is shared."""
+    """Contributions that relevance is distributed among."""
 
     terms: list[Term]
     factor: float = 1.0
-    """How much of the relevance goes to this group."""
+    """The share of relevance for this group."""
     sign: int = 0
-    """The sign of the outputs that the group is for; 0 for all."""
+    """The sign of the outputs that the group applies to; 0 for all outputs."""
 
 
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -46,7 +49,7 @@ Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def total(group: Group, output: Tensor, run: Run) -> Tensor:
-    """What the contributions of a group add up to, in new memory; shaped like the output of the layer."""
+    """Compute the sum of the contributions of a group, a new tensor with the shape of the output."""
     whole: Tensor | None = None
     for term in group.terms:
         if term.x is None:
@@ -67,9 +70,9 @@ class LayerParts:
     weight: Tensor
     bias: Tensor | None
     is_nonnegative: bool
-    """Whether it is known that no negative entry of the input takes part."""
+    """Whether negative entries of the input, if any, are known to be excluded."""
     is_whole: bool = True
-    """Whether all entries take part, so that ``z`` is the sum of all contributions."""
+    """Whether no entries are excluded, so that ``z`` is the sum of all contributions."""
 
     @cached_property
     def plus(self) -> Tensor:
@@ -78,21 +81,21 @@ class LayerParts:
 
     @cached_property
     def minus(self) -> Tensor | None:
-        """The negative part of the input; None where it is known to be zero."""
+        """The negative part of the input, or None if it is known to be zero."""
         return None if self.is_nonnegative else self.x.clamp(max=0)
 
     def positive(self, w: Tensor, v: Tensor, b: Tensor | None = None) -> list[Term]:
-        """``x^+ w + x^- v``: with the bias in the first one."""
+        """Return the terms ``x^+ w + b`` and ``x^- v``."""
         return [Term(self.plus, w, b), Term(self.minus, v)]
 
 
 class LayerRule(Rule):
-    """Base class of the rules of linear layers and convolutions.
+    """Base class of rules for linear layers and convolutions.
 
     A subclass defines :meth:`groups`.
 
     Args:
-        stabilizer: is added to the sum of a group, with its sign.
+        stabilizer: added to the sum of a group, with the sign of the sum.
 
     Example:
         >>> class PlainRule(LayerRule):  # the epsilon rule
@@ -105,8 +108,8 @@ class LayerRule(Rule):
     """
 
     spares_zeros: ClassVar[bool] = False
-    """Whether all terms are of the positive or the negative part of the input, so that zeros get nothing. A
-    subclass with groups of its own says so anew."""
+    """Whether all terms use the positive or the negative part of the input, so that zeros get no relevance.
+    A subclass that overrides :meth:`groups` has to set it again."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -117,23 +120,25 @@ class LayerRule(Rule):
         self.stabilizer = stabilizer
 
     def groups(self, parts: LayerParts) -> list[Group]:
-        """The groups of contributions of a layer with input ``x``, weight ``w`` and bias ``b``."""
-        raise NotImplementedError(f"{type(self).__name__} has to define `groups`.")
+        """Return the groups of contributions of a layer, given its input, weight and bias."""
+        raise NotImplementedError(
+            f"Expected {type(self).__name__} to define `groups`, but got a class that does not."
+        )
 
     def factors(
         self, parts: LayerParts, groups: Sequence[Group], output: Tensor, run: Run
     ) -> list[Tensor]:
-        """What relevance per magnitude of the output of a layer is multiplied by, for each group.
+        """Return the factor of each group for the relevance per magnitude of the output.
 
         Args:
-            parts: of the layer.
-            groups: of the layer.
-            output: ``z`` of the layer.
+            parts: input, weight and bias of the layer.
+            groups: the result of :meth:`groups`.
+            output: the output ``z`` of the layer.
             run: the layer as a function of input, weight and bias.
         """
         found, largest = [], torch.finfo(output.dtype).max
         for group in groups:
-            if group.sign:  # and nothing elsewhere
+            if group.sign:  # zero for outputs of the other sign
                 factor = (output if group.sign > 0 else -output).clamp(0, largest)
             else:
                 factor = output.abs().clamp_(numerics.LEAST, largest)
@@ -149,15 +154,15 @@ class LayerRule(Rule):
         affine = affine_of(call)
         if affine is None:
             raise UnsupportedCallError(
-                f"Expected {call}, which has the rule {type(self).__name__}, to have a constant dense "
-                f"weight, but got one that depends on the explained inputs, or a sparse one. Use "
-                f"`EpsilonRule()` there."
+                f"Expected {call} to have a constant dense weight, as {type(self).__name__} requires, but "
+                f"got a weight that is sparse or depends on the explained inputs. Use `EpsilonRule()` for "
+                f"this call."
             )
         output = call.run(lambda: affine.run(affine.input, affine.weight, affine.bias))
         return self.record_affine(call, affine, output)
 
     def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
-        """Record a layer by its parts."""
+        """Record a layer, given its input, weight and bias."""
         x, w, z = call.save(affine.input), call.save(affine.weight), call.save(output)
         b = None if affine.bias is None else call.save(affine.bias)
         nonnegative = call.is_nonnegative(affine.input)
@@ -167,7 +172,7 @@ class LayerRule(Rule):
 
         @once
         def shared() -> tuple[LayerParts, list[tuple[list[Term], Tensor]]]:
-            """The terms of each group, and what relevance per magnitude of ``z`` is multiplied by."""
+            """The terms of each group, and its factor for relevance per magnitude of ``z``."""
             bias, output = None if b is None else b(), z()
             parts = LayerParts(x(), w(), bias, nonnegative, whole)
             groups = self.groups(parts)
@@ -176,7 +181,7 @@ class LayerRule(Rule):
 
         def propagate(s: Tensor) -> list[Tensor]:
             parts, groups = shared()
-            products: dict[int, tuple[Tensor, Tensor]] = {}  # by the part of the input
+            products: dict[int, tuple[Tensor, Tensor]] = {}  # by part of the input
             for terms, factor in groups:
                 g = factor * s
                 for term in terms:
@@ -201,7 +206,7 @@ class LayerRule(Rule):
 
 
 def _per_magnitude(parts: LayerParts, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Relevance per magnitude of the input of a layer, from parts of it and their relevance per value."""
+    """Relevance per magnitude of the input of a layer, from its parts and their relevance per value."""
     x, result, others = parts.x, None, []
     for part, product in products:
         if part is parts.plus or part is parts.minus:

@@ -1,4 +1,4 @@
-"""Linear maps without weights of their own: means and sums, resampling, Fourier transforms."""
+"""Linear maps without weights: means and sums, resampling, Fourier transforms."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from captum_abslrp.rules.tails import tail_of
 
 
 def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """The twin form of a call that is linear in ``x``, without weights of its own: mean, interpolation.
+    """Apply the twin rule to a call that is linear in ``x`` and has no weights: mean, interpolation.
 
-    Where no coefficient is negative (all but bicubic interpolation) it is :func:`positive_contributions`.
+    Without negative coefficients (all except bicubic interpolation), this equals
+    :func:`positive_contributions`.
 
     Example:
         >>> linear_map(torch.tensor([[1.0, -1.0]]), lambda x: x.mean(1), torch.ones(1))
@@ -33,10 +34,10 @@ def linear_map(x: Tensor, call: Callable[[Tensor], Tensor], s: Tensor) -> Tensor
 
 
 def shares(x: Tensor, call: Callable[[Tensor], Tensor], relevance: Tensor) -> Tensor:
-    r"""Relevance by the share of magnitudes, for linear calls ``a`` on the tail of the score.
+    r"""Distribute relevance in proportion to magnitudes, for linear calls ``a`` on the tail of the score.
 
-    :math:`R_i = \sum_j |x_i| a_{ij} / (\sum_{i'} |x_{i'}| a_{i'j}) \, R_j`.
-    No :math:`a_{ij}` is negative. Nothing is lost, except where all inputs are 0.
+    :math:`R_i = \sum_j |x_i| a_{ij} / (\sum_{i'} |x_{i'}| a_{i'j}) \, R_j` with nonnegative :math:`a_{ij}`.
+    Relevance is conserved, unless all inputs are 0.
 
     Example:
         >>> shares(torch.tensor([[1.0, -3.0]]), lambda x: x.mean(1), torch.ones(1))
@@ -61,7 +62,7 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
     least = rounding(output.dtype)  # no closure may hold the output, see `Step.output`
 
     def spread(x: Tensor) -> Tensor:
-        """The call with nonnegative coefficients, for the tail of the score."""
+        """Run the call with nonnegative coefficients, for the tail of the score."""
         plain = ["bilinear" if a == "bicubic" else a for a in args]
         result: Tensor = func(
             x, *plain, **{k: "bilinear" if v == "bicubic" else v for k, v in kwargs.items()}
@@ -70,7 +71,7 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
 
     @once
     def noise() -> Tensor:
-        """Outputs that are rounding errors: the mean of what has been centered, say."""
+        """Outputs that are rounding errors, such as the mean of centered values."""
         return z().abs() <= least * run(magnitude(x()))
 
     def propagate(s: Tensor) -> list[Tensor]:
@@ -88,10 +89,10 @@ def record_linear_map(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> R
 
 
 def record_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
-    """A linear map whose coefficients have both signs, at which the tail of the score ends.
+    """Record a linear map with coefficients of both signs, at which the tail of the score ends.
 
-    Frequencies that cancel out, such as the mean of what a norm has centered, leave rounding errors: less
-    than 16 times the machine precision of the largest along the dimensions that the call sums over.
+    Frequencies that cancel, such as the mean of centered values, leave rounding errors below 16 times the
+    machine precision, relative to the largest value along the dimensions that the call sums over.
     """
     record = record_linear_map(call, input, *args, **kwargs)
     of_complex = isinstance(call.func, OnParts) and call.func.first_is_complex
@@ -110,7 +111,7 @@ def record_transform(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Re
 
 
 def record_grid_sample(call: Call, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Sampling is linear in the input; where to sample is a constant of the call."""
+    """Record sampling, which is linear in the input; the positions are a constant of the call."""
     if not is_source(input):
         return call.run(lambda: F.grid_sample(input, grid, *args, **kwargs))
     record = record_linear_map(call, input, grid.detach(), *args, **kwargs)

@@ -1,8 +1,8 @@
-r"""The rules of linear layers and convolutions that the field calls LRP: z-plus, gamma, alpha-beta, flat ...
+r"""The LRP rules of linear layers and convolutions: z-plus, gamma, alpha-beta, flat ...
 
-Each splits the contributions :math:`x_i w_{ij}` of a layer into groups, and shares relevance within each
-group by their size. Source: Montavon et al., *Layer-Wise Relevance Propagation: An Overview*, 2019; for
-inputs of both signs, contributions count by their own sign.
+Each rule splits the contributions :math:`x_i w_{ij}` of a layer into groups and distributes relevance within
+each group in proportion to the contributions. Source: Montavon et al., *Layer-Wise Relevance Propagation: An
+Overview*, 2019, extended to inputs of both signs: positive and negative refer to the contributions.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from captum_abslrp.rules.groups import Group, LayerParts, LayerRule, Run, Term, 
 
 
 class ZPlusRule(LayerRule):
-    r"""The z-plus rule: positive contributions alone, :math:`R_i = \sum_j (x_i w_{ij})^+ / z_j^+ \, R_j`.
+    r"""The z-plus rule: positive contributions only, :math:`R_i = \sum_j (x_i w_{ij})^+ / z_j^+ \, R_j`.
 
-    :math:`z_j^+ = \sum_i (x_i w_{ij})^+ + b_j^+`.
+    Here :math:`z_j^+ = \sum_i (x_i w_{ij})^+ + b_j^+`.
 
     Args:
-        stabilizer: is added to the sum.
+        stabilizer: added to the sum.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -47,15 +47,17 @@ class ZPlusRule(LayerRule):
 
 
 class AlphaBetaRule(LayerRule):
-    r"""The alpha-beta rule: :math:`\alpha` times the share of the positive contributions, less :math:`\beta`
-    times that of the negative ones.
+    r"""The alpha-beta rule: positive and negative contributions, weighted :math:`\alpha` and :math:`-\beta`.
+
+    Relevance is :math:`\alpha` times the share of the positive contributions minus :math:`\beta` times the
+    share of the negative contributions.
 
     Args:
-        alpha, beta: not negative, :math:`\alpha - \beta = 1`.
-        stabilizer: is added to the sums.
+        alpha, beta: nonnegative, with :math:`\alpha - \beta = 1`.
+        stabilizer: added to the sums.
 
     Raises:
-        ValueError: if ``alpha`` and ``beta`` are not as said.
+        ValueError: if ``alpha`` and ``beta`` do not meet these conditions.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -88,15 +90,15 @@ class AlphaBetaRule(LayerRule):
 
 
 class GammaRule(LayerRule):
-    r"""The gamma rule: contributions of the sign of the output count :math:`1 + \gamma` times.
+    r"""The gamma rule: contributions with the sign of the output are weighted by :math:`1 + \gamma`.
 
     :math:`R_i = \sum_j (c_{ij} + \gamma c_{ij}^+) / \sum_{i'} (c_{i'j} + \gamma c_{i'j}^+) \, R_j` with
-    :math:`c_{ij} = x_i w_{ij}` where :math:`z_j > 0`, and with :math:`c^-` where it is negative (Montavon et
-    al. 2019; for inputs of both signs Andéol et al. 2021).
+    :math:`c_{ij} = x_i w_{ij}` if :math:`z_j > 0`, and with :math:`c^-` instead of :math:`c^+` if it is
+    negative (Montavon et al. 2019; for inputs of both signs, Andéol et al. 2021).
 
     Args:
-        gamma: how much more they count.
-        stabilizer: is added to the sums.
+        gamma: additional weight of these contributions.
+        stabilizer: added to the sums.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -131,9 +133,9 @@ class GammaRule(LayerRule):
     ) -> list[Tensor]:
         if not parts.is_whole or type(self).groups is not GammaRule.groups:
             return super().factors(parts, groups, output, run)
-        # The contributions of one sign, p, and of the other, n, add up to z: (z + gamma p) + (z + gamma n) is
-        # (2 + gamma) z. So the size of the first sum, where z is positive, and of the second, where it is
-        # negative, is that of the first, less (2 + gamma) times the negative part of z. Nothing cancels.
+        # The positive contributions p and the negative ones n sum to z, so (z + gamma p) + (z + gamma n) is
+        # (2 + gamma) z. The magnitude of the first sum where z is positive, and of the second where z is
+        # negative, is the first sum minus (2 + gamma) times the negative part of z, without cancellation.
         size = total(groups[0], output, run)
         size.sub_(output.clamp(max=0), alpha=2 + self.gamma).add_(self.stabilizer)
         ratio = output.abs().div_(size)
@@ -145,12 +147,12 @@ class GammaRule(LayerRule):
 
 
 class FlatRule(LayerRule):
-    r"""The flat rule: all inputs of an output get the same, :math:`R_i = \sum_j R_j / \sum_{i'} 1`.
+    r"""The flat rule: each output spreads its relevance evenly, :math:`R_i = \sum_j R_j / \sum_{i'} 1`.
 
-    For the first layer: relevance of a patch is spread evenly over its pixels (Lapuschkin et al. 2019).
+    The rule is used for the first layer (Lapuschkin et al. 2019).
 
     Args:
-        stabilizer: is added to the number of inputs.
+        stabilizer: added to the number of inputs.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -166,10 +168,10 @@ class FlatRule(LayerRule):
 class WSquareRule(LayerRule):
     r"""The w-square rule: :math:`R_i = \sum_j w_{ij}^2 / (\sum_{i'} w_{i'j}^2 + b_j^2) \, R_j`.
 
-    For the first layer, whatever the range of its input (Montavon et al. 2017).
+    The rule is used for the first layer and does not depend on its input (Montavon et al. 2017).
 
     Args:
-        stabilizer: is added to the sum.
+        stabilizer: added to the sum.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -185,14 +187,14 @@ class WSquareRule(LayerRule):
 
 
 class ZBoxRule(LayerRule):
-    r"""The z-box rule, for pixels within known limits ``low`` and ``high`` (Montavon et al. 2017).
+    r"""The z-box rule, for pixels between known limits ``low`` and ``high`` (Montavon et al. 2017).
 
     :math:`R_i = \sum_j (x_i w_{ij} - l_i w_{ij}^+ - h_i w_{ij}^-) / (z_j - \sum_{i'} ...) \, R_j`.
 
     Args:
-        low, high: least and largest value of the input: a number, or a tensor that broadcasts with one sample
-            and a leading dimension of 1, such as (1, 3, 1, 1).
-        stabilizer: is added to the sum.
+        low, high: smallest and largest value of the input: a number, or a tensor that broadcasts with the
+            input and has a leading dimension of 1, such as (1, 3, 1, 1).
+        stabilizer: added to the sum.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -228,11 +230,11 @@ def _clamp(bias: Tensor | None, **limit: float) -> Tensor | None:
 
 
 class FirstLayerRule(Rule):
-    """One rule for the first layers with weights on the way from the inputs, and another for the others.
+    """One rule for the first layers with weights after the inputs, and another for all other layers.
 
     Args:
-        first: the rule of linear layers and convolutions that have no such layer before them.
-        otherwise: the rule of the others.
+        first: the rule of linear layers and convolutions without such a layer before them.
+        otherwise: the rule of all other layers.
 
     Example:
         >>> from captum_abslrp.rules import EpsilonRule
@@ -260,7 +262,7 @@ class FirstLayerRule(Rule):
 
 
 def _is_first(call: Call) -> bool:
-    """Whether no layer with weights is behind the input of a layer."""
+    """Whether the input of a layer does not depend on another layer with weights."""
     input = call.operands[0] if call.operands else call.kwargs["input"]
     if not carries_relevance(input):
         return False

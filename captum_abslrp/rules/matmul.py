@@ -1,4 +1,4 @@
-"""Sums of products: matmul and its kin, einsum, addmm and its kin."""
+"""Sums of products: matmul, einsum, addmm and related calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from captum_abslrp.rules.twin import record_twin
 
 
 def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`positive_contributions` for each argument of ``a @ b``, whose batch dimensions may broadcast.
+    """Apply :func:`positive_contributions` to both arguments of ``a @ b``; batch dimensions may broadcast.
 
     Example:
         >>> matmul(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.ones(1, 1))
@@ -34,7 +34,7 @@ def matmul(a: Tensor | SignedParts, b: Tensor | SignedParts, s: Tensor) -> tuple
     """
     of_a, of_b = signed_parts(a), signed_parts(b)
     x, y = of_a.weight, of_b.weight
-    lies_transposed = y.stride(-2) < y.stride(-1)  # as k.mT does: its relevance lies like it
+    lies_transposed = y.stride(-2) < y.stride(-1)  # like k.mT; its relevance gets the same layout
 
     def to_a(w: Tensor) -> Tensor:
         return (s @ w.mT).sum_to_size(x.shape)
@@ -68,7 +68,7 @@ def record_matmul(call: Call, input: Tensor, other: Tensor) -> Any:
         of_a, of_b = parts()
         return list(compress(matmul(of_a, of_b, masked(s).contiguous()), wanted))
 
-    # Attention of many tokens on each other is made again.
+    # Recompute large outputs, such as the attention of many tokens.
     is_larger = output.numel() > input.numel() + other.numel()
     return Record(
         output,
@@ -95,7 +95,7 @@ def record_einsum(call: Call, equation: Any, *operands: Any) -> Record:
 
 
 def einsum_pair(equation: Any, operands: Sequence[Any]) -> Sequence[Tensor] | None:
-    """The operands of an einsum of two tensors."""
+    """Return the operands of an einsum of two tensors, or None."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
     return operands if isinstance(equation, str) and len(operands) == 2 else None
@@ -118,7 +118,7 @@ def _record_product(
 def _without_noise(
     call: Call, output: Tensor, operands: Sequence[Tensor], run: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """:func:`captum_abslrp.rules.base.without_noise`, whichever factor is a constant, if one is."""
+    """Apply :func:`captum_abslrp.rules.base.without_noise` with the constant factor as weight."""
     first, second = operands
     if is_source(first):
         return without_noise(call, output, first, second, run)
@@ -128,7 +128,7 @@ def _without_noise(
 def record_product_and_sum(
     call: Call, input: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Record:
-    """``beta * input + alpha * (first @ second)``: one affine call."""
+    """Record ``beta * input + alpha * (first @ second)`` as one affine call."""
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     if is_sparse(first) or is_sparse(second):
         product = record_sparse(call, output, first, second, factor=alpha)
@@ -140,7 +140,7 @@ def record_product_and_sum(
         return (a @ b).sum_to_size(size)  # addbmm sums over the batch
 
     def propagate(s: Tensor) -> list[Tensor]:
-        # The sign of `alpha` is that of a weight.
+        # Treat the sign of `alpha` as part of a weight.
         of_first, of_second = bilinear(alpha * a(), b(), run, s)
         return list(compress([abs(alpha) * of_first, of_second], wanted))
 
@@ -149,7 +149,7 @@ def record_product_and_sum(
 
 
 def with_summand(call: Call, product: Record, summand: Tensor, beta: float) -> Record:
-    """The record of a product to which ``beta * summand`` is added."""
+    """Extend the record of a product to which ``beta * summand`` is added."""
     if not is_source(summand):
         return product
     c = call.save(summand)

@@ -1,4 +1,4 @@
-"""Multi-head attention in one call, as of ``nn.MultiheadAttention``."""
+"""Multi-head attention in one call, as in ``nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def record_multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
     inner = getattr(getattr(call.module, "out_proj", None), "rule", None)
     if inner is not None:
         raise TypeError(
-            f"Expected no rule on the output projection inside {call}, whose layers are not called as "
-            f"modules, but got {inner}. Set the rule on the attention itself."
+            f"Expected no rule on the output projection of {call}, which is not called as a module, but got "
+            f"{inner}. Set the rule on the attention module."
         )
     bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -27,26 +27,26 @@ def record_multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
 
 
 def _multi_head_attention(given: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
-    """``F.multi_head_attention_forward`` with samples in the leading dimension throughout.
+    """``F.multi_head_attention_forward`` with samples in the leading dimension of all inner calls.
 
-    Inputs are (N, B, D), or (N, D) for one sample; where the original is sequence first, every call
-    in between here is (B, ...), which keeps the relevance of samples apart.
+    Inputs are (N, B, D), or (N, D) for one sample. Unlike in the original, which is sequence first, all
+    inner calls have tensors (B, ...), so that the relevance of samples stays separate.
     """
     for name in ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn"):
         value = getattr(given, name)
         if value is not None and value is not False:
             raise NotImplementedError(
-                f"Expected multi-head attention without `{name}`, but got one with it. Write the "
-                f"attention out in the model as calls of its own."
+                f"Expected multi-head attention without `{name}`, but got it. Implement the attention with "
+                f"explicit calls in the model."
             )
     inputs, heads = (given.query, given.key, given.value), given.num_heads
     batched = given.query.dim() == 3
     of_samples = [t.transpose(0, 1) if batched else t.unsqueeze(0) for t in inputs]
     weight, bias = given.in_proj_weight, given.in_proj_bias
-    # Backward hooks make three views of one tensor.
+    # Backward hooks turn one tensor into three views.
     alike = all(t is given.query or is_alias(t, given.query) for t in inputs[1:])
     if alike and weight is not None:
-        # As in the original, one product makes all three.
+        # As in the original, one product computes all three.
         projected = F.linear(of_samples[0], weight, bias).chunk(3, -1)
     else:
         separate = (given.q_proj_weight, given.k_proj_weight, given.v_proj_weight)

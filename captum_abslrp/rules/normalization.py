@@ -20,11 +20,11 @@ from captum_abslrp.rules.tails import passed_on
 
 
 def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of layer norm; mean and variance are constants of the call.
+    r"""Compute the factor of layer norm; mean and variance are constants of the call.
 
     :math:`R_{in} = (x w / \sigma(x) + |x w| / \sigma(|x|)) \, s`, per magnitude
-    :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`. As many trailing dimensions as
-    ``normalized_dims`` are normalized together; ``weight`` has their shape.
+    :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`. The last ``normalized_dims`` dimensions
+    are normalized together; ``weight`` has their shape.
 
     Example:
         >>> layer_norm(torch.tensor([[1.0, -1.0]]), 1, torch.ones(2), 1.0)
@@ -35,10 +35,10 @@ def layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: floa
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of group norm (of instance norm, with one channel in each group).
+    r"""Compute the factor of group norm (or of instance norm, with one channel per group).
 
-    As :func:`layer_norm`: :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)` with
-    :math:`\sigma` over the channels of a group and all places. ``x`` is (B, C, ...), ``weight`` (C,).
+    As in :func:`layer_norm`, :math:`k = \mathrm{sign}(x) w / \sigma(x) + |w| / \sigma(|x|)`, with
+    :math:`\sigma` over the channels of a group and all positions. ``x`` is (B, C, ...), ``weight`` (C,).
 
     Example:
         >>> group_norm(torch.tensor([[[1.0, -1.0]]]), 1, torch.ones(1), 1.0)
@@ -54,13 +54,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Ten
 
 
 def rsigma(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """The reciprocal of the standard deviation over some dimensions."""
+    """Compute the reciprocal of the standard deviation over some dimensions."""
     centered = x - x.mean(dims, keepdim=True)
     return centered.square_().mean(dims, keepdim=True).add_(eps).rsqrt_()
 
 
 def _twin_factor(x: Tensor, plain: Tensor, absolute: Tensor, weight: Tensor | None) -> Tensor:
-    """The factor by the reciprocal standard deviations of ``x`` and of ``|x|``."""
+    """The factor from the reciprocal standard deviations of ``x`` and of ``|x|``."""
     if weight is not None:
         plain, absolute = plain * weight, absolute * weight.abs()
     sign = x.sign()
@@ -68,10 +68,11 @@ def _twin_factor(x: Tensor, plain: Tensor, absolute: Tensor, weight: Tensor | No
 
 
 def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float) -> Tensor:
-    r"""The factor of RMS norm; the mean square is a constant of the call. Arguments as of :func:`layer_norm`.
+    r"""Compute the factor of RMS norm; the mean square is a constant of the call.
 
-    The mean square of ``x`` is that of ``|x|``: :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`,
-    per magnitude :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
+    The arguments are those of :func:`layer_norm`. The mean squares of ``x`` and ``|x|`` are equal, so
+    :math:`R_{in} = 2 (x w)^+ / \mathrm{rms}(x) \, s`, per magnitude
+    :math:`k = 2 |w| / \mathrm{rms}(x)` where :math:`x w > 0`.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, -4.0]]), 1, torch.ones(2), 0.0)
@@ -84,7 +85,7 @@ def rms_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, eps: float)
 
 
 Norm = Callable[[Tensor, int, Tensor | None, float], Tensor]
-"""From ``x``, the number of dimensions or groups, the weight and ``eps`` to the factor."""
+"""Maps ``x``, the number of dimensions or groups, the weight and ``eps`` to the factor."""
 
 
 def _record_norm(
@@ -97,7 +98,7 @@ def _record_norm(
     eps: float,
     **options: Any,
 ) -> Record:
-    """A norm by its factor; ``size`` is the number of dimensions or of groups."""
+    """Record a norm by its factor; ``size`` is the number of dimensions or of groups."""
     x, w = call.save(input), None if weight is None else call.save(weight)
     return multiplied(output, input, lambda: norm(x(), size, w() if w else None, eps), **options)
 
@@ -110,12 +111,12 @@ def _norm_form(
     remade: bool = False,
     keeps_sign: bool = False,
 ) -> Form:
-    """The form of a norm whose second argument says how many dimensions or groups are normalized."""
+    """Create the form of a norm whose second argument gives the dimensions or groups."""
     parameters = inspect.signature(function).parameters
     names = list(parameters)[1:]
 
     def record(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
-        # Functions of torch take an option of cuDNN, too, which changes nothing.
+        # Functions of torch also take an option of cuDNN, which does not affect the result.
         pairs = [*zip(names, args, strict=False), *kwargs.items()]
         options = {name: value for name, value in pairs if name in names}
         output, x = call.run(lambda: function(input, **options)), call.save(input)
@@ -165,7 +166,7 @@ def record_batch_norm(
     variance, kept = running_var, None
     if training or variance is None:
         variance = input.transpose(0, 1).flatten(1).var(1, correction=0)
-    else:  # training changes the running statistics
+    else:  # in training mode, the call would modify the running statistics
         kept = call.save_output(output, lambda: run(x()))
     scale = (variance + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).view(-1, *[1] * (input.dim() - 2))
@@ -180,12 +181,12 @@ def record_batch_norm(
 
 
 def _is_positive(scale: Tensor) -> bool:
-    """Whether it is known that all of a scale is positive. A program is for whatever weights come."""
+    """Whether a scale is known to be positive. A traced program must not depend on the weights."""
     return not is_traced() and on_host((scale > 0).all()) is True
 
 
 def record_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
-    """Division by a positive number that depends on the data, ``2 (x / c)^+ s``."""
+    """Record a division by a positive number that depends on the input, ``2 (x / c)^+ s``."""
     output = call.run(lambda: call.func(input, *args, **kwargs))
     x, z = call.save(input), call.save(output)
     return multiplied(
@@ -199,7 +200,7 @@ def record_divided(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Reco
 
 
 def reordered(original: Any, form: Form) -> Form:
-    """A form that takes the arguments of a function of torch, too, which has weight and bias first."""
+    """Extend a form to a function of torch whose arguments start with weight and bias."""
 
     def record(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Record:
         if call.func is original:

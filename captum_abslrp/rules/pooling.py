@@ -24,11 +24,11 @@ def max_pool(
     *,
     nonnegative: bool = False,
 ) -> Tensor:
-    r"""The twin form of max pooling: the maximum of ``x`` and of ``|x|`` in every window.
+    r"""Apply the twin rule to max pooling: relevance goes to the maximum of ``x`` and ``|x|`` in each window.
 
-    Padding by :math:`-\infty` takes no part. ``x`` is (B, C, ...) and ``s`` is shaped like the maximum.
-    ``pool`` returns the maximum and its indices, which count the elements of one channel; ``indices`` are
-    those of ``x``. With ``nonnegative``, ``x`` is known to have no negative entry that takes part.
+    Padding with :math:`-\infty` is ignored. ``x`` is (B, C, ...) and ``s`` has the shape of the maximum.
+    ``pool`` returns the maximum and its indices within a channel; ``indices`` are those of ``x``. With
+    ``nonnegative``, ``x`` is known to have no negative entries (except for padding).
 
     Example:
         >>> x = torch.tensor([[[1.0, -2.0]]])
@@ -92,11 +92,11 @@ MAX_POOLS: dict[str, Form] = dict.fromkeys(
 
 
 class MaxPoolRule(DividingRule):
-    """Max pooling: the twin rule, the maximum of ``x`` and of ``|x|`` in every window.
+    """The twin rule of max pooling: relevance goes to the maximum of ``x`` and of ``|x|`` in every window.
 
     Args:
-        divide: whether relevance is divided by the magnitude of the output, as everywhere else.
-            The published VGG mapping does not.
+        divide: whether to divide relevance by the magnitude of the output, as all other calls do.
+            The published VGG mapping does not divide.
 
     Example:
         >>> layer = nn.MaxPool2d(2)

@@ -34,7 +34,7 @@ def record_product(call: Call, input: Any, other: Any) -> Record:
     def factors() -> list[Tensor]:
         return [diagonal(x(), y()) for x, y in compress([(a, b), (b, a)], wanted)]
 
-    if all(wanted):  # half for each factor, also where the product is negative
+    if all(wanted):  # half for each factor, even if the product is negative
         shapes = input.shape, other.shape
         tail = tail_of(
             z, [a, b], lambda r: [(r / 2).sum_to_size(shape) for shape in shapes], keeps_sign=True
@@ -52,7 +52,7 @@ def record_product(call: Call, input: Any, other: Any) -> Record:
 
 
 def record_division(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
-    """The divisor is a constant of the call, also where it depends on the data."""
+    """Record a division; the divisor is a constant of the call, even if it depends on the inputs."""
     output = call.run(lambda: torch.div(input, other, rounding_mode=rounding_mode))
     if rounding_mode is not None or not is_source(input):
         return output
@@ -74,10 +74,10 @@ def record_division(call: Call, input: Any, other: Any, *, rounding_mode: str | 
 
 
 def _is_scalar(value: Any, other: Any) -> bool:
-    """Whether multiplying by a value is scaling by a constant, whatever the batch size."""
+    """Whether multiplying by a value is scaling by a constant, regardless of the batch size."""
     if not isinstance(value, Tensor):
         return True
-    if is_source(value):  # the other one may be a number
+    if is_source(value):  # the other factor may be a number
         return False
     return value.dim() == 0 or (value.numel() == 1 and value.dim() < other.dim())
 

@@ -1,6 +1,6 @@
-"""Recurrent layers and cells: unrolled, so that each step has its own rules.
+"""Recurrent layers and cells, unrolled into calls with their own rules.
 
-A gate's pre-activation is one affine call on the step's input and the hidden state together.
+The pre-activation of a gate is one affine call on the input of the step and the hidden state together.
 
 Axes: B samples, T steps, D features, H hidden features.
 """
@@ -19,10 +19,10 @@ from captum_abslrp.engine.calls import Call
 from captum_abslrp.rules.base import Form
 
 State = tuple[Tensor, ...]
-"""Hidden state (B, H), and of an LSTM the cell state (B, H), too."""
+"""The hidden state (B, H), and for an LSTM also the cell state (B, H)."""
 
 Step = Callable[[Tensor, State], State]
-"""From the input (B, D) and the state to the next state."""
+"""Maps the input (B, D) and the state to the next state."""
 
 Weight = Tensor | None
 
@@ -110,7 +110,7 @@ def _recurrent(
         for direction in range(directions):
             cell = layer * directions + direction
             own: list[Weight] = list(weights[cell * per_cell : (cell + 1) * per_cell])
-            if not has_biases:  # a projection comes after the biases
+            if not has_biases:  # a projection follows the biases
                 own[2:2] = [None, None]
             step, state = make(*own), tuple(s[cell] for s in states)
             steps = x.unbind(1)

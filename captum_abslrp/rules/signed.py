@@ -1,8 +1,8 @@
-r"""Signed rules: relevance by contributions of both signs.
+r"""Signed rules: relevance in proportion to contributions of both signs.
 
 With :math:`g = R_z / (z + \epsilon \, \mathrm{sign} z)` at the output of a call, the relevance of an input is
-:math:`R_x = x \, \partial / \partial x \langle g, f(x) \rangle` (the epsilon rule), and its variants are such
-products of a modified call. Nothing is scaled afterwards: what goes to a bias is lost.
+:math:`R_x = x \, \partial / \partial x \langle g, f(x) \rangle` (the epsilon rule). Its variants apply this
+formula to a modified call. Relevance is not rescaled, so the share of biases is lost.
 
 Sources: Bach et al. 2015 (epsilon), Achtibat et al. 2024 (AttnLRP), Ali et al. 2022 (CP-LRP), Berend et al.
 2026 (ResLRP); design.md section 9.
@@ -44,7 +44,7 @@ from captum_abslrp.rules.twin import Again, record_again, refuse_without_gradien
 
 
 def stabilized(z: Tensor, epsilon: float) -> Tensor:
-    """``z`` plus the stabilizer with its sign, which is that of the stabilizer where ``z`` is 0.
+    """Add the stabilizer to ``z``, with the sign of ``z``; zeros become the stabilizer.
 
     Example:
         >>> stabilized(torch.tensor([2.0, -2.0, 0.0]), 0.5)
@@ -62,13 +62,13 @@ def record_gradient(
     func: Callable[..., Any] | None = None,
     **__: Any,
 ) -> Any:
-    """The epsilon rule of any differentiable call, by its gradient.
+    """Record any differentiable call by the epsilon rule, using its gradient.
 
     Args:
         call: the call.
         epsilon: the stabilizer.
-        halves: whether the inputs share relevance evenly, as the factors of a product do.
-        func: the function to differentiate; None for that of the call.
+        halves: whether to split relevance evenly between the inputs, as for the factors of a product.
+        func: the function to differentiate; None for the function of the call.
     """
 
     def record_one(again: Again, output: Tensor, number: int, alone: bool) -> Record:
@@ -130,18 +130,18 @@ def _by_gradient(
 
 
 class Layer(NamedTuple):
-    """A layer with weights that a batch norm behind it folds into."""
+    """A layer with weights that a subsequent batch norm can be folded into."""
 
     affine: Affine
     record: Callable[[Call, Affine, Tensor], Record]
-    """Records the layer, with other weights, from a call, the layer and its output."""
+    """Records the folded layer, given a call, the layer with its new weights, and its output."""
 
 
 class EpsilonRule(Rule):
-    r"""The epsilon rule: each input gets the share of its contribution to the output.
+    r"""The epsilon rule: relevance in proportion to the contribution of each input to the output.
 
     :math:`R_i = x_i \sum_j w_{ij} R_j / (z_j + \epsilon \, \mathrm{sign} z_j)` for linear layers and
-    convolutions (Bach et al. 2015); any other differentiable call is replaced by its gradient at ``x``.
+    convolutions (Bach et al. 2015). Any other differentiable call is linearized at ``x``.
 
     Args:
         epsilon: the stabilizer, in the unit of the output.
@@ -159,7 +159,7 @@ class EpsilonRule(Rule):
     def form_of(self, call: Call) -> Form | None:
         if call.name in LAYERS:
             return self._record_layer
-        # The gradient of a product would count its relevance twice; see `UniformRule`.
+        # The gradient of a product counts its relevance twice; see `UniformRule`.
         closed = None if call.name in PRODUCTS else suits(call)
         return partial(closed or record_gradient, epsilon=self.epsilon)
 
@@ -171,7 +171,7 @@ class EpsilonRule(Rule):
         return self.record_affine(call, affine, output)
 
     def record_affine(self, call: Call, affine: Affine, output: Tensor) -> Record:
-        """Record a layer by its parts."""
+        """Record a layer, given its input, weight and bias."""
         x, w, transposed = call.save(affine.input), call.save(affine.weight), affine.transposed
         divide = per_output(call.save(output), self.epsilon, finite=True)
         signed = per_magnitude_of(x, nonnegative=call.is_nonnegative(affine.input))
@@ -193,10 +193,10 @@ class EpsilonRule(Rule):
 
 
 class UniformRule(EpsilonRule):
-    r"""A product of several tensors of the network: each gets an even part of the relevance.
+    r"""The uniform rule for products: relevance is split evenly between the factors.
 
-    :math:`R_a = a \, (g b^T) / 2` for ``z = a @ b``, and so for ``a * b``, einsum ... (Achtibat et al. 2024,
-    AttnLRP). A factor that is a constant gets none.
+    :math:`R_a = a \, (g b^T) / 2` for ``z = a @ b``, and likewise for ``a * b``, einsum ... (Achtibat et al.
+    2024, AttnLRP). Constant factors get no relevance.
 
     Args:
         epsilon: the stabilizer.
@@ -218,13 +218,13 @@ class UniformRule(EpsilonRule):
 
 
 class SumRule(EpsilonRule):
-    r"""The sum of two tensors; summands of the sign of the sum count :math:`1 + \gamma` times.
+    r"""The gamma rule for sums: summands with the sign of the sum are weighted by :math:`1 + \gamma`.
 
     :math:`R_x = w_x x / (w_x x + w_y y) \, R` with :math:`w_x = 1 + \gamma [x z > 0]` (Berend et al. 2026,
-    ResLRP); without ``gamma`` the epsilon rule.
+    ResLRP). With ``gamma=0`` it is the epsilon rule.
 
     Args:
-        gamma: how much more the summands of the sign of the sum count.
+        gamma: additional weight of these summands.
         epsilon: the stabilizer.
 
     Example:
@@ -308,7 +308,7 @@ def _instance_norm(
 
 
 class NormalizationRule(EpsilonRule):
-    r"""Layer, group, instance and RMS norm: the epsilon rule, with the standard deviation as a constant.
+    r"""The epsilon rule for layer, group, instance and RMS norm, with a constant standard deviation.
 
     :math:`R_i = x_i \sum_j \partial (x_j - \bar x) / \partial x_i \, w_j / \sigma \, g_j`.
 
@@ -339,18 +339,18 @@ class NormalizationRule(EpsilonRule):
             return None
         if call.func is torch.instance_norm:
 
-            def frozen(x: Tensor, *args: Any) -> Tensor:  # which has weight and bias first
+            def frozen(x: Tensor, *args: Any) -> Tensor:  # its arguments start with weight and bias
                 return _instance_norm(x, *args[2:4], *args[:2], *args[4:7])
 
         return partial(record_gradient, epsilon=self.epsilon, func=frozen)
 
 
 class BatchNormRule(Rule):
-    r"""Batch norm as part of the layer before it, whose rule records both as one; else relevance passes.
+    r"""Fold batch norm into the preceding layer, whose rule then applies to both.
 
-    The weight of the layer is :math:`w \, c` and its bias :math:`(b - \mu) c + \beta` with
-    :math:`c = \gamma / \sqrt{var + eps}`. The model itself is left as it is. This is what zennit calls a
-    canonizer.
+    The folded layer has the weight :math:`w \, c` and the bias :math:`(b - \mu) c + \beta` with
+    :math:`c = \gamma / \sqrt{var + eps}`. The model itself is not modified. Without a layer to fold into,
+    relevance passes unchanged. This corresponds to a canonizer in zennit.
 
     Example:
         >>> layers = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten()).eval()
@@ -377,9 +377,9 @@ class BatchNormRule(Rule):
         folds = isinstance(layer, Layer) and layer.affine.channels is not None
         if layer is None and call.recording.hides_layer(input):
             raise UnsupportedCallError(
-                f"Expected relevance to be followed through a layer that ends its rule, but got one that the "
-                f"batch norm of {call} is folded into: the two have one rule. Choose the batch norm, or what "
-                f"is behind it."
+                f"Expected to select parts of a layer that has its own rule, but got a layer that the batch "
+                f"norm of {call} is folded into, so that both share one rule. Choose the batch norm or a "
+                f"later layer."
             )
         if training or running_mean is None or running_var is None or not folds:
             return record_passed(call)
@@ -403,7 +403,7 @@ _PARTS = {**ATTENTION, **MULTI_HEAD, **RECURRENT, **DECOMPOSITIONS}
 
 
 class PartsRule(Rule):
-    """Calls that are made of others, such as attention: each part by its own rule.
+    """Decompose a call, such as attention, into simpler calls with their own rules.
 
     Example:
         >>> mapping = get_mapping().extended({"scaled_dot_product_attention": PartsRule()})

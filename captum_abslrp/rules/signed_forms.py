@@ -1,7 +1,8 @@
-r"""Closed forms of signed rules: what the gradient of a call would give, without running the call again.
+r"""Closed forms of signed rules: the same results as from the gradient, without running the call again.
 
-Each takes :math:`g = R_z / (z + \epsilon \, \mathrm{sign} z)` back through the call and multiplies it by the
-sign of the input, because :math:`R_x = x \, \partial / \partial x \langle g, f(x) \rangle`.
+Each form propagates :math:`g = R_z / (z + \epsilon \, \mathrm{sign} z)` backward through the call and
+multiplies it by the sign of the input, because :math:`R_x = x \, \partial / \partial x \langle g, f(x)
+\rangle`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from captum_abslrp.rules.sparse import is_sparse
 
 
 def per_output(z: Callable[[], Tensor], epsilon: float, *, finite: bool = False) -> Function:
-    r"""Takes :math:`R / |z|` to :math:`R / (z + \epsilon \, \mathrm{sign} z)`, in new memory.
+    r"""Return a function from :math:`R / |z|` to :math:`R / (z + \epsilon \, \mathrm{sign} z)`.
 
-    The result is 0 where ``z`` is 0 or infinite. What does not depend on relevance is computed once.
+    The result is a new tensor, and 0 where ``z`` is 0 or infinite. Terms that do not depend on relevance are
+    computed once.
 
     Args:
         z: returns the output of a call.
         epsilon: the stabilizer.
-        finite: whether no value of ``z`` is a mask, that is infinite.
+        finite: whether ``z`` is known to have no infinite values (masks).
 
     Example:
         >>> divide = per_output(lambda: torch.tensor([2.0, -2.0, 0.0]), 2.0)
@@ -56,12 +58,12 @@ def per_output(z: Callable[[], Tensor], epsilon: float, *, finite: bool = False)
 def per_magnitude_of(
     x: Callable[[], Tensor], *, nonnegative: bool = False, overwrites: bool = True
 ) -> Function:
-    r"""Takes :math:`R / x` to :math:`R / |x|`; 0 where ``x`` is 0.
+    r"""Return a function from :math:`R / x` to :math:`R / |x|`; 0 where ``x`` is 0.
 
     Args:
         x: returns the input of a call.
-        nonnegative: whether it is known that no negative entry of ``x`` takes part.
-        overwrites: whether the result is in the memory of :math:`R / x`.
+        nonnegative: whether negative entries of ``x`` can be ignored or do not exist.
+        overwrites: whether the function overwrites :math:`R / x`.
 
     Example:
         >>> signed = per_magnitude_of(lambda: torch.tensor([2.0, -2.0, 0.0]))
@@ -76,7 +78,7 @@ def per_magnitude_of(
 
 
 def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon: float) -> Record:
-    """The epsilon rule of a sum or difference, one summand of which may be a constant."""
+    """Record a sum or difference by the epsilon rule; one summand may be a constant."""
     factors = [1.0, float(-alpha if call.name == "sub" else alpha)]
     given = [input, other]
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
@@ -105,18 +107,18 @@ def record_sum(call: Call, input: Any, other: Any, *, alpha: float = 1, epsilon:
 def record_weighted_sum(
     call: Call, input: Tensor, other: Tensor, *, alpha: float = 1, gamma: float, epsilon: float
 ) -> Record:
-    """The sum or difference of two tensors, whose summands of the sign of the sum count more."""
+    """Record a sum or difference with a larger weight for summands with the sign of the sum."""
     factor = -alpha if call.name == "sub" else alpha
     output = call.run(lambda: torch.add(input, other, alpha=factor))
     a, b = call.save(input), call.save(other)
 
     @once
     def factors() -> list[Tensor]:
-        """What relevance per magnitude of the sum is multiplied by, for each summand."""
+        """The factor of each summand for relevance per magnitude of the sum."""
         x, y = a(), b()
         z = torch.add(x, y, alpha=factor)
         sign = z.sign()
-        # The summands, positive where they have the sign of the sum: there they count more.
+        # The summands times the sign of the sum; positive ones have the larger weight.
         summands = [x * sign, y * sign if factor == 1 else (y * sign).mul_(factor)]
         more = summands[0].relu().add_(summands[1].relu())
         size = z.abs_()
@@ -136,7 +138,7 @@ def record_weighted_sum(
 
 
 def record_product(call: Call, input: Any, other: Any, *, epsilon: float) -> Record:
-    """A product of each element: two tensors of the network share evenly, a constant factor gets nothing."""
+    """Record an elementwise product: an even split between two tensors, nothing for a constant factor."""
     return _record_bilinear(
         call, input, other, epsilon, lambda g, a, b: (g * b, g * a), lambda: input * other
     )
@@ -145,7 +147,7 @@ def record_product(call: Call, input: Any, other: Any, *, epsilon: float) -> Rec
 def record_quotient(
     call: Call, input: Any, other: Any, *, rounding_mode: None = None, epsilon: float
 ) -> Any:
-    """The divisor is a constant of the call, as that of a norm is, so that the numerator gets everything."""
+    """Record a quotient: the divisor is a constant of the call, so the numerator gets all relevance."""
     output = call.run(lambda: torch.div(input, other))
     if not is_source(input):
         return output
@@ -155,7 +157,7 @@ def record_quotient(
 
 
 def record_matmul(call: Call, input: Tensor, other: Tensor, *, epsilon: float) -> Record:
-    """A product of matrices: two tensors of the network share evenly, a constant factor gets nothing."""
+    """Record a matrix product: an even split between two tensors, nothing for a constant factor."""
     return _record_bilinear(
         call,
         input,
@@ -205,7 +207,7 @@ def record_softmax(
     epsilon: float,
     **_: Any,
 ) -> Record:
-    """Softmax by its gradient, as in AttnLRP."""
+    """Record softmax by its gradient, as in AttnLRP."""
     dtype = next((o for o in options if isinstance(o, torch.dtype)), dtype)
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
     p = call.save(output)
@@ -230,7 +232,7 @@ def record_layer_norm(
     *_: Any,
     epsilon: float,
 ) -> Record:
-    """Layer norm, with the standard deviation as a constant."""
+    """Record layer norm with a constant standard deviation."""
     output = call.run(lambda: F.layer_norm(input, normalized_shape, weight, bias, eps))
     dims = list(range(-len(normalized_shape), 0))
     x, w = call.save(input), None if weight is None else call.save(weight)
@@ -248,7 +250,7 @@ def record_layer_norm(
 
 
 def record_max_pool(call: Call, input: Tensor, *args: Any, epsilon: float, **kwargs: Any) -> Record:
-    """Max pooling: relevance goes to the maximum."""
+    """Record max pooling: relevance goes to the maximum."""
     record = pooling.record_max_pool(call, input, *args, **kwargs)
     z, to_maximum = call.save(record.output), record.tail
     divide, signed = per_output(z, epsilon), per_magnitude_of(z)
@@ -268,7 +270,7 @@ def record_max_pool(call: Call, input: Tensor, *args: Any, epsilon: float, **kwa
 
 
 def suits(call: Call) -> Form | None:
-    """The closed form of a call whose arguments it suits; None where the gradient is needed."""
+    """Return the closed form of a call, or None if it has none for these arguments."""
     given = [t for t in call.operands if isinstance(t, Tensor)]
     if any(map(is_sparse, given)) or not given:
         return None

@@ -1,4 +1,4 @@
-"""Softmax: its factor, and how it is recorded."""
+"""The rule of softmax."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from captum_abslrp.rules.tails import passed_on
 
 
 def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
-    r"""The factor of softmax; maximum and denominator are constants of the call.
+    r"""Compute the factor of softmax; maximum and denominator are constants of the call.
 
     :math:`R_{in} = (x p + |x| \, \mathrm{softmax}(|x|)) \, s`, per magnitude
-    :math:`k = \mathrm{sign}(x) p + \mathrm{softmax}(|x|)`. What is masked, by :math:`-\infty` or a number
-    that leaves it a probability of at most ``EPS``, takes no part; where all is masked, relevance is zero.
-    ``probabilities`` are ``p = softmax(x)`` over ``dim``.
+    :math:`k = \mathrm{sign}(x) p + \mathrm{softmax}(|x|)`. Masked entries, whose probability is at most
+    ``EPS``, are ignored; if all entries are masked, relevance is zero. ``probabilities`` are
+    ``p = softmax(x)`` over ``dim``.
 
     Example:
         >>> x = torch.tensor([0.0, -float("inf"), 1.0])
@@ -33,7 +33,7 @@ def softmax(x: Tensor, probabilities: Tensor, dim: int) -> Tensor:
         result: Tensor = torch.ops.aten.threshold_backward(values, shares, EPS)
         return result
 
-    # What is masked counts as zero here, and is left out of the denominator by the division below.
+    # Masked entries count as zero here. The division below removes them from the denominator.
     twin_part = unmasked(unmasked(x.abs()).softmax(dim))
     twin_part /= twin_part.sum(dim, keepdim=True).clamp_(min=LEAST)
     sign = x.sign()
@@ -51,7 +51,9 @@ def record_softmax(
     # F.softmax(x, dim, _stacklevel, dtype); torch.softmax(x, dim, dtype)
     dtype = next((o for o in options if isinstance(o, torch.dtype)), dtype)
     if dim is None:
-        raise ValueError(f"Expected softmax to be called with its dimension, but got {call}.")
+        raise ValueError(
+            f"Expected softmax to be called with a dimension, but got {call} without one. Pass `dim`."
+        )
     output = call.run(lambda: torch.softmax(input, dim, dtype=dtype))
     x = call.save(input)
     p = call.save_output(output, lambda: torch.softmax(x(), dim))

@@ -20,7 +20,7 @@ class _SparseParts(SignedParts):
     """The parts of a sparse matrix of any layout."""
 
     def __init__(self, matrix: Tensor) -> None:
-        matrix = matrix.to_sparse_coo().coalesce()  # entries of one place are one weight
+        matrix = matrix.to_sparse_coo().coalesce()  # sums duplicate entries
         nonnegative = on_host((matrix.values() >= 0).all()) is True
         super().__init__(matrix, nonnegative=nonnegative)
 
@@ -35,7 +35,7 @@ class _SparseParts(SignedParts):
 def record_sparse(
     call: Call, output: Tensor, input: Tensor, other: Tensor, *, factor: float = 1
 ) -> Record:
-    """The product of a sparse constant with a dense tensor, times a factor, perhaps with a constant added."""
+    """Record the product of a sparse constant with a dense tensor and a factor; a constant may be added."""
     is_first = is_sparse(input)
     sparse, dense = (input, other) if is_first else (other, input)
     matrix, x = call.save(sparse), call.save(dense)

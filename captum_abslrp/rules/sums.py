@@ -21,7 +21,7 @@ from captum_abslrp.rules.base import Form, Rule, once, passed
 from captum_abslrp.rules.tails import scaled_tail, tail_of
 
 MASKED = -100.0
-"""A summand from which on, downward, softmax leaves nothing of a logit."""
+"""Summands of at most this value count as masks: softmax maps a masked logit to zero."""
 
 
 def record_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Record:
@@ -55,12 +55,12 @@ def record_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> 
 
     @once
     def noise() -> Tensor:
-        """Elements of a difference that are rounding errors of the two."""
+        """Elements of a difference that are rounding errors of the summands."""
         largest = torch.maximum(*(torch.as_tensor(v).abs() for v in values()))
         return z().abs() <= least * largest
 
     def propagate(s: Tensor) -> list[Tensor]:
-        if is_mask is not False:  # known on the device only
+        if is_mask is not False:  # a tensor on a device
             return [torch.where(is_mask, s, numerics.rectify(s, kept[0]()))]
         if cancels:
             s = s.masked_fill(noise(), 0)
@@ -74,7 +74,8 @@ def record_addition(call: Call, input: Any, other: Any, *, alpha: float = 1) -> 
             return [(relevance * signs[0]).sum_to_size(kept[0]().shape)]
         sizes = [numerics.magnitude(x()) for x in kept]
         if signs[1] < 0 and sizes[1].numel() < relevance.numel() == sizes[0].numel():
-            # What is subtracted from a whole row, as in a written-out softmax, tells no classes apart.
+            # A value that is subtracted from a whole row, as in an explicit softmax, affects all classes
+            # alike.
             return [relevance, torch.zeros_like(sizes[1])]
         whole = sizes[0] + sizes[1]
         parts = (relevance / whole).masked_fill_(whole == 0, 0)
@@ -97,7 +98,7 @@ def record_subtraction(call: Call, input: Any, other: Any, *, alpha: float = 1) 
 
 
 def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
-    """The target of an in-place addition, changed, or None if it cannot be."""
+    """Add in place and return the target, or return None if this is not possible."""
     if call.target is None or call.target is not target or target._is_view() or target.is_leaf:
         return None
     if isinstance(other, Tensor):
@@ -111,13 +112,13 @@ def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
 
 
 def _is_mask(value: Any) -> bool | Tensor:
-    """Whether a constant holds only 0 and very low numbers; a tensor where only a device knows."""
+    """Whether a constant contains only 0 and very low values; a tensor if the value is on a device."""
     if not isinstance(value, Tensor):
         return bool(value == 0)
     if value.is_meta:  # inspected without values
         return False
     is_mask = ((value == 0) | (value <= MASKED)).all()
-    known = on_host(is_mask)  # nothing waits for a device
+    known = on_host(is_mask)  # avoids a synchronization
     return is_mask if known is None else known
 
 
@@ -132,11 +133,12 @@ SUMS: dict[str, Form] = {"add": record_addition, "sub": record_subtraction}
 
 
 class HeadSumRule(Rule):
-    r"""Sum of the outputs of two linear heads (distilled DeiT): :math:`|x| s` and :math:`|y| s`.
+    r"""The rule for the sum of the outputs of two linear heads (distilled DeiT).
 
-    The rule of the two layers as one linear layer on both inputs: positive contributions are sought in the
-    inputs of the heads, so that a class with two negative logits is explained, too. No mapping of this
-    package needs it, because every sum on the tail of the score shares in this way.
+    The summands get :math:`|x| s` and :math:`|y| s`. The rule treats the two heads as one linear layer on
+    both inputs. It looks for positive contributions in the inputs of the heads, so that a class with two
+    negative logits can be explained. No mapping of this package needs it, because sums on the tail of the
+    score already distribute relevance in this way.
 
     Example:
         >>> mapping = get_mapping().extended({At("", call="add"): HeadSumRule()})

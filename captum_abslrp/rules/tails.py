@@ -1,4 +1,4 @@
-"""Tails of the score: how calls behind the last layer with weights pass relevance on."""
+"""Tails of the score: rules for calls after the last layer with weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tail_of(
     *,
     keeps_sign: bool = False,
 ) -> Tail:
-    """A tail by how relevance itself is shared: from that of the output to that of each input."""
+    """Create a tail from a function that maps relevance of the output to relevance of each input."""
 
     def propagate(s: Tensor) -> list[Tensor]:
         relevance = numerics.relevance(output().abs() + EPS, s)
@@ -33,7 +33,7 @@ def tail_of(
 
 
 def scaled_tail(output: SavedTensor, factor: Callable[[], Tensor | float]) -> Tail:
-    """The tail of a product with a constant: relevance passes, with the sign of the constant."""
+    """Create the tail of a product with a constant: relevance passes with the sign of the constant."""
 
     def propagate(s: Tensor) -> list[Tensor]:
         c = torch.as_tensor(factor(), dtype=s.dtype, device=s.device)
@@ -47,8 +47,10 @@ def scaled_tail(output: SavedTensor, factor: Callable[[], Tensor | float]) -> Ta
 def passed_on(
     output: SavedTensor, input: SavedTensor, sign: Callable[[], Tensor | float] | None = None
 ) -> Tail:
-    """The tail of a call on each element alone: relevance passes, with the sign of the slope (None if none
-    is negative)."""
+    """Create the tail of an elementwise call: relevance passes with the sign of the slope.
+
+    ``sign`` is None if no slope is negative.
+    """
     if sign is None:
         return tail_of(output, [input], lambda relevance: [relevance], keeps_sign=True)
     return tail_of(output, [input], lambda relevance: [relevance * sign()])

@@ -24,12 +24,12 @@ from captum_abslrp.rules.tails import tail_of
 
 
 def twin(x: Tensor, call: Function, absolute_call: Function, s: Tensor) -> Tensor:
-    r"""The definition of the rule, for any differentiable call.
+    r"""Apply the definition of the rule to any differentiable call.
 
-    :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`, per
-    magnitude with :math:`\mathrm{sign}(x)` in place of :math:`x`. Infinite values mask an element, which
-    takes no part. ``call`` is :math:`f(x; w, b)` as a function of ``x``, ``absolute_call``
-    :math:`f(x; |w|, |b|)`, whose argument is ``|x|``; ``s`` is shaped like the output.
+    :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle`; relevance per
+    magnitude has :math:`\mathrm{sign}(x)` in place of :math:`x`. Infinite values mask an element and are
+    ignored. ``call`` is :math:`f(x; w, b)` as a function of ``x``, ``absolute_call`` is
+    :math:`f(x; |w|, |b|)`, which is called with ``|x|``, and ``s`` has the shape of the output.
 
     Example:
         >>> w = torch.tensor([[3.0, -4.0]])
@@ -42,20 +42,20 @@ def twin(x: Tensor, call: Function, absolute_call: Function, s: Tensor) -> Tenso
 
 
 class _Slot(int):
-    """The number of a tensor in the arguments of a call, in its place."""
+    """A placeholder for a tensor in the arguments of a call; its value is the index of the tensor."""
 
 
 class Again:
-    """A call that can run again on other tensors.
+    """A call that can be run again on other tensors.
 
     Attributes:
-        func, absolute_func: its function, and the one with the magnitudes of its parameters.
-        name: for messages.
-        at: which of the tensors of the call receive relevance.
+        func, absolute_func: the function, and the function with the magnitudes of its parameters.
+        name: the name of the call for messages.
+        at: indices of the tensors that receive relevance.
         sources: these tensors.
-        inputs: the same, saved.
-        places: the tensors that say where to look, which are constants of the call.
-        is_place: for each tensor of the call whether it is one of them.
+        inputs: these tensors, saved.
+        places: the tensors with sampling positions, which are constants of the call.
+        is_place: for each tensor of the call, whether it has sampling positions.
     """
 
     def __init__(self, call: Call) -> None:
@@ -72,21 +72,22 @@ class Again:
         self.inputs = [self._saved[i] for i in self.at]
 
     def values(self) -> list[Tensor]:
-        """The tensors of the call."""
+        """The saved tensors of the call."""
         return [saved() for saved in self._saved]
 
     def run(self, func: Callable[..., Any], values: Sequence[Tensor]) -> Any:
-        """The result of the function on other tensors."""
+        """Run the function on other tensors."""
         args, kwargs = map_instances(_Slot, lambda slot: values[slot], self._arguments)
         return func(*args, **kwargs)
 
 
 def record_again(call: Call, record_one: Callable[[Again, Tensor, int, bool], Record]) -> Any:
-    """Record each floating-point output of a call as a call of its own, with the same inputs.
+    """Record each floating-point output of a call separately, with the same inputs.
 
     Args:
-        record_one: the record of an output, from the call, the output, its number among those of the call,
-            and whether the call has no other.
+        call: the call.
+        record_one: records one output, given the call, the output, the index of the output, and whether
+            it is the only output.
     """
     output = call.run(lambda: call.func(*call.args, **call.kwargs))
     again = Again(call)
@@ -105,7 +106,7 @@ def record_again(call: Call, record_one: Callable[[Again, Tensor, int, bool], Re
 
 
 def record_twin(call: Call, *_: Any, divides: bool = True, **__: Any) -> Any:
-    """The definition, :func:`twin`, for any differentiable call."""
+    """Record any differentiable call by the definition, :func:`twin`."""
 
     def record_one(again: Again, output: Tensor, number: int, alone: bool) -> Record:
         propagate = _twin(again, number, None if divides else call.save(output), alone=alone)
@@ -118,10 +119,10 @@ def record_twin(call: Call, *_: Any, divides: bool = True, **__: Any) -> Any:
 
 
 def _twin(again: Again, number: int, z: SavedTensor | None, *, alone: bool) -> Propagate:
-    """How relevance goes back by the twin rule through one of the tensors that a call returns.
+    """The backward function of the twin rule for one output of a call.
 
-    With ``z``, this tensor, relevance is multiplied by its magnitude first. If the tensor is alone, it has to
-    depend on the inputs.
+    With ``z``, the output, relevance is multiplied by its magnitude first. If the call has no other output,
+    an output that does not depend on the inputs is an error.
     """
 
     def propagate(s: Tensor) -> list[Tensor]:
@@ -153,30 +154,30 @@ def _twin(again: Again, number: int, z: SavedTensor | None, *, alone: bool) -> P
 
 
 def refuse_without_gradient(again: Again, rule: str) -> NoReturn:
-    """Refuse a call whose rule needs a gradient that it does not have."""
+    """Raise an error for a call without the gradient that its rule needs."""
     raise UnsupportedCallError(
-        f"Expected {again.name} to be differentiable, because the {rule} rule records it, but got a "
-        f"result that does not depend on its inputs by a gradient. Give it another rule: "
-        f"`captum_abslrp.rules.ConstantRule()` where it is a constant of what comes after, "
-        f"`PassThroughRule()` where relevance moves with its element."
+        f"Expected {again.name} to be differentiable, as the {rule} rule requires, but got a result "
+        f"without a gradient with respect to its inputs. Use another rule: "
+        f"`captum_abslrp.rules.ConstantRule()` to treat the result as a constant, or "
+        f"`PassThroughRule()` to pass relevance on unchanged."
     )
 
 
 _BY_GRADIENT = frozenset("amax amin logsumexp maximum minimum torchvision::roi_pool".split())
-"""Calls that pick or weight their inputs: the gradient says how much each of them takes part."""
+"""Calls that select or weight their inputs; the gradient is the weight of each input."""
 
 
 _LINEAR = frozenset(
     "index_add scatter_add torchvision::ps_roi_align torchvision::ps_roi_pool torchvision::roi_align".split()
 )
-"""Calls that are linear in all of their inputs together, without negative coefficients."""
+"""Calls that are linear in all of their inputs jointly, without negative coefficients."""
 
 
 _NORMS = frozenset("linalg_norm linalg_vector_norm norm".split())
 
 
 def _tail_of_twin(call: Call, output: Tensor, again: Again) -> Tail | None:
-    """The tail of a call of the twin rule, if it can be on one."""
+    """The tail of a call with the twin rule, or None."""
     name = call.name.removeprefix(PREFIX)
     negative = "alpha" in call.kwargs  # of `index_add`
     if negative or name not in _NORMS | _BY_GRADIENT | _LINEAR:
@@ -184,7 +185,7 @@ def _tail_of_twin(call: Call, output: Tensor, again: Again) -> Tail | None:
     z = call.save(output)
 
     def run(change: Function) -> tuple[Tensor, list[Tensor]]:
-        """The result with changed inputs, and the inputs, for a gradient."""
+        """Run the call on changed inputs with gradients; return the result and these inputs."""
         values = again.values()
         with torch.enable_grad():
             for i in again.at:
@@ -197,13 +198,13 @@ def _tail_of_twin(call: Call, output: Tensor, again: Again) -> Tail | None:
 
     def by_share(relevance: Tensor) -> list[Tensor]:
         result, leaves = run(magnitude)
-        whole = result.detach() - run(torch.zeros_like)[0].detach()  # constants take no part
+        whole = result.detach() - run(torch.zeros_like)[0].detach()  # without constants
         parts = (relevance / whole).masked_fill(whole <= 0, 0)
         found = torch.autograd.grad(result, leaves, parts.to(result.dtype))
         return [x.detach() * part for x, part in zip(leaves, found, strict=True)]
 
     def by_degree(relevance: Tensor) -> list[Tensor]:
-        # A norm is of the first degree: the terms x_i dz/dx_i are positive and add up to z.
+        # A norm is homogeneous of degree one: the terms x_i dz/dx_i are positive and sum to z.
         parts = by_gradient((relevance / z()).masked_fill(z() == 0, 0))
         return [magnitude(x()) * part for x, part in zip(again.inputs, parts, strict=True)]
 
@@ -221,11 +222,11 @@ PLACES: dict[str, tuple[int, str]] = {
     "torchvision::roi_align": (1, "rois"),
     "torchvision::roi_pool": (1, "rois"),
 }
-"""Calls one of whose arguments says where to look, which is a constant of the call: its position and name."""
+"""Calls with an argument of sampling positions, which is a constant of the call: its position and name."""
 
 
 def _places(call: Call) -> list[Tensor]:
-    """The arguments of a call that say where to look; they have no magnitude."""
+    """The arguments of a call with sampling positions, whose magnitude has no meaning."""
     if call.name not in PLACES:
         return []
     position, name = PLACES[call.name]
@@ -237,13 +238,13 @@ class TwinRule(DividingRule):
     r"""The definition of absLRP, for any differentiable call.
 
     :math:`R_{in} = x \, \partial/\partial x \langle s, f(x; w, b) + f(|x|; |w|, |b|) \rangle` with
-    :math:`s = R / (|z| + \epsilon)` (the paper's rule, section 1 of the method): the call and
-    its *twin*, the same call on absolute input and parameters. It costs two more forward passes of the
-    call; the other rules are its closed forms. A call on complex tensors is one on their real and imaginary
+    :math:`s = R / (|z| + \epsilon)` (the paper's rule, section 1 of the method): the sum of the call and
+    its *twin*, the same call on absolute input and parameters. It needs two more forward passes of the
+    call; the other absLRP rules are its closed forms. Complex tensors are treated as their real and imaginary
     parts: ``x``, ``w`` and ``z`` are real views (``torch.view_as_real``).
 
     Args:
-        divide: whether relevance is divided by the magnitude of the output. Without, :math:`s = R`.
+        divide: whether to divide relevance by the magnitude of the output. If False, :math:`s = R`.
 
     Example:
         >>> layer = nn.Linear(3, 2)
