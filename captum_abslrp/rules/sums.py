@@ -112,7 +112,7 @@ def _add_in_place(call: Call, target: Any, other: Any) -> Tensor | None:
 
 
 def _is_mask(value: Any) -> bool | Tensor:
-    """Whether a constant contains only 0 and very low values; a tensor if the value is on a device."""
+    """Whether a constant contains only 0 and large negative values; a tensor if the value is on a device."""
     if not isinstance(value, Tensor):
         return bool(value == 0)
     if value.is_meta:  # inspected without values
