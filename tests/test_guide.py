@@ -47,6 +47,13 @@ def guide_of(model: nn.Module, x: Tensor) -> str:
     return name_of(model, find_guide(model, (x,), model))
 
 
+def test_layers_that_batch_norm_is_folded_into_do_not_shift_the_middle() -> None:
+    """The options of `recommended` were measured with the middle of all layers, the folded ones included."""
+    x = images(count=1)
+    assert guide_of(demo.load_model("vgg"), x) == "features.12"
+    assert guide_of(demo.load_photo_model(), images(224, 1)) == "blocks.4.0.bn1"
+
+
 @pytest.mark.parametrize("mapping", [None, "recommended"], ids=str)
 @pytest.mark.parametrize("contrast", ["others", "softmax", 2], ids=str)
 def test_a_guided_map_is_fine_times_coarse(mapping: Any, contrast: Any) -> None:
