@@ -330,10 +330,10 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no layers": (lambda: LayerAbsLRP(chain(), []), ValueError, "at least one module, .*empty list"),
     "a name among the layers": (
         lambda: LayerAbsLRP(m := chain(), [m[0], "1"]),  # type: ignore[list-item]
-        TypeError, r"Expected `layer` to be a torch\.nn\.Module, but got str\. Several .* list",
+        TypeError, r"Expected `layer` to be a torch\.nn\.Module, but got str\. Pass several layers .* list",
     ),
     "a layer of another model among them": (
-        lambda: LayerAbsLRP(m := chain(), [m[0], chain()[0]]), ValueError, "none of them",
+        lambda: LayerAbsLRP(m := chain(), [m[0], chain()[0]]), ValueError, "is not part of it",
     ),
     "too few calls": (
         lambda: LayerAbsLRP(m := chain(), [m[0], m[1]]).attribute(batch(2, 6), 1, call_index=[0]),

@@ -171,10 +171,10 @@ def _check_regions(name: str, input: Tensor, rois: Tensor, batch_size: int) -> N
     outside = images[(images < 0) | (images >= len(input))]
     if outside.numel():
         raise ValueError(
-            f"Expected every region of `{name}` to belong to one of its {len(input)} images, but got a "
-            f"region of image {int(outside[0])}. Samples with different numbers of regions are run one at a "
-            f"time: pass one sample with its regions at a time, `for i in range(len(x)): "
-            f"attributor.attribute(x[i : i + 1], target, additional_forward_args=([boxes[i]],))`."
+            f"Expected the image index of every region of `{name}` to be less than {len(input)}, but got "
+            f"{int(outside[0])}. Samples with different numbers of regions are run one at a time. Pass one "
+            f"sample with its regions at a time, `for i in range(len(x)): attributor.attribute("
+            f"x[i : i + 1], target, additional_forward_args=([boxes[i]],))`."
         )
     samples = images * batch_size // len(input)
     if len(images) % batch_size:
