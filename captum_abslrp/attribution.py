@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -216,7 +217,15 @@ class AbsLRP(GradientAttribution):
 
     def __repr__(self) -> str:
         if self.recommendation is not None:
-            return f"AbsLRP.recommended({type(self.model).__name__}): {self.recommendation}"
+            chosen = replace(
+                self.recommendation,
+                normalization=self.normalization,
+                contrast=self.contrast,
+                combine=self.combine,
+            )
+            if chosen != self.recommendation:
+                chosen = replace(chosen, figures="Some settings are not the recommended ones.")
+            return f"AbsLRP.recommended({type(self.model).__name__}): {chosen}"
         mapping = self.mapping or find_mapping(self.model) or get_mapping()
         return (
             f"{type(self).__name__}({type(self.model).__name__}, mapping={mapping.name!r}, "

@@ -80,7 +80,11 @@ def find_guide(
     place = (len(finished) - 1) * position
     for index in sorted(range(len(finished)), key=lambda i: abs(i - place)):
         module, node = finished[index]
-        if node not in folded and calls[module] == 1 and not _goes_around(output.grad_fn, node, image):
+        if (
+            node not in folded
+            and calls[module] == 1
+            and not _goes_around(output.grad_fn, node, image)
+        ):
             return module
     raise ValueError(
         f'Expected {type(model).__name__} to have a layer for `combine="guided"`, without a bypass and with '

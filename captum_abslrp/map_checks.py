@@ -100,8 +100,9 @@ def warn_of_no_guide(found: Tensor, fine: Tensor) -> None:
         return
     zero = ~found.flatten(1).any(1) & fine.flatten(1).any(1)
     if bool(zero.any().numpy()):
+        of_which = f" for {int(zero.sum())} of {len(zero)} samples" if len(zero) > 1 else ""
         warn(
-            f"The guided map is zero for {int(zero.sum())} of {len(zero)} samples, because no position of "
+            f"The guided map is zero{of_which}, because no position of "
             f"the guide layer has more relevance for the target than for the contrast. Use "
             f'`combine="difference"`, or choose another layer with `guide=model.layer`.'
         )

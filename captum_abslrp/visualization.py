@@ -275,7 +275,7 @@ def plot_rows(
             _label_row(left, row_labels[row], width=22, size=11)
     for column, name in enumerate(("input", "overlay", "relevance")):
         axes[0, column].set_title(name, fontsize=11)
-    _note_smoothing(figure, smoothing)
+    _note_scales(figure, rows, smoothing)
     return figure
 
 
@@ -344,7 +344,7 @@ def plot_grid(
     for column, name in enumerate(["input", *(column_labels or [])]):
         axes[0, column].set_title(_wrap(name, 20), fontsize=10, parse_math=False)
     _add_shared_color_bar(figure, axes)
-    _note_smoothing(figure, smoothing)
+    _note_scales(figure, rows * columns, smoothing)
     return figure
 
 
@@ -532,6 +532,8 @@ def _draw_map(
         alpha=opacity,
         interpolation="nearest",
     )
+    if not relevance.any():
+        _write_note(axes, "all zero")
     _without_ticks(axes)
     return drawn
 
@@ -571,9 +573,11 @@ def _write_note(axes: Axes, text: str) -> None:
     _without_ticks(axes)
 
 
-def _note_smoothing(figure: Figure, smoothing: int) -> None:
-    if smoothing > 1:
-        _note(figure, SMOOTHED.format(smoothing))
+def _note_scales(figure: Figure, maps: int, smoothing: int) -> None:
+    notes = ["Each map has its own color scale."] * (maps > 1)
+    notes += [SMOOTHED.format(smoothing)] * (smoothing > 1)
+    if notes:
+        _note(figure, " ".join(notes))
 
 
 def _note(figure: Figure, text: str) -> None:
@@ -592,7 +596,11 @@ def _add_color_bar(
     bar = figure.colorbar(
         drawn, ax=axes, fraction=0.05, pad=0.03, extend="both" if beyond else "neither"
     )
-    bar.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    if relevance.any():
+        bar.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    else:  # the ends of the scale mean nothing
+        bar.set_ticks([0], labels=["0"])
+    bar.set_label("relevance per pixel", fontsize=9)
     bar.ax.tick_params(labelsize=9)
 
 
@@ -605,4 +613,5 @@ def _add_shared_color_bar(figure: Figure, axes: npt.NDArray[Any]) -> None:
     height = min(0.9, 2 / len(axes))
     bar = figure.colorbar(scale, ax=axes.ravel().tolist(), fraction=0.03, pad=0.02, shrink=height)
     bar.set_ticks([-1, 0, 1], labels=["against", "0", "for"])
+    bar.set_label("evidence for or against the target", fontsize=9)
     bar.ax.tick_params(labelsize=9)

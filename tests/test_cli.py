@@ -107,7 +107,9 @@ def titles(figure: Figure) -> list[str]:
 
 
 def row_labels(figure: Figure) -> list[str]:
-    return [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    """Labels of rows; color bars have labels, too."""
+    rows = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    return [axes.get_ylabel() for axes in rows if axes.get_ylabel()]
 
 
 def test_the_number_of_threads_is_put_back(
@@ -317,7 +319,7 @@ def test_a_method_that_cannot_run_is_reported_and_the_others_drawn(
 ) -> None:
     assert explain(picture, "--compare", "gradcam", "saliency", model="demo:vit") == 2
     assert row_labels(figures["digit-abslrp.png"]) == ["abslrp", "saliency"]
-    assert "gradcam does not run on demo:vit: ValueError: Expected `model` to have a conv" in (
+    assert "gradcam failed on demo:vit: ValueError: Expected `model` to have a conv" in (
         one_error(capsys)
     )
 
@@ -448,13 +450,13 @@ def test_pictures_are_turned_as_their_file_says(tmp_path: Path) -> None:
         (
             ["--target", "cat"],
             "demo:vgg",
-            "`--target` to be a class of the model, but got 'cat'; an index will do too.",
+            "`--target` to be a class of the model, but got 'cat'. An index is accepted as well.",
         ),
         (["--target", "taby"], "test_vit", "but got 'taby' (did you mean tabby"),
         (
             ["--target", "crane"],
             "test_vit",
-            "to name one class, but got 'crane', which names 2: give the index 134 or 517.",
+            "to name one class, but got 'crane', which matches 2 classes. Pass the index 134 or 517.",
         ),
         (["--target", "10"], "demo:vgg", "Expected `--target` to be between 0 and 9, but got 10."),
         (["--target", "-1"], "demo:vgg", "Expected `--target` to be between 0 and 9, but got -1."),
@@ -481,7 +483,7 @@ def test_pictures_are_turned_as_their_file_says(tmp_path: Path) -> None:
         (
             [],
             "demo:vggg",
-            "got 'demo:vggg' (did you mean demo:vgg?); there are demo:vgg, demo:resnet, demo:vit, "
+            "got 'demo:vggg' (did you mean demo:vgg?). Available: demo:vgg, demo:resnet, demo:vit, "
             "demo:photo.",
         ),
         (
@@ -497,7 +499,7 @@ def test_pictures_are_turned_as_their_file_says(tmp_path: Path) -> None:
         (
             ["--checkpoint", "x.pt"],
             "demo:vgg",
-            "`--checkpoint` to go with a timm model, but got 'demo:vgg'.",
+            "Expected `--checkpoint` with a timm model, but got 'demo:vgg'.",
         ),
         (
             ["--device", "abacus"],
@@ -542,10 +544,10 @@ def test_a_figure_that_cannot_be_written_is_one_line(
     [
         (
             FileNotFoundError("cannot find the requested files\nin the local cache"),
-            "the weights of 'test_vit' could not be fetched (cannot find the requested files); "
-            "give them with --checkpoint, or try a model that ships with the package: demo:vgg",
+            "the weights of 'test_vit' could not be downloaded (cannot find the requested files); "
+            "pass them with --checkpoint, or use a model that is included in the package: demo:vgg",
         ),
-        (ConnectionError(), "could not be fetched (ConnectionError)"),
+        (ConnectionError(), "could not be downloaded (ConnectionError)"),
         (
             RuntimeError("No pretrained weights exist for test_vit."),
             "'test_vit' could not be loaded: No pretrained weights exist for test_vit.",
@@ -638,13 +640,13 @@ class Unsafe:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "Expected `--checkpoint` to be a file of weights, but got "),
-        ({"a": torch.ones(1)}, "do not fit 'test_vit': Error(s) in loading state_dict for"),
-        ({"epoch": 3}, "Expected `--checkpoint` to hold a state dict, but got "),
-        (["a"], "Expected `--checkpoint` to hold a state dict, but got "),
+        (None, "Expected `--checkpoint` to be a weights file, but got "),
+        ({"a": torch.ones(1)}, "do not match 'test_vit': Error(s) in loading state_dict for"),
+        ({"epoch": 3}, "Expected `--checkpoint` to contain a state dict, but got "),
+        (["a"], "Expected `--checkpoint` to contain a state dict, but got "),
         ({"model": Unsafe()}, "Weights only load failed"),
-        (b"", "Expected `--checkpoint` to be a file of weights, but got "),
-        (b"nonsense", "Expected `--checkpoint` to be a file of weights, but got "),
+        (b"", "Expected `--checkpoint` to be a weights file, but got "),
+        (b"nonsense", "Expected `--checkpoint` to be a weights file, but got "),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -657,7 +659,7 @@ def test_bad_checkpoints_are_one_line(
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-        message = message if suffix == ".pt" else "Expected `--checkpoint` to be a file of weights"
+        message = message if suffix == ".pt" else "Expected `--checkpoint` to be a weights file"
     assert explain(picture, "--checkpoint", path, model="test_vit") == 2
     assert message in one_error(capsys)
 
@@ -666,7 +668,6 @@ def test_bad_checkpoints_are_one_line(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["explain", "--model", "demo:vgg"], "the following arguments are required: IMAGE"),
         (["explain", "a.png", "--model", "x", "--compare", "magic"], "invalid choice: 'magic'"),
         (["explain", "a.png", "--model", "x", "--compare", "abslrp"], "invalid choice: 'abslrp'"),
         (["explain", "a.png", "--model", "x", "--normalization", "no"], "invalid choice: 'no'"),

@@ -297,7 +297,7 @@ def test_a_processor_that_leaves_sizes_as_they_are(
     folder = save(tmp_path / "model", model, "ViTImageProcessor", {"do_resize": False})
     fitting = save_picture(tmp_path / "fitting.png", size=(224, 224))
     assert explain(folder, picture, fitting) == 2
-    assert f"an input (3, 224, 224) of {picture}, but got (3, 40, 48)" in capsys.readouterr().err
+    assert f"an input (3, 224, 224) for {picture}, but got (3, 40, 48)" in capsys.readouterr().err
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "fitting-abslrp.npy",
         "fitting-abslrp.png",
@@ -416,7 +416,7 @@ def test_checkpoints_go_with_timm_models(
 ) -> None:
     assert explain(folders["vit"], picture, "--checkpoint", "weights.pt") == 2
     assert one_error(capsys) == (
-        f"Expected `--checkpoint` to go with a timm model, but got 'hf:{folders['vit']}'."
+        f"Expected `--checkpoint` with a timm model, but got 'hf:{folders['vit']}'."
     )
 
 

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NOTE = "captum-abslrp"
-"""Name of the text in a figure that says how it was made."""
+"""Name of the metadata entry of a figure with its settings."""
 NORMALIZATIONS = ("separate", "joint")
 CONTRASTS = ("others", "softmax", "none")
 COMBINATIONS = ("difference", "gated", "guided")
@@ -73,9 +73,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
         help="explain what a model sees in images",
-        description="Writes for each image a figure (input, overlay, map) and the raw relevance, which is "
-        "never smoothed: STEM-abslrp.png and STEM-abslrp.npy. Started by `torchrun -m captum_abslrp "
-        "explain ...`, several processes share the images.",
+        description="Write a figure (input, overlay, map) and the raw relevance for each image: "
+        "STEM-abslrp.png and STEM-abslrp.npy. The raw relevance is never smoothed. With "
+        "`torchrun -m captum_abslrp explain ...`, several processes share the images.",
     )
     parser.set_defaults(command=_explain)
     parser.add_argument(
@@ -83,13 +83,14 @@ def add_command(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files, or folders of them, whose structure the outputs keep",
+        help="image files or folders; the outputs keep the structure of folders",
     )
     parser.add_argument(
         "--photos",
-        action="store_true",
-        help="explain six photographs that the extra `photos` installs; the model is then "
-        f"{PHOTO_MODEL} unless --model names another one",
+        nargs="*",
+        metavar="NAME",
+        help="explain photographs from the extra `photos`, all six or those named, e.g. --photos chelsea "
+        f"coffee; the default model is then {PHOTO_MODEL}",
     )
     parser.add_argument("--model", metavar="NAME", help=model_names())
     add_checkpoint(parser)
@@ -97,7 +98,7 @@ def add_command(commands: Any) -> None:
     wanted.add_argument(
         "--target",
         metavar="CLASS|INDEX",
-        help="the class to explain (default: the predicted one)",
+        help="class to explain (default: the predicted class)",
     )
     wanted.add_argument(
         "--top",
@@ -109,27 +110,27 @@ def add_command(commands: Any) -> None:
         "--mapping",
         default=RECOMMENDED,
         metavar="NAME",
-        help="the rules: what measured best for this kind of model (default: %(default)s); 'published', the "
-        "published method; or a mapping or LRP composite, such as generic, epsilon_plus or attnlrp",
+        help="mapping or LRP composite, such as generic, epsilon_plus or attnlrp; 'recommended' selects "
+        "the best settings for the kind of model, 'published' the published method (default: %(default)s)",
     )
     parser.add_argument(
         "--contrast",
         metavar="|".join([*CONTRASTS, "CLASS", "INDEX"]),
-        help="rather than what: all other classes alike, weighted by their probability, nothing, "
-        "or one class (default: as recommended, otherwise others)",
+        help="classes to compare with: all others equally, all others by probability, none, or one class "
+        "(default: as recommended, otherwise others)",
     )
     parser.add_argument(
         "--combine",
         choices=COMBINATIONS,
-        help="how the maps of the class and of the contrast become one: their difference, the class's map "
-        "where it is larger, or the class's map weighted by the difference inside of the model (default: as "
-        "recommended, otherwise difference)",
+        help="how to combine the maps of class and contrast: their difference; gated: the class's map "
+        "where it exceeds the contrast's; guided: the class's map weighted by the difference "
+        "at an inner layer (default: as recommended, otherwise difference)",
     )
     parser.add_argument(
         "--normalization",
         choices=NORMALIZATIONS,
-        help="where branches meet, scale relevance of each or of all together (default: as recommended, "
-        "otherwise separate)",
+        help="scale the relevance of each input of a call separately, or of all inputs jointly (default: as "
+        "recommended, otherwise separate)",
     )
     parser.add_argument(
         "--compare",
@@ -137,7 +138,7 @@ def add_command(commands: Any) -> None:
         choices=[name for name in list_methods() if name != "abslrp"],
         default=[],
         metavar="METHOD",
-        help="show other methods too: %(choices)s",
+        help="also show other methods: %(choices)s",
     )
     add_smoothing(parser)
     add_device(parser)
@@ -145,33 +146,32 @@ def add_command(commands: Any) -> None:
         "--threads",
         type=positive_int,
         metavar="N",
-        help="threads that a process computes by on the CPU; the last digits of maps depend on it (default: "
-        "those that PyTorch takes)",
+        help="number of CPU threads per process; it affects the last digits of maps (default: as in PyTorch)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("abslrp-maps"),
         metavar="DIR",
-        help="where to write (default: %(default)s)",
+        help="output folder (default: %(default)s)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="leave out images that have been explained in the same way, as their figures say",
+        help="skip images that were already explained with the same settings, as recorded in their figures",
     )
     parser.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="write a report for a browser, too: one file to click through, of about 1 MB per image with "
-        "--top 3; each class is explained without a contrast as well; the page holds this command line",
+        help="also write an interactive HTML report: a single file, about 1 MB per image with --top 3; each "
+        "class is also explained without a contrast; the report contains this command line",
     )
     parser.add_argument(
         "--concepts",
         metavar="LAYER",
-        help="with --html: a part of the report about the channels of a layer that matter most for a class, "
-        "and what they find in the images, by the path of the layer, e.g. layer3 or blocks.6",
+        help="with --html: add a section about the most relevant channels of a layer, given by its path, "
+        "e.g. layer3 or blocks.6",
     )
 
 
@@ -186,14 +186,17 @@ class Question:
 
 def _explain(args: argparse.Namespace) -> int:
     html_file(args.html)
-    _add_photos(args)
+    given = _images(args)
     if args.html is not None and args.resume:
         raise UserError(
-            "Expected `--html` or `--resume`, but got both: a report shows all images, and explains them "
-            "anew."
+            "Expected `--html` or `--resume`, but got both. A report explains all images again: "
+            "omit `--resume`."
         )
     if args.concepts is not None and args.html is None:
-        raise UserError("Expected `--html` with `--concepts`, which is a part of the report.")
+        raise UserError(
+            "Expected `--html` with `--concepts`, because concepts are a section of the report. "
+            "Add `--html FILE`."
+        )
     device = find_device(args.device)
     subject = load_subject(args.model, args.checkpoint, device)
     if args.concepts is not None:
@@ -204,7 +207,7 @@ def _explain(args: argparse.Namespace) -> int:
     example = torch.zeros(1, *subject.input_size, device=device)
     smoothing = smoothing_of(args, subject.model, example)
     out = folder(args.out)
-    images = all_image_files(args.images, out)
+    images = all_image_files(given, out)
     outputs = [out / name for name in output_names(images, out)]
     paths = [path for path, _ in images]
     undone = list(range(len(paths)))
@@ -212,7 +215,7 @@ def _explain(args: argparse.Namespace) -> int:
         undone = processes.from_first(
             lambda: [i for i in undone if not _is_done(paths[i], outputs[i], args)]
         )
-        say(f"{len(paths) - len(undone)} of {len(paths)} images are explained already.")
+        say(f"{len(paths) - len(undone)} of {len(paths)} images are already explained.")
 
     failures: dict[int, str] = {}
     panels: dict[int, Panel] = {}
@@ -239,7 +242,8 @@ def _explain(args: argparse.Namespace) -> int:
             for i, panel in panels.items():
                 name = paths[i].name if times[paths[i].name] == 1 else str(paths[i])
                 panels[i] = replace(panel, name=name)
-            notes = [*failures.values(), f"Explained by {method!r}"]
+            args.method = repr(method)
+            notes = list(failures.values())
             further = []
             if args.concepts is not None and panels and finished:
                 concepts = section_of(
@@ -252,18 +256,29 @@ def _explain(args: argparse.Namespace) -> int:
     return 2 if failures and processes.rank() == 0 else 0
 
 
-def _add_photos(args: argparse.Namespace) -> None:
-    """Put the photographs and their model where the user names none, if they are wanted."""
-    if args.photos:
+def _images(args: argparse.Namespace) -> list[Path]:
+    """Return the images to explain, and set the model of the photographs if the user names none."""
+    photos: list[Path] = []
+    if args.photos is not None:
         try:
-            args.images = [*args.images, *(photo.path for photo in demo.load_photos())]
+            known = {photo.name: photo.path for photo in demo.load_photos()}
         except ModuleNotFoundError as error:
             raise UserError(f"--photos: {error}") from error
+        for name in args.photos:
+            if name not in known:
+                raise UserError(
+                    f"Expected `--photos` to name photographs, but got {name!r}"
+                    f"{did_you_mean(name, known)}. Available: {', '.join(known)}. Put image files before "
+                    "`--photos`."
+                )
+        args.photos = args.photos or list(known)
+        photos = [known[name] for name in args.photos]
         args.model = args.model or PHOTO_MODEL
-    if not args.images:
-        raise UserError("Expected image files, folders of them or `--photos`, but got none.")
+    if not args.images and not photos:
+        raise UserError("Expected image files, folders or `--photos`, but got none.")
     if args.model is None:
-        raise UserError("Expected `--model NAME`, which goes with your images, but got none.")
+        raise UserError("Expected `--model NAME` with your images, but got none.")
+    return [*args.images, *photos]
 
 
 def _of_all(found: dict[int, T]) -> dict[int, T]:
@@ -278,11 +293,12 @@ def _write_report(
     further: Sequence[Section],
 ) -> None:
     if not panels:
-        say(f"No image was explained: {args.html} is not written.")
+        say(f"No image was explained, so {args.html} was not written.")
         return
     seen = panels[0].name if len(panels) == 1 else f"{len(panels)} images"
-    section = Section(args.model, panels, notes=notes)
-    save_report(args, [section, *further], f"What {args.model} sees in {seen}")
+    model = "EfficientNet-Lite0" if args.model == PHOTO_MODEL else args.model
+    section = Section(model, panels, notes=notes)
+    save_report(args, [section, *further], f"What {model} sees in {seen}")
 
 
 def _explain_image(
@@ -307,23 +323,30 @@ def _explain_image(
     targets = _targets(question, probabilities)
     chances = [f"{100 * float(probabilities[t]):.1f} %" for t in targets]
 
+    classes = [subject.label(target) for target in targets]
+    doubts: list[str] = []
+
     def explained(contrast: int | str | None, combine: str) -> list[Tensor]:
-        found = (
-            method.attribute(inputs, target=t, contrast=contrast, combine=combine) for t in targets
-        )
-        return [relevance[0].detach().cpu() for relevance in found]
+        maps = []
+        for name, target in zip(classes, targets, strict=True):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                relevance = method.attribute(
+                    inputs, target=target, contrast=contrast, combine=combine
+                )
+            maps.append(relevance[0].detach().cpu())
+            doubts.extend(f"{name}: {warning.message}" for warning in caught)
+        return maps
 
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            maps = {"abslrp": explained(question.contrast, method.combine)}
+        maps = {"abslrp": explained(question.contrast, method.combine)}
         wanted = args.html is not None and question.contrast is not None
+        found_doubts = list(dict.fromkeys(doubts))
         alone = explained(None, "difference") if wanted else None
     except (UnsupportedCallError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
-    doubts = list(dict.fromkeys(str(warning.message) for warning in caught))
-    for doubt in doubts:
+    for doubt in found_doubts:
         complain(f"{path}: {doubt}", kind="warning")
     trouble: list[str] = []
     for name in dict.fromkeys(args.compare):
@@ -332,12 +355,11 @@ def _explain_image(
             maps[name] = [attribute(inputs, target)[0].detach().cpu() for target in targets]
         except Exception as error:  # Captum's methods fail in many ways on unknown layers
             reason = " ".join(str(error).split())
-            trouble.append(f"{name} does not run on {args.model}: {type(error).__name__}: {reason}")
+            trouble.append(f"{name} failed on {args.model}: {type(error).__name__}: {reason}")
 
     rather = ""
     if isinstance(question.contrast, int):
         rather = f" rather than {subject.label(question.contrast)}"
-    classes = [subject.label(target) for target in targets]
     figure = _explanation(path.name, subject.show(image), maps, classes, chances, rather, smoothing)
     raw = torch.stack(maps["abslrp"]) if question.top is not None else maps["abslrp"][0]
     save_array(raw, with_suffix(output, ".npy"))
@@ -355,7 +377,7 @@ def _explain_image(
             [float(probabilities[t]) for t in targets],
             contrast=_in_words(question.contrast, subject),
             combined=f"the {method.combine}{'' if method.combine == 'difference' else ' map'}",
-            notes=doubts,
+            notes=found_doubts,
             smoothing=smoothing,
         )
     return panel, f"{path}: {'; '.join(trouble)}" if trouble else ""
@@ -409,7 +431,7 @@ def _views(
 def _in_words(contrast: int | str | None, subject: Subject) -> str:
     if isinstance(contrast, int):
         return subject.label(contrast)
-    return {"softmax": "the others, by their probability"}.get(contrast or "", "the others")
+    return {"softmax": "the other classes, by probability"}.get(contrast or "", "the others")
 
 
 def _explanation(
@@ -536,11 +558,11 @@ def _class_index(
     if found:
         indices = " or ".join(str(index) for index in found)
         raise UserError(
-            f"Expected `{option}` to name one class, but got {text!r}, which names "
-            f"{len(found)}: give the index {indices}."
+            f"Expected `{option}` to name one class, but got {text!r}, which matches "
+            f"{len(found)} classes. Pass the index {indices}."
         )
     expected = f"{', '.join(other_words)} or a class" if other_words else "a class"
     raise UserError(
         f"Expected `{option}` to be {expected} of the model, but got {text!r}"
-        f"{did_you_mean(wanted, [*other_words, *known])}; an index will do too."
+        f"{did_you_mean(wanted, [*other_words, *known])}. An index is accepted as well."
     )

@@ -207,7 +207,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
     import timm
 
     asked = {
-        name.replace("_", "-"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        name.replace("_", "-"): "\n".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
         for name, value in sorted(vars(args).items())
         if name not in ("command", "line") and not (value in (None, []) or value is False)
     }

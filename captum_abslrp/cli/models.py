@@ -47,12 +47,12 @@ class Subject:
         return self.input_size[0]
 
     def read(self, path: Path) -> Tensor:
-        """The model's input for the picture in a file."""
+        """Return the model's input for the picture in a file."""
         image = self.prepare(read_image(path, self.channels))
         if tuple(image.shape) != tuple(self.input_size):
             raise UserError(
-                f"Expected the preprocessing of the model to make an input {self.input_size} of {path}, but "
-                f"got {tuple(image.shape)}: resize the picture."
+                f"Expected the preprocessing of the model to return an input {self.input_size} for {path}, "
+                f"but got {tuple(image.shape)}. Resize the picture."
             )
         return image
 
@@ -62,17 +62,18 @@ class Subject:
 
 
 def model_names() -> str:
-    """What ``--model`` takes, for the help of a command."""
+    """Return the help text of ``--model``."""
     demos = ", ".join(DEMO_PREFIX + name for name in demo.list_models())
     return (
-        "a timm model, e.g. resnet50 or vit_base_patch16_224; an image classifier of Hugging Face, "
-        f"{huggingface.PREFIX}ORG/NAME or {huggingface.PREFIX}./FOLDER, which needs transformers; or without "
-        f"network one of {demos}, or {PHOTO_MODEL} (EfficientNet-Lite0 on ImageNet; needs the extra `photos`)"
+        "a timm model, e.g. resnet50 or vit_base_patch16_224; a Hugging Face image classifier, "
+        f"{huggingface.PREFIX}ORG/NAME or {huggingface.PREFIX}./FOLDER (requires transformers); or a demo "
+        f"model, which needs no network: {demos}, or {PHOTO_MODEL} (EfficientNet-Lite0 on "
+        "ImageNet; requires the extra `photos`)"
     )
 
 
 def exact_name(name: str) -> str:
-    """The name of a model, with the whole path where it is a folder."""
+    """Return the name of a model, with the absolute path of a folder."""
     if name.startswith(huggingface.PREFIX):
         return huggingface.PREFIX + huggingface.place_of(name)
     return name
@@ -84,7 +85,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="weights of the timm model (.safetensors or a torch file) instead of downloaded ones",
+        help="file with weights for the timm model (.safetensors or PyTorch), instead of downloaded weights",
     )
 
 
@@ -100,8 +101,8 @@ def add_smoothing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-smoothing",
         action="store_true",
-        help="draw maps with the grid that a stride or patches leave in them; without this option pictures "
-        "are smoothed over the stride of the model's first convolution, or over its patches",
+        help="draw maps unsmoothed, with the grid of the stride or the patches; by default, pictures are "
+        "smoothed over the stride of the first convolution, or over its patches",
     )
 
 
@@ -117,7 +118,7 @@ def smoothing_of(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> 
 
 @contextmanager
 def of_threads(count: int | None) -> Iterator[None]:
-    """Compute with a number of threads; None leaves it as it is."""
+    """Set the number of threads; None does not change it."""
     if count is None:
         yield
         return
@@ -144,7 +145,7 @@ def find_device(name: str) -> torch.device:
 def load_subject(name: str, checkpoint: Path | None, device: torch.device) -> Subject:
     of_timm = not name.startswith((DEMO_PREFIX, huggingface.PREFIX))
     if checkpoint is not None and not of_timm:
-        raise UserError(f"Expected `--checkpoint` to go with a timm model, but got {name!r}.")
+        raise UserError(f"Expected `--checkpoint` with a timm model, but got {name!r}.")
     if name.startswith(huggingface.PREFIX):
         subject = _huggingface_subject(name)
     else:
@@ -193,7 +194,7 @@ def _load_demo_model(name: str) -> nn.Module:
         there_are = ", ".join(DEMO_PREFIX + other for other in known)
         raise UserError(
             f"Expected `--model` to be a demo model, but got {DEMO_PREFIX + name!r}"
-            f"{did_you_mean(name, known, prefix=DEMO_PREFIX)}; there are {there_are}."
+            f"{did_you_mean(name, known, prefix=DEMO_PREFIX)}. Available: {there_are}."
         )
     return demo.load_model(name)
 
@@ -236,8 +237,8 @@ def _load_timm_model(name: str, checkpoint: Path | None) -> nn.Module:
     except OSError as error:
         # So are the errors of the hub, of sockets and of urllib.
         raise UserError(
-            f"the weights of {name!r} could not be fetched ({first_line(error)}); give them with "
-            f"--checkpoint, or try a model that ships with the package: {DEMO_PREFIX}vgg"
+            f"the weights of {name!r} could not be downloaded ({first_line(error)}); pass them with "
+            f"--checkpoint, or use a model that is included in the package: {DEMO_PREFIX}vgg"
         ) from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
@@ -258,13 +259,13 @@ def _load_from_checkpoint(name: str, checkpoint: Path) -> nn.Module:
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the weights in {checkpoint} do not fit {name!r}: {' '.join(str(error).split())[:300]}"
+            f"the weights in {checkpoint} do not match {name!r}: {' '.join(str(error).split())[:300]}"
         ) from error
     return model
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; training scripts put it into a dict, wrappers prefix its keys."""
+    """Load the state dict in a file; unwrap nested dicts and remove prefixes of wrappers."""
     import pickle
 
     from safetensors import SafetensorError
@@ -279,7 +280,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"Expected `--checkpoint` to be a file of weights, but got {path}: {first_line(error)}"
+            f"Expected `--checkpoint` to be a weights file, but got {path}: {first_line(error)}"
         ) from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -287,7 +288,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(
-            f"Expected `--checkpoint` to hold a state dict, but got {path} without one."
+            f"Expected `--checkpoint` to contain a state dict, but got {path} without one."
         )
     return {
         key.removeprefix("_orig_mod.").removeprefix("module."): value

@@ -14,6 +14,9 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** Split a text at its backticks: every second part is code. */
+const marked = (text) => text.split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
+
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 /** Create a group of radio buttons; `chosen` is called with the selected index. */
@@ -103,7 +106,7 @@ function panel(given) {
       ...(given.probabilities
         ? [
             element("small", {}, percent(given.probabilities[i])),
-            element("meter", { min: "0", max: "1", value: given.probabilities[i], "aria-hidden": "true" }),
+            element("i", { class: "bar", style: `--share: ${given.probabilities[i]}` }),
           ]
         : []),
     ]),
@@ -129,7 +132,7 @@ function panel(given) {
       show();
     });
   }
-  const titles = { target: "the class", contrast: "the contrast", difference: given.combined };
+  const titles = { target: "the class alone", contrast: "the contrast", difference: given.combined };
   const ofViews =
     views.length > 1
       ? choices("Map", `${id}-view`, views.map((view) => [titles[view] ?? view]), (i) => {
@@ -158,7 +161,7 @@ function panel(given) {
       element("figure", {}, stack, caption, scale),
       controls,
     ),
-    ...given.notes.map((note) => element("p", { class: "note" }, note)),
+    ...given.notes.map((note) => element("p", { class: "note" }, ...marked(note))),
   );
 
   // While the focus is in the panel, digits select a class, and + and - change the opacity of the map.
@@ -203,7 +206,7 @@ for (const section of data.sections) {
       "section",
       {},
       element("h2", {}, section.title),
-      ...section.notes.map((note) => element("p", {}, note)),
+      ...section.notes.map((note) => element("p", {}, ...marked(note))),
       ...section.tables.map(table),
       ...section.figures.map((figure) => element("img", { class: "figure", src: figure.src, alt: figure.alt })),
       ...section.panels.map(panel),
@@ -213,7 +216,7 @@ for (const section of data.sections) {
 
 const settings = Object.entries(data.settings).flatMap(([name, value]) => [
   element("dt", {}, name),
-  element("dd", {}, value),
+  element("dd", {}, ...marked(value)),
 ]);
 const keys = [
   element("h2", {}, "Keys"),
