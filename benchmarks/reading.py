@@ -95,7 +95,7 @@ def look_at(model: nn.Module, x: Tensor, region: str) -> None:
 
 
 def last_layer(model: nn.Module, x: Tensor, target: int) -> None:
-    """Print what the middle of the last feature map contributes to the class, and on average to the others."""
+    """Print what the middle of the last feature map contributes to the class, and to others on average."""
     with torch.no_grad():
         features = model.forward_features(x)
     if features.dim() != 4:
