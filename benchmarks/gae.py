@@ -1,9 +1,9 @@
 """AbsLRP against Captum's methods on the three demo models, by GAE, GridPG and LeRF-MoRF.
 
-``python -m benchmarks.gae run --model vgg`` scores (and goes on where it was stopped);
+``python -m benchmarks.gae run --model vgg`` computes scores, and resumes an interrupted run;
 ``python -m benchmarks.gae report`` writes the tables of ``benchmarks/RESULTS.md``.
 
-The scenes are drawn anew from digits that no demo model has seen in training.
+The scenes are rendered anew from digits that no demo model has seen in training.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Scenes:
 
 
 def explanation_funcs(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
-    """All methods of the command line, and absLRP with its options."""
+    """Return all methods of the command line, and absLRP with its options."""
 
     def method(name: str) -> Callable[..., Tensor]:
         return lambda inputs, target: get_method(name)(model)(inputs, target)
@@ -73,10 +73,10 @@ def explanation_funcs(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
 
 
 def oracle_maps(setting: Setting, masks: Tensor) -> Tensor:
-    """What an attributor would say that knows the digit's pixels, masked ones excepted.
+    """Maps of an attributor that knows the pixels of the digit, except for the masked ones.
 
     Args:
-        setting: of one mosaic.
+        setting: the states of one mosaic.
         masks: where the digits of its four scenes are, (4, H, W), bool.
 
     Returns:
@@ -92,7 +92,7 @@ def oracle_maps(setting: Setting, masks: Tensor) -> Tensor:
 
 
 def inverse_maps(setting: Setting, masks: Tensor) -> Tensor:
-    """All pixels but those of :func:`oracle_maps`."""
+    """Maps of all pixels except those of :func:`oracle_maps`."""
     seen = torch.cat(
         [setting.states != setting.baseline, torch.ones_like(setting.mosaics[None]) > 0]
     )
@@ -169,7 +169,7 @@ def report(work: Path) -> None:
 
 
 def table_of(rows: dict[str, MethodScores]) -> str:
-    """The table without its last column, the time, which other work on the machine has a share in."""
+    """Format the table without its last column, the time, which depends on the load of the machine."""
     lines = str(Comparison(rows)).splitlines()
     return "\n".join(line.rpartition(" | ")[0] + " |" for line in lines)
 

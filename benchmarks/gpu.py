@@ -1,9 +1,9 @@
-"""What attribution costs on a GPU: ``python -m benchmarks.gpu``, some minutes, no network.
+"""Measure the cost of attribution on a GPU: ``python -m benchmarks.gpu``, a few minutes, no network.
 
-Prints a row for each model, precision and batch size: milliseconds of the forward pass, multiples of it for
-maps (eager, traced as a program, and the program in a CUDA graph), images per second, and peak memory. Then
-whether anything inside waits for the GPU. Rows for which there is no time are named. Without a GPU it says
-so, and runs tiny models on the host, to see that it runs.
+The script prints a row for each model, precision and batch size: milliseconds of the forward pass, multiples
+of it for maps (eager, traced as a program, and the program in a CUDA graph), images per second, and peak
+memory. It then prints whether any operation waits for the GPU. It names the rows for which the time does not
+suffice. Without a GPU it says so, and runs tiny models on the host as a check.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADER = (
 
 
 class Setting(NamedTuple):
-    """A model and images in some precision."""
+    """A model and images in one precision."""
 
     name: str
     precision: str
@@ -52,13 +52,13 @@ class Setting(NamedTuple):
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of some calls, after one that is not counted."""
+    """Return the median time of several calls, after one that is not counted."""
     seconds(run)
     return statistics.median(seconds(run) for _ in range(repeats))
 
 
 def methods_of(name: str, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The maps that are timed, by the heads of their columns."""
+    """Return the maps to time, by the titles of their columns."""
     composite = next((c for part, c in LRP_OF.items() if part in name), "epsilon")
     separate, joint = AbsLRP(model), AbsLRP(model, normalization="joint")
     saliency, lrp = captum.attr.Saliency(model), LRP(model, composite)
@@ -75,7 +75,7 @@ def methods_of(name: str, model: nn.Module) -> dict[str, Callable[[Tensor], Tens
 
 @contextlib.contextmanager
 def precision_of(setting: Setting) -> Any:
-    """Run in a precision; that of before is put back."""
+    """Run in a precision, and restore the previous one."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     tf32 = setting.precision == "TF32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -88,7 +88,7 @@ def precision_of(setting: Setting) -> Any:
 
 
 def row(setting: Setting) -> list[str]:
-    """The cells of one setting."""
+    """Return the cells of one setting."""
     name, precision, batch, device = setting
     model = timm.create_model(name).eval().to(device)
     x = torch.randn(batch, *model.default_cfg["input_size"], device=device)
@@ -121,7 +121,7 @@ def row(setting: Setting) -> list[str]:
 
 
 def measured(run: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Peak memory in MB on a GPU, and median time in seconds."""
+    """Return the peak memory in MB on a GPU, and the median time in seconds."""
     if device != "cuda":
         return 0.0, median_seconds(run)
     torch.cuda.reset_peak_memory_stats()
@@ -131,7 +131,7 @@ def measured(run: Callable[[], Any], device: str) -> tuple[float, float]:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """A CUDA graph of what a function starts on the GPU."""
+    """Capture the work of a function on the GPU in a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.no_grad():
@@ -146,7 +146,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def waits(name: str) -> dict[str, str]:
-    """Which maps wait for the GPU, and where; and how often, by the profiler."""
+    """Find which maps wait for the GPU and where, and count how often with the profiler."""
     model = timm.create_model(name).eval().cuda()
     x = torch.randn(2, *model.default_cfg["input_size"], device="cuda")
     found = {}

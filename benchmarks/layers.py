@@ -1,4 +1,4 @@
-"""What maps of several layers cost: all from one pass, against one layer alone.
+"""Measure the cost of maps of several layers from one pass, relative to one layer alone.
 
 ``python -m benchmarks.layers`` prints, for ViT-S/16 and ResNet-50, the number of forward passes and the time
 of the maps of all blocks, of one block, and of the inputs through 16 channels (``select``), side by side.
@@ -30,7 +30,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def measure(
     name: str, batch_size: int, image_size: int, repeats: int
 ) -> list[tuple[str, int, float]]:
-    """What was explained, forward passes, and time by that of the first block."""
+    """Return the row of each map: its name, forward passes, and time relative to the first block."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     x = torch.randn(batch_size, 3, image_size, image_size)

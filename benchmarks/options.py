@@ -1,9 +1,9 @@
-"""What options gain and cost, and how the time grows with the number of tokens.
+"""Measure the effect of options on time and error, and the growth of time with the number of tokens.
 
 ``python -m benchmarks.options`` prints the tables of ``benchmarks/RESULTS.md``. Time is relative to float32
-without options, in the same run; the error is the relative L2 distance of the target's map, and of the
-difference of target and contrast, from that in float64. ``torch.compile`` is tried on the element-wise
-formulas alone: it needs a C++ compiler, and is not used by the package.
+without options, in the same run. The error is the relative L2 distance from the map in float64, for the
+target map and for the difference of target and contrast. ``torch.compile`` is measured on the elementwise
+formulas only. It needs a C++ compiler, and the package does not use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from captum_abslrp import AbsLRP, functional
 
 
 def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each, run in turn."""
+    """Return the median time of each, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -39,7 +39,7 @@ def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def precision(name: str, repeats: int, device: str) -> None:
-    """Print a row for each way to compute in less than float32."""
+    """Print a row for each precision below float32."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval().to(device)
     x, target = torch.randn(4, 3, 224, 224, device=device), [0, 1, 2, 3]
@@ -83,7 +83,7 @@ def precision(name: str, repeats: int, device: str) -> None:
 
 
 def growth(repeats: int, device: str, sizes: list[int]) -> None:
-    """Print how the time grows with tokens."""
+    """Print the growth of time with the number of tokens."""
     for size in sizes:
         torch.manual_seed(0)
         model = timm.create_model("vit_small_patch16_224", img_size=size).eval().to(device)
@@ -104,7 +104,7 @@ def growth(repeats: int, device: str, sizes: list[int]) -> None:
 
 
 def layout(repeats: int, device: str) -> None:
-    """Print what the channels-last layout changes."""
+    """Print the effect of the channels-last layout."""
     torch.manual_seed(0)
     plain = timm.create_model("resnet50").eval().to(device)
     x = torch.randn(4, 3, 224, 224, device=device)
@@ -132,7 +132,7 @@ def layout(repeats: int, device: str) -> None:
 
 
 def compiled(repeats: int, device: str) -> None:
-    """Print what compiling an element-wise formula gains, at the shapes of ViT-B/16 with a batch of 4."""
+    """Print the effect of compiling elementwise formulas, at the shapes of ViT-B/16 with a batch of 4."""
     tokens, hidden = (torch.randn(4, 197, width, device=device) for width in (768, 4 * 768))
     logits = torch.randn(4, 12, 197, 197, device=device)
     probabilities, weight = logits.softmax(-1), torch.randn(768, device=device)

@@ -1,10 +1,10 @@
-"""Where the time of an attribution goes, per kind of call.
+"""Profile the time of an attribution by kind of call.
 
 ``python -m benchmarks.profile --model vit_base_patch16_224`` prints the time of the forward pass, plain and
 recorded, and the time of each kind of rule in the backward pass, in milliseconds and as multiples of the
-plain forward pass. The time of the operators is printed, too: the products, which no implementation can do
-without, and the others, the longest first. (Run it as a module: a script in a folder with a file of this
-name would take that file for the one of the standard library.)
+plain forward pass. It also prints the time of the operators: the products, which every implementation
+needs, and the others, longest first. (Run it as a module. A script in this folder would import this file
+instead of the module ``profile`` of the standard library.)
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The figures of ``docs/reading-maps.md`` about photographs: blue objects, and what a model looks at.
+"""Compute the figures of ``docs/reading-maps.md`` about photographs with blue objects.
 
 ``python -m benchmarks.reading --model lite0 --images FOLDER``. Models and images are named as for
-``benchmarks.real``; ``--photo NAME --region left`` looks at one photograph closely (default: the one whose
-center is most negative). It prints
+``benchmarks.real``; ``--photo NAME --region left`` analyzes one photograph in detail (default: the one whose
+center is most negative). The script prints
 
-- in how many images the center has more negative than positive relevance with ``contrast="others"``, and how
-  much of the relevance of the target the difference of target and contrast keeps;
-- of one photograph, the share of relevance in a region for several maps, and what the region gives to the
-  class and to the others in the last layer, where a model ends with an average and a linear layer;
+- in how many images the center has more negative than positive relevance with ``contrast="others"``, and
+  which share of the relevance of the target remains in the difference of target and contrast;
+- of one photograph, the share of relevance in a region for several maps, and the contributions of the region
+  to the class and to the others in the last layer, where a model ends with an average and a linear layer;
 - how often hiding the right quarter of a mosaic lowers the logit most, of the four quarters.
 """
 
@@ -41,18 +41,18 @@ REGIONS = {"center": center, "left": left}
 
 
 def predict(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The two largest probabilities of each image and their classes, both (B, 2)."""
+    """Return the two largest probabilities of each image and their classes, both (B, 2)."""
     with torch.no_grad():
         probabilities, classes = model(x).softmax(1).topk(2)
     return probabilities, classes
 
 
 def scan(case: Case, batch_size: int) -> tuple[Tensor, Tensor]:
-    """How negative the center of each difference map is, and what the difference keeps.
+    """Measure how negative the center of each difference map is, and which share remains in the difference.
 
     Returns:
-        the sum of relevance in the center by that of all magnitudes, (N,); and the magnitudes of the
-        difference by those of the map of the target, (N,).
+        the sum of relevance in the center, relative to the sum of all magnitudes, (N,); and the magnitudes
+        of the difference, relative to those of the target map, (N,).
     """
     attributor = AbsLRP(case.model)
     sums, kept = [], []
@@ -95,7 +95,7 @@ def look_at(model: nn.Module, x: Tensor, region: str) -> None:
 
 
 def last_layer(model: nn.Module, x: Tensor, target: int) -> None:
-    """Print what the middle of the last feature map gives to the class, and to the others on average."""
+    """Print what the middle of the last feature map contributes to the class, and to others on average."""
     with torch.no_grad():
         features = model.forward_features(x)
     if features.dim() != 4:
@@ -119,7 +119,7 @@ def last_layer(model: nn.Module, x: Tensor, target: int) -> None:
 
 
 def hide_quarters(case: Case, count: int) -> float:
-    """How often the logit falls most where the right quarter of a mosaic is hidden."""
+    """Return how often the logit falls most when the right quarter of a mosaic is hidden."""
     mosaics = make_mosaics(case, count, full_size=False)
     height, width = (n // 2 for n in mosaics.images.shape[2:])
     logits = []

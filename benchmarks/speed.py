@@ -1,9 +1,9 @@
-"""Time and peak memory of AbsLRP beside Captum's methods, as multiples of the forward pass.
+"""Time and peak memory of AbsLRP and of Captum's methods, as multiples of the forward pass.
 
 ``python -m benchmarks.speed`` prints the tables of ``benchmarks/RESULTS.md``. All methods of a model and a
-batch size are run in turn, so that whatever else the machine does falls on all of them; each figure is
-the median over ``--repeats`` rounds. Peak memory is what a process of its own needs beyond the loaded model
-and its inputs. On a GPU the time of a forward pass is that of the device.
+batch size run in turn, so that other load on the machine affects all of them. Each figure is the median over
+``--repeats`` rounds. Peak memory is measured in a separate process, beyond the loaded model and its inputs.
+On a GPU the time of a forward pass is that of the device.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def prepare(name: str, batch_size: int, device: str) -> tuple[nn.Module, Tensor,
 
 
 def run_once(method: str, call: Run, device: str) -> float:
-    """Seconds of one run."""
+    """Return the seconds of one run."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -85,7 +85,7 @@ def run_once(method: str, call: Run, device: str) -> float:
 def measure_times(
     name: str, batch_size: int, methods: list[str], repeats: int, device: str
 ) -> dict[str, float | str]:
-    """Median seconds of each method, or why it does not run."""
+    """Return the median seconds of each method, or the reason why it does not run."""
     prepared = prepare(name, batch_size, device)
     calls = {method: METHODS[method](*prepared) for method in methods}
     times: dict[str, list[float]] = {method: [] for method in methods}
@@ -95,7 +95,7 @@ def measure_times(
             times[method].append(run_once(method, call, device))
             continue
         try:
-            run_once(method, call, device)  # not timed: what is slow the first time
+            run_once(method, call, device)  # not timed: the first call is slower
         except (TypeError, AssertionError, RuntimeError) as error:
             failed[method] = type(error).__name__
     for _ in range(repeats):
@@ -107,7 +107,7 @@ def measure_times(
 
 @contextlib.contextmanager
 def peak_resident_set() -> Iterator[list[float]]:
-    """Peak of the resident set beyond what it is at the start, in MB, put into the list at the end."""
+    """Append the peak of the resident set, beyond its size at the start, to the list at the end, in MB."""
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -135,7 +135,7 @@ def peak_resident_set() -> Iterator[list[float]]:
 
 
 def measure_memory_here(name: str, batch_size: int, method: str, device: str) -> float:
-    """Peak extra memory of a method's first run in this process, in MB."""
+    """Return the peak extra memory of the first run of a method in this process, in MB."""
     call = METHODS[method](*prepare(name, batch_size, device))
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -148,7 +148,7 @@ def measure_memory_here(name: str, batch_size: int, method: str, device: str) ->
 
 
 def measure_memory(name: str, batch_size: int, method: str, device: str) -> float | str:
-    """:func:`measure_memory_here` in a process of its own; the median of three."""
+    """Return the median of three runs of :func:`measure_memory_here`, each in its own process."""
     found = []
     for _ in range(3):
         request = json.dumps([name, batch_size, method, device])

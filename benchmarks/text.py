@@ -1,16 +1,16 @@
-"""Relevance of tokens for the similarity of two sentences: several methods on a real model.
+"""Score the relevance of tokens for the similarity of two sentences: several methods on a real model.
 
 ``python -m benchmarks.text --model FOLDER``, with the folder of a model of sentence-transformers that
 averages its tokens, in the format of Hugging Face's (MiniLM, for example). ``--write`` puts the table into
 RESULTS.md.
 
-Each sentence of a pair (``text_pairs.txt``) is explained: which of its tokens make it similar to the other
-one? All scores are means over the two sentences of a pair; higher is better.
+The methods explain each sentence of a pair (``text_pairs.txt``): which of its tokens make it similar to the
+other one? All scores are means over the two sentences of a pair. Higher is better.
 
-- ``removed``: the similarity as tokens are taken out of the sentence one by one, least relevant first, less
-  that with most relevant first: the mean difference over all numbers of tokens (LeRF - MoRF). ``[CLS]`` and
-  ``[SEP]`` stay. ``masked``: the same with ``[MASK]`` in their places.
-- ``words``: how often a word that the shared meaning hangs on, marked by hand, has more relevance than one
+- ``removed``: the similarity as tokens are removed from the sentence one by one, least relevant first, minus
+  the same with most relevant first: the mean difference over all numbers of tokens (LeRF - MoRF). ``[CLS]``
+  and ``[SEP]`` stay. ``masked``: the same with ``[MASK]`` in their places.
+- ``words``: how often a word that carries the shared meaning, marked by hand, has more relevance than one
   that is not marked, over all such pairs of words of a sentence (area under the ROC curve); chance is 0.5.
   ``content words``: the same without articles, prepositions, pronouns and the like.
 - ``time``: of an explanation, in forward passes (median).
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A model and what else is needed to explain it."""
+    """A model, and the objects that explaining it needs."""
 
     encoder: MeanPooling
     mask: int
@@ -94,7 +94,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def words_of(sentence: str) -> tuple[list[str], Tensor]:
-    """The words and punctuation marks of a sentence, and which of them are marked, (W,)."""
+    """Split a sentence into words and punctuation marks; return them, and which are marked, (W,)."""
     words, marked = [], []
     for part in sentence.split():
         word = part.replace("*", "")
@@ -108,7 +108,7 @@ def words_of(sentence: str) -> tuple[list[str], Tensor]:
 
 
 def load(folder: str) -> tuple[Setting, Any]:
-    """The model of a folder, and its tokenizer."""
+    """Load the model and the tokenizer of a folder."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -152,7 +152,7 @@ def make_cases(
 def ours(
     mapping: str | None, *, contrast: bool = False, whole: bool = False, **options: Any
 ) -> Method:
-    """Our attribution with a mapping; with a contrast rather than the sentences of other pairs."""
+    """Attribution of this library with a mapping; optionally with a contrast to sentences of other pairs."""
 
     def explain(setting: Setting, case: Case, generator: torch.Generator) -> Tensor:
         embedding = setting.encoder.model.embeddings if whole else None
@@ -168,7 +168,7 @@ def ours(
 
 
 class ByPosition(nn.Module):
-    """The similarity of a sentence, called as Captum's methods call a model."""
+    """The similarity of a sentence, with the signature that Captum's methods expect of a model."""
 
     def __init__(self, encoder: nn.Module, case: Case) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class ByPosition(nn.Module):
 
 
 def input_x_gradient(*, whole: bool) -> Method:
-    """At the embeddings of the words, or behind the sum with positions and the norm of it."""
+    """At the word embeddings, or after the positions are added and the sum is normalized."""
 
     def explain(setting: Setting, case: Case, generator: torch.Generator) -> Tensor:
         encoder = setting.encoder
@@ -222,12 +222,12 @@ def rollout(setting: Setting, case: Case, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def last_layer(setting: Setting, case: Case, generator: torch.Generator) -> Tensor:
-    """What the vector of each token in the last layer adds to the similarity."""
+    """The contribution of the vector of each token in the last layer to the similarity."""
     return setting.encoder.model(**case.encoded).last_hidden_state[0] @ case.reference
 
 
 def leave_one_out(kind: str) -> Method:
-    """How much the similarity falls without each token alone; a forward pass for each."""
+    """The fall of the similarity without each single token; one forward pass for each."""
 
     @torch.no_grad()
     def explain(setting: Setting, case: Case, generator: torch.Generator) -> Tensor:
@@ -285,11 +285,11 @@ def similarities_of(encoder: nn.Module, case: Case, ids: Tensor, mask: Tensor) -
 
 
 def without_tokens(setting: Setting, case: Case, kept: Tensor) -> Tensor:
-    """Similarities where only some tokens of the content (S, n) are left; the others move up."""
+    """Similarities if only some tokens of the content (S, n) remain; later tokens move up."""
     ids = case.encoded["input_ids"]
     every = torch.ones(len(kept), ids.shape[1], dtype=torch.bool)
     every[:, case.content] = kept
-    order = every.long().argsort(dim=1, descending=True, stable=True)  # what is left first
+    order = every.long().argsort(dim=1, descending=True, stable=True)  # remaining tokens first
     moved = ids.expand(len(kept), -1).gather(1, order)
     left = torch.arange(ids.shape[1]) < every.sum(1, keepdim=True)
     return similarities_of(
@@ -298,7 +298,7 @@ def without_tokens(setting: Setting, case: Case, kept: Tensor) -> Tensor:
 
 
 def masked_tokens(setting: Setting, case: Case, kept: Tensor) -> Tensor:
-    """Similarities with ``[MASK]`` in the places of tokens that are not kept, (S, n)."""
+    """Similarities with ``[MASK]`` in place of the tokens that are not kept, (S, n)."""
     ids = case.encoded["input_ids"].repeat(len(kept), 1)
     ids[:, case.content] = ids[:, case.content].where(kept, torch.tensor(setting.mask))
     return similarities_of(setting.encoder, case, ids, torch.ones_like(ids))
@@ -308,7 +308,7 @@ PERTURBED = {"removed": without_tokens, "masked": masked_tokens}
 
 
 def curve(setting: Setting, case: Case, relevance: Tensor, kind: str) -> Tensor:
-    """Similarity after 0 to n tokens are gone, most relevant first, (n + 1,)."""
+    """Similarity after 0 to n tokens are removed, most relevant first, (n + 1,)."""
     ranks = relevance[case.content].argsort(descending=True, stable=True).argsort()
     kept = ranks >= torch.arange(len(ranks) + 1)[:, None]
     return PERTURBED[kind](setting, case, kept)

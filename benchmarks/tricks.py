@@ -1,8 +1,8 @@
-"""What each optimization of the rules gains: time without it, relative to time with it.
+"""Measure what each optimization of the rules gains: time without it, relative to time with it.
 
-``python -m benchmarks.tricks`` prints the table of ``benchmarks/RESULTS.md``. Within one process the code of
-a function is exchanged for one without the optimization, and back, for one map each in turn: the figure is
-the median of the ratios. The first row, where nothing is changed, shows how exact the figures are. An
+``python -m benchmarks.tricks`` prints the table of ``benchmarks/RESULTS.md``. Within one process,
+the script replaces the code of a function by code without the optimization, and back, for one map each in
+turn. The figure is the median of the ratios. The first row, without any change, shows the precision. An
 optimization stays if one of the models is at least 3 % slower without it, or needs at least 3 % more memory.
 """
 
@@ -33,14 +33,14 @@ PACKAGE = "captum_abslrp"
 
 @dataclass(frozen=True)
 class Trick:
-    """An optimization, and how to take it out.
+    """An optimization, and how to remove it.
 
     Attributes:
-        name: for the table.
-        module: the module of the package that it is in, without the name of the package.
-        with_it, without: a piece of its source, and what stands there without the optimization.
-        models: the models on which it may matter, see :func:`make`.
-        saves_memory: whether it is there for memory.
+        name: its name in the table.
+        module: its module, without the name of the package.
+        with_it, without: a piece of its source, and the replacement without the optimization.
+        models: the models that it may affect, see :func:`make`.
+        saves_memory: whether its purpose is to save memory.
     """
 
     name: str
@@ -160,14 +160,14 @@ TRICKS = [
 
 
 def changed(trick: Trick, source: str) -> str:
-    """The source without an optimization; raises if it is not there."""
+    """Return the source without an optimization; raise an error if it is not found."""
     if source.count(trick.with_it) != 1:
         raise ValueError(f"Expected {trick.with_it!r} once in {trick.module}, but it is not.")
     return source.replace(trick.with_it, trick.without)
 
 
 def switch(trick: Trick) -> Callable[[bool], None]:
-    """A function that turns an optimization on and off in this process."""
+    """Return a function that turns an optimization on and off in this process."""
     module = importlib.import_module(f"{PACKAGE}.{trick.module}")
     source = inspect.getsource(module)
     new_source = changed(trick, source)
@@ -191,7 +191,7 @@ def switch(trick: Trick) -> Callable[[bool], None]:
 
 
 def _changed_function(module: Any, source: str, new_source: str) -> FunctionType:
-    """The function or method of a module that two sources differ in."""
+    """Return the function or method in which two sources of a module differ."""
     before, after = (
         {(*path, node.name): ast.unparse(node) for path, node in _functions(ast.parse(text))}
         for text in (source, new_source)
@@ -205,24 +205,24 @@ def _changed_function(module: Any, source: str, new_source: str) -> FunctionType
 
 
 def _functions(tree: ast.Module) -> list[tuple[tuple[str, ...], ast.FunctionDef]]:
-    """The functions and methods of a module, each with the names of the class around it."""
+    """Yield the functions and methods of a module, each with the names of its classes."""
     places: list[tuple[tuple[str, ...], list[ast.stmt]]] = [((), tree.body)]
     places += [((c.name,), c.body) for c in tree.body if isinstance(c, ast.ClassDef)]
     return [(p, node) for p, body in places for node in body if isinstance(node, ast.FunctionDef)]
 
 
 def _code_of(code: CodeType, name: str) -> CodeType:
-    """The code of a function in that of its module, by its qualified name."""
+    """Find the code of a function in the code of its module, by its qualified name."""
     for part in name.split("."):
         (code,) = (c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == part)
     return code
 
 
 def make(name: str, batch_size: int) -> Callable[[], object]:
-    """A function that explains a batch by a model of timm's or the demo's.
+    """Return a function that explains a batch with a timm model or a demo model.
 
-    ``NAME joint`` chooses the normalization, ``NAME epsilon`` a composite, and ``NAME recommended`` what is
-    recommended.
+    ``NAME joint`` chooses the normalization, ``NAME epsilon`` a composite, and ``NAME recommended`` the
+    recommended options.
     """
     torch.manual_seed(0)
     name, _, option = name.partition(" ")
@@ -244,7 +244,7 @@ def make(name: str, batch_size: int) -> Callable[[], object]:
 
 
 def time_without(trick: Trick, run: Callable[[], object], rounds: int) -> float:
-    """Time without an optimization, relative to that with it: the median over some rounds."""
+    """Return the time without an optimization, relative to the time with it: the median over rounds."""
     turn = switch(trick)
 
     def seconds(on: bool) -> float:
@@ -263,7 +263,7 @@ def time_without(trick: Trick, run: Callable[[], object], rounds: int) -> float:
 
 
 def peak_without(number: int, model: str, batch_size: int) -> float:
-    """Peak memory of a process without an optimization, relative to one with all of them."""
+    """Return the peak memory of a process without an optimization, relative to one with all of them."""
     peaks = []
     for options in ([], ["--number", str(number)]):
         command = [sys.executable, "-m", "benchmarks.tricks", "--peak", model, *options]
