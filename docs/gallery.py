@@ -17,20 +17,25 @@ from captum_abslrp import AbsLRP, demo, stem_stride
 from captum_abslrp.methods import get_method
 from captum_abslrp.visualization import denormalize, plot_grid
 
+MODELS = {"vgg": "VGG", "resnet": "ResNet", "vit": "ViT"}
 HERE = Path(__file__).parent
 QUESTIONS = {
-    "grace_hopper": ("mortarboard", "Windsor tie", "military uniform"),
+    "grace_hopper": ("mortarboard", "military uniform", "Windsor tie"),
     "astronaut": ("football helmet", "space shuttle", "flagpole"),
     "chelsea": ("tiger cat", "Egyptian cat", "tiger cat rather than Egyptian cat"),
 }
 METHODS = {
-    "abslrp_recommended": "AbsLRP.\nrecommended",
+    "abslrp_recommended": "AbsLRP\n(recommended)",
     "abslrp": "AbsLRP\n(published)",
-    "gradcam": "LayerGrad\nCam",
+    "gradcam": "Grad-CAM",
     "occlusion": "Occlusion",
     "ig": "Integrated\nGradients",
-    "saliency": "Saliency",
+    "saliency": "Saliency\n(unsigned)",
 }
+
+
+def percent(share: Tensor) -> str:
+    return "below 0.1%" if share < 0.001 else f"{share:.0%}"
 
 
 class Photographs:
@@ -56,21 +61,24 @@ class Photographs:
         attributor = AbsLRP.recommended(self.model)
         rows, labels = [], []
         for name, questions in QUESTIONS.items():
-            row = []
+            row, probabilities = [], self.probabilities[name]
+            best = int(probabilities.argmax())
+            labels.append(f"predicted: {self.names[best]}\n{percent(probabilities[best])}")
             for question in questions:
                 target, _, other = question.partition(" rather than ")
                 i, options = self.names.index(target), {}
-                label = f"{target}, {self.probabilities[name][i]:.1%}"
+                label = f"why {target}?\n{percent(probabilities[i])}"
                 if other:
                     options = {"contrast": self.names.index(other), "combine": "difference"}
-                    label = f"{target}\nrather than {other}"
+                    label = f"why {target} and\nnot {other}?"
                 row.append(attributor.attribute(self.inputs[name][None], i, **options)[0])
                 labels.append(label)
             rows.append(row)
         figure = plot_grid([self.show(name) for name in QUESTIONS], rows, smoothing=self.smoothing)
-        cells = [axes for i, axes in enumerate(figure.axes[:-1]) if i % (len(rows[0]) + 1)]
-        for axes, label in zip(cells, labels, strict=True):
-            axes.set_title(label, fontsize=9)
+        figure.axes[-1].remove()  # the caption says what the colors mean
+        figure.supxlabel("")
+        for axes, label in zip(figure.axes, labels, strict=True):
+            axes.set_title(label, fontsize=10)
         return figure
 
     def compared(self) -> Figure:
@@ -92,20 +100,20 @@ def digits() -> Figure:
     scenes = demo.load_scenes("pair")
     images = scenes.images[[2, 1]].repeat_interleave(2, 0)
     targets = scenes.labels[[2, 1]].flatten()
-    models = [demo.load_model(name) for name in demo.list_models()]
+    models = [demo.load_model(name) for name in MODELS]
     inputs = demo.normalize(images)
     maps = [AbsLRP.recommended(model).attribute(inputs, target=targets) for model in models]
     return plot_grid(
         list(images),
         [list(row) for row in zip(*maps, strict=True)],
         row_labels=[f"why {t}?" for t in targets.tolist()],
-        column_labels=demo.list_models(),
+        column_labels=list(MODELS.values()),
     )
 
 
 def main() -> None:
     photographs = Photographs()
-    photographs.hero().savefig(HERE / "hero.jpg", dpi=110, pil_kwargs={"quality": 88})
+    photographs.hero().savefig(HERE / "hero.jpg", dpi=150, pil_kwargs={"quality": 88})
     photographs.compared().savefig(HERE / "photos.jpg", dpi=110, pil_kwargs={"quality": 88})
     digits().savefig(HERE / "digits.png", dpi=100)
 

@@ -92,7 +92,10 @@ def test_the_command_names_a_missing_extra(
     [
         ([], "Expected image files, folders or `--photos`, but got none."),
         (["x.png"], "Expected `--model NAME` with your images, but got none."),
-        (["--photos", "chelse"], "got 'chelse' (did you mean chelsea?). Available: chelsea, coffee"),
+        (
+            ["--photos", "chelse"],
+            "got 'chelse' (did you mean chelsea?). Available: chelsea, coffee",
+        ),
         (["x.png", "--model", "demo:phot"], "did you mean demo:photo?"),
     ],
 )
@@ -124,6 +127,8 @@ def test_explain_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_photographs_with_a_model_of_ones_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["explain", "--photos", "chelsea", "--model", "demo:vit", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["explain", "--photos", "chelsea", "--model", "demo:vit", "--out", str(tmp_path)]) == 0
+    )
     assert np.load(tmp_path / "chelsea-abslrp.npy").shape == (3, 64, 64)
     assert "tiger cat" not in capsys.readouterr().out

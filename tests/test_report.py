@@ -241,9 +241,9 @@ def test_warnings_are_lines_and_notes(
     words = ["--model", "demo:vgg", "--html", tmp_path / "r.html", "--out", tmp_path]
     words += ["--contrast", "none"]
     assert main(["explain", *map(str, [pictures[0], *words])]) == 0
-    assert capsys.readouterr().err.endswith(f"warning: {pictures[0]}: The maps are alike.\n")
+    assert capsys.readouterr().err.endswith(f"warning: {pictures[0]}: 3: The maps are alike.\n")
     (section,) = data_of((tmp_path / "r.html").read_text(encoding="utf-8"))["sections"]
-    assert section["panels"][0]["notes"] == ["The maps are alike."]
+    assert section["panels"][0]["notes"] == ["3: The maps are alike."]
 
 
 def test_a_report_tells_what_failed(pictures: list[Path], tmp_path: Path) -> None:
