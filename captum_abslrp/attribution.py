@@ -216,7 +216,8 @@ class AbsLRP(GradientAttribution):
 
     def __repr__(self) -> str:
         if self.recommendation is not None:
-            return f"AbsLRP.recommended({type(self.model).__name__}): {self.recommendation}"
+            name = f"{type(self).__name__}.recommended"
+            return f"{name}({type(self.model).__name__}): {self.recommendation}"
         mapping = self.mapping or find_mapping(self.model) or get_mapping()
         return (
             f"{type(self).__name__}({type(self.model).__name__}, mapping={mapping.name!r}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_abslrp.attribution import AbsLRP, Explained, delta_of
 from captum_abslrp.captures import captured
-from captum_abslrp.checks import IndependentOutput, part_of_model
+from captum_abslrp.checks import IndependentOutput, part_of_model, unwrapped
 from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.propagation import Through
@@ -20,7 +21,8 @@ from captum_abslrp.engine.samples import Misaligned, check_aligned
 from captum_abslrp.integers import IntegerInputs
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.noise_tunnel import for_captum
-from captum_abslrp.seeds import Contrast, Target
+from captum_abslrp.recommendation import OTHER, recommend
+from captum_abslrp.seeds import DEFAULT, Contrast, Default, Target
 from captum_abslrp.selection import Selection, channel_dimension, parts_of
 
 __all__ = ["LayerAbsLRP"]
@@ -94,6 +96,44 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             raise ValueError("Expected `layer` to have at least one module, but got an empty list.")
         LayerAttribution.__init__(self, self.model, layers if several else layers[0])
 
+    @staticmethod
+    def recommended(  # type: ignore[override]  # a layer is needed as well
+        model: nn.Module,
+        layer: nn.Module | Sequence[nn.Module],
+        *,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> LayerAbsLRP:
+        """Return an attributor of a layer with the rules of :meth:`AbsLRP.recommended`.
+
+        The mapping, the normalization and the default contrast are those of :meth:`AbsLRP.recommended` for
+        this kind of model. Maps of target and contrast are subtracted, because the relevance of a layer has
+        no guided map.
+
+        Args:
+            model, layer, output: as in :class:`LayerAbsLRP`.
+
+        Raises:
+            TypeError, ValueError: as in :class:`LayerAbsLRP`.
+
+        Example:
+            >>> model = timm.create_model("test_vit").eval()
+            >>> attributor = LayerAbsLRP.recommended(model, model.blocks[0])
+            >>> attributor.recommendation.mapping, attributor.contrast, attributor.combine
+            ('recommended', 'softmax', 'difference')
+            >>> attributor.attribute(torch.rand(2, 3, 160, 160), target=3).shape
+            torch.Size([2, 101, 64])
+        """
+        chosen = recommend(unwrapped(model)) if isinstance(model, nn.Module) else OTHER
+        if chosen is not OTHER:
+            figures = "Maps of pixels were measured, maps of layers were not."
+            chosen = replace(chosen, combine="difference", figures=figures)
+        attributor = LayerAbsLRP(
+            model, layer, chosen.mapping, normalization=chosen.normalization, output=output
+        )
+        attributor.recommendation = chosen
+        attributor.contrast = chosen.contrast
+        return attributor
+
     @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only
         self,
@@ -101,7 +141,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        contrast: Contrast = "others",
+        contrast: Contrast | Default = DEFAULT,
         combine: str = "difference",
         class_dim: int | None = None,
         attribute_to_layer_input: bool = False,
@@ -181,6 +221,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> torch.allclose(parts[0] + parts[1], AbsLRP(model).attribute(x, target=2), atol=1e-6)
             True
         """
+        contrast = self.contrast if isinstance(contrast, Default) else contrast
         if select is not None:
             options: dict[str, Any] = {
                 "contrast": contrast,
