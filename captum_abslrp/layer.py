@@ -156,8 +156,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
         Args:
             inputs: as in :meth:`AbsLRP.attribute`, or integers such as token indices.
-            target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
-                as in :meth:`AbsLRP.attribute`, except that ``combine`` cannot be ``"guided"``.
+            target, additional_forward_args, contrast, class_dim, internal_batch_size, check_finite:
+                as in :meth:`AbsLRP.attribute`.
+            combine: ``"difference"``, or ``"gated"`` without signed rules. A layer has no guided map.
             attribute_to_layer_input: explain the input of the layer instead of its output. Relevance that
                 bypasses the layer through a shortcut is not included.
             call_index: index of the call to explain if the model calls the layer more than once, counted
@@ -184,9 +185,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             one backward pass. With ``select``, relevance with the shape of ``inputs``, or a list of it with
             one entry per selection. If the layer has no bypass, the maps of all its channels sum to the map
             of the model. With ``return_convergence_delta``, a pair of the relevance and the delta, (B,), or
-            a list of deltas with one per layer: the sum of the relevance of the layer's tensors minus the
-            sum of the seeds (1, or 0 for a difference). The delta shows how much relevance bypasses the
-            layer or is counted twice.
+            a list of deltas with one per layer: the sum of the relevance of the layer's tensors minus what
+            relevance started as, in the units of :meth:`AbsLRP.attribute`. The delta shows how much
+            relevance bypasses the layer or is counted twice.
 
         Raises:
             TypeError, IndexError, FloatingPointError, UnsupportedCallError: as in :meth:`AbsLRP.attribute`.
