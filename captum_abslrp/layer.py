@@ -33,8 +33,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
     Relevance is propagated as in :class:`AbsLRP`, but the backward pass stops at the layer.
 
-    The relevance of one seed (``contrast=None``) sums to one over any set of tensors that separates the
-    inputs from the output, if no relevance is lost. With ``normalization="joint"`` this holds:
+    With the published rules, the relevance of one seed (``contrast=None``) sums to one over any set of
+    tensors that separates the inputs from the output, if no relevance is lost. With ``normalization="joint"``
+    this holds:
 
     - at the input and the output of every block of a ResNet;
     - at the input and the output of every block of a Vision Transformer, as long as relevance is positive.
