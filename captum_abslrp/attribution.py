@@ -225,7 +225,8 @@ class AbsLRP(GradientAttribution):
             )
             if chosen != self.recommendation:
                 chosen = replace(chosen, figures="Some settings are not the recommended ones.")
-            return f"AbsLRP.recommended({type(self.model).__name__}): {chosen}"
+            name = f"{type(self).__name__}.recommended"
+            return f"{name}({type(self.model).__name__}): {chosen}"
         mapping = self.mapping or find_mapping(self.model) or get_mapping()
         return (
             f"{type(self).__name__}({type(self.model).__name__}, mapping={mapping.name!r}, "
@@ -266,17 +267,18 @@ class AbsLRP(GradientAttribution):
             contrast: the classes that the target is compared with: ``"others"`` weights all other classes
                 equally (as published, and the default); ``"softmax"`` weights them by their probability;
                 an index in any form of ``target`` selects one class (why this class rather than that
-                one?). None returns the map of the target alone. A model with one output per sample has no
-                contrast. Classes are compared at the position of the target; if the target is a sum over
-                positions, so is the contrast. If the target is a function, the contrast can be a function
-                as well (why more of this score than of that one?). Captum's ``NoiseTunnel`` uses one
-                contrast class per sample for all noisy copies of the sample.
+                one? Pass ``combine="difference"`` as well, because a guided map has hardly any negative
+                relevance). None returns the map of the target alone. A model with one output per sample
+                has no contrast. Classes are compared at the position of the target; if the target is a sum
+                over positions, so is the contrast. If the target is a function, the contrast can be a
+                function as well (why more of this score than of that one?). Captum's ``NoiseTunnel`` uses
+                one contrast class per sample for all noisy copies of the sample.
             combine: how to combine the maps of target and contrast. ``"difference"`` subtracts them (as
                 published, and the default). ``"gated"`` keeps the target's map where it exceeds the
-                contrast's map and is 0 elsewhere. ``"guided"``, for images, multiplies the target's map
-                by the positive part of the difference at a layer, upsampled bilinearly, and rescales it
-                to the total magnitude of the target's map. A guided map has the resolution of the
-                target's map and the class contrast of the difference.
+                contrast's map and is 0 elsewhere (not with signed rules). ``"guided"``, for images,
+                multiplies the target's map by the positive part of the difference at a layer, upsampled
+                bilinearly, and rescales it to the total magnitude of the target's map. A guided map has the
+                resolution of the target's map and the class contrast of the difference.
             guide: the layer for ``"guided"``: a module whose output is a feature map, (B, D, h, w) or
                 (B, h, w, D), or tokens, (B, L, D). None selects a layer in the middle of the model, using
                 one forward pass of the first image.
@@ -292,9 +294,19 @@ class AbsLRP(GradientAttribution):
 
         Returns:
             Relevance with the shape, dtype and device of ``inputs``, without autograd history. Its unit
-            is the share of the sample's total: the map of one seed sums to one if no relevance is
-            lost. With ``return_convergence_delta``, a pair of the relevance and the delta, (B,): the sum
-            of the relevance of all inputs minus the sum of the seeds (1, or 0 for a difference).
+            depends on the rules:
+
+            - absLRP rules, the default: a share. The map of the target sums to one and a difference to
+              zero, if no relevance is lost.
+            - signed rules (:attr:`signed`), which :meth:`recommended` selects for most models: the unit of
+              the score. Relevance starts as the score of the target, or as its difference from the score
+              of the contrast. Biases and constants keep a part.
+            - a guided map: the magnitudes sum to those of the target's map.
+
+            With ``return_convergence_delta``, a pair of the relevance and the delta, (B,): the sum of the
+            relevance of all inputs minus what it started as. This is 1 for absLRP rules (0 for a
+            difference), and the score for signed rules (the difference of scores for a difference). For
+            gated and guided maps, it is what the target's map started as.
 
         Values on a GPU are not checked unless ``check_finite`` is set, so that no check waits for the
         device. Pass targets as ints or as CPU tensors.
@@ -441,7 +453,7 @@ class AbsLRP(GradientAttribution):
         return True
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not supported: Captum's delta of given attributions is not defined for shares of relevance.
+        """Not supported: the delta of given attributions is not known. :meth:`attribute` returns its delta.
 
         Raises:
             NotImplementedError: always.
@@ -455,7 +467,8 @@ class AbsLRP(GradientAttribution):
         raise NotImplementedError(
             "Expected `attribute(..., return_convergence_delta=True)`, but got a call of "
             "`compute_convergence_delta`, which compares the sum of an attribution with the difference of "
-            "two outputs of the model. Relevance is a share of the sample's total, not of the output."
+            "two outputs of the model. Relevance is compared with what it started as, which only `attribute` "
+            "knows."
         )
 
     @property

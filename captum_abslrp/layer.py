@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_abslrp.attribution import AbsLRP, Explained, delta_of
 from captum_abslrp.captures import captured
-from captum_abslrp.checks import IndependentOutput, part_of_model
+from captum_abslrp.checks import IndependentOutput, part_of_model, unwrapped
 from captum_abslrp.chunks import Samples
 from captum_abslrp.engine.observers import Observer
 from captum_abslrp.engine.propagation import Through
@@ -20,7 +21,8 @@ from captum_abslrp.engine.samples import Misaligned, check_aligned
 from captum_abslrp.integers import IntegerInputs
 from captum_abslrp.mappings import Mapping
 from captum_abslrp.noise_tunnel import for_captum
-from captum_abslrp.seeds import Contrast, Target
+from captum_abslrp.recommendation import OTHER, recommend
+from captum_abslrp.seeds import DEFAULT, Contrast, Default, Target
 from captum_abslrp.selection import Selection, channel_dimension, parts_of
 
 __all__ = ["LayerAbsLRP"]
@@ -31,8 +33,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
     Relevance is propagated as in :class:`AbsLRP`, but the backward pass stops at the layer.
 
-    The relevance of one seed (``contrast=None``) sums to one over any set of tensors that separates the
-    inputs from the output, if no relevance is lost. With ``normalization="joint"`` this holds:
+    With the published rules, the relevance of one seed (``contrast=None``) sums to one over any set of
+    tensors that separates the inputs from the output, if no relevance is lost. With ``normalization="joint"``
+    this holds:
 
     - at the input and the output of every block of a ResNet;
     - at the input and the output of every block of a Vision Transformer, as long as relevance is positive.
@@ -94,6 +97,44 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             raise ValueError("Expected `layer` to have at least one module, but got an empty list.")
         LayerAttribution.__init__(self, self.model, layers if several else layers[0])
 
+    @staticmethod
+    def recommended(  # type: ignore[override]  # a layer is needed as well
+        model: nn.Module,
+        layer: nn.Module | Sequence[nn.Module],
+        *,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> LayerAbsLRP:
+        """Return an attributor of a layer with the rules of :meth:`AbsLRP.recommended`.
+
+        The mapping, the normalization and the default contrast are those of :meth:`AbsLRP.recommended` for
+        this kind of model. Maps of target and contrast are subtracted, because the relevance of a layer has
+        no guided map.
+
+        Args:
+            model, layer, output: as in :class:`LayerAbsLRP`.
+
+        Raises:
+            TypeError, ValueError: as in :class:`LayerAbsLRP`.
+
+        Example:
+            >>> model = timm.create_model("test_vit").eval()
+            >>> attributor = LayerAbsLRP.recommended(model, model.blocks[0])
+            >>> attributor.recommendation.mapping, attributor.contrast, attributor.combine
+            ('recommended', 'softmax', 'difference')
+            >>> attributor.attribute(torch.rand(2, 3, 160, 160), target=3).shape
+            torch.Size([2, 101, 64])
+        """
+        chosen = recommend(unwrapped(model)) if isinstance(model, nn.Module) else OTHER
+        if chosen is not OTHER:
+            figures = "Maps of pixels were measured, maps of layers were not."
+            chosen = replace(chosen, combine="difference", figures=figures)
+        attributor = LayerAbsLRP(
+            model, layer, chosen.mapping, normalization=chosen.normalization, output=output
+        )
+        attributor.recommendation = chosen
+        attributor.contrast = chosen.contrast
+        return attributor
+
     @for_captum
     def attribute(  # type: ignore[override]  # options are keyword-only
         self,
@@ -101,7 +142,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        contrast: Contrast = "others",
+        contrast: Contrast | Default = DEFAULT,
         combine: str = "difference",
         class_dim: int | None = None,
         attribute_to_layer_input: bool = False,
@@ -116,8 +157,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
 
         Args:
             inputs: as in :meth:`AbsLRP.attribute`, or integers such as token indices.
-            target, additional_forward_args, contrast, combine, class_dim, internal_batch_size, check_finite:
-                as in :meth:`AbsLRP.attribute`, except that ``combine`` cannot be ``"guided"``.
+            target, additional_forward_args, contrast, class_dim, internal_batch_size, check_finite:
+                as in :meth:`AbsLRP.attribute`.
+            combine: ``"difference"``, or ``"gated"`` without signed rules. A layer has no guided map.
             attribute_to_layer_input: explain the input of the layer instead of its output. Relevance that
                 bypasses the layer through a shortcut is not included.
             call_index: index of the call to explain if the model calls the layer more than once, counted
@@ -144,9 +186,9 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             one backward pass. With ``select``, relevance with the shape of ``inputs``, or a list of it with
             one entry per selection. If the layer has no bypass, the maps of all its channels sum to the map
             of the model. With ``return_convergence_delta``, a pair of the relevance and the delta, (B,), or
-            a list of deltas with one per layer: the sum of the relevance of the layer's tensors minus the
-            sum of the seeds (1, or 0 for a difference). The delta shows how much relevance bypasses the
-            layer or is counted twice.
+            a list of deltas with one per layer: the sum of the relevance of the layer's tensors minus what
+            relevance started as, in the units of :meth:`AbsLRP.attribute`. The delta shows how much
+            relevance bypasses the layer or is counted twice.
 
         Raises:
             TypeError, IndexError, FloatingPointError, UnsupportedCallError: as in :meth:`AbsLRP.attribute`.
@@ -181,6 +223,7 @@ class LayerAbsLRP(AbsLRP, LayerAttribution):
             >>> torch.allclose(parts[0] + parts[1], AbsLRP(model).attribute(x, target=2), atol=1e-6)
             True
         """
+        contrast = self.contrast if isinstance(contrast, Default) else contrast
         if select is not None:
             options: dict[str, Any] = {
                 "contrast": contrast,

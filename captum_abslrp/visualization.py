@@ -1,8 +1,10 @@
 """Plots of relevance. Figures are returned, never shown, and no global state is modified.
 
-Colors are symmetric around 0: red is evidence for the class, blue is evidence against it, white is 0. The
-color map is colorblind-safe. The ends of the scale are a percentile of the magnitudes, so that a few extreme
-pixels do not turn all others white.
+Colors are symmetric around 0: red is positive relevance, blue is negative relevance, white is 0. With a
+contrast, blue means that the contrast has more relevance here than the target. Without one, only signed rules
+give much blue: relevance of negative sign, which lowers the score. Color bars call the two ends "for" (the
+target) and "against". The color map is colorblind-safe. The ends of the scale are a percentile of the
+magnitudes, so that a few extreme pixels do not turn all others white.
 
 A strided convolution or a patch embedding at the start of a model leaves a grid in its maps. `smoothing`
 removes the grid from a figure, see :func:`smooth_map`. The relevance itself does not change.

@@ -28,7 +28,7 @@ class TextAbsLRP(LayerAbsLRP):
 
     In contrast to :class:`LayerAbsLRP`, this class finds the word embedding, accepts the output of a
     tokenizer, sums the relevance of each token, and defaults to signed rules. With signed rules, relevance
-    is in the unit of the score, and negative relevance is evidence against the target. The share of position
+    is in the unit of the score, and negative relevance lowers it. The share of position
     and token-type embeddings is not included.
 
     Tokens that the attention mask removes get no relevance. They do not affect the relevance of other tokens,

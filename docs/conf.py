@@ -80,8 +80,9 @@ def setup(app: Any) -> None:
     app.connect("source-read", lead_to_pages)
 
 
-# The notebooks are part of the site.
+# The notebooks are part of the site. Those of an earlier build may have other names.
+shutil.rmtree(HERE / "tutorials", ignore_errors=True)
 shutil.copytree(
-    HERE.parent / "tutorials", HERE / "tutorials", dirs_exist_ok=True,
+    HERE.parent / "tutorials", HERE / "tutorials",
     ignore=shutil.ignore_patterns("*.py", ".ipynb_checkpoints"),
 )  # fmt: skip

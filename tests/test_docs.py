@@ -209,6 +209,18 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert {f"tutorials/{path.stem}" for path in TUTORIALS} <= listed
 
 
+def test_messages_in_the_tables_are_those_of_the_library() -> None:
+    """A reader finds a message by the words that it has today."""
+    sources = [path.read_text("utf-8") for path in (ROOT / "captum_abslrp").rglob("*.py")]
+    messages = [re.sub(r'"\s*\n\s*f?"', "", text) for text in sources]
+    text = (ROOT / "docs" / "howto" / "refused.md").read_text("utf-8")
+    quoted = re.findall(r"(?m)^\| (`[^|]*) \|", text)
+    assert len(quoted) > 10
+    for words in re.findall(r"`([^`]+)`", " ".join(quoted)):
+        for part in filter(None, map(str.strip, words.split("..."))):
+            assert any(part in message for message in messages), part
+
+
 # The code of the how-to pages, on small models with random weights.
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerAttribution, NoiseTunnel
@@ -735,6 +736,37 @@ def test_works_with_the_conventions_of_captum() -> None:
         golden.x, nt_samples=2, stdevs=0.0, target=1, attribute_to_layer_input=True
     )
     same(smooth, relevance)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_recommended_has_the_rules_that_are_recommended_for_the_pixels(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    x = torch.randn(2, 3, 160, 160)
+    layer = model.blocks[2] if name == "test_vit" else model.layer3
+    attributor = LayerAbsLRP.recommended(model, layer)
+    assert repr(attributor).startswith("LayerAbsLRP.recommended(")
+    assert "combine='difference'" in repr(attributor)
+    relevance = attributor.attribute(x, target=3)
+    explicit = LayerAbsLRP(model, layer, "recommended", normalization="joint")
+    same(relevance, explicit.attribute(x, target=3, contrast="softmax"))
+    published = LayerAbsLRP(model, layer).attribute(x, target=3)
+    assert relevance.shape == published.shape
+    assert torch.corrcoef(torch.stack([relevance.flatten(), published.flatten()]))[0, 1] < 0.9
+    alone = attributor.attribute(x, target=3, contrast=None)
+    same(alone, explicit.attribute(x, target=3, contrast=None))
+    smooth = NoiseTunnel(attributor).attribute(x, nt_samples=2, stdevs=0.0, target=3)
+    torch.testing.assert_close(smooth, relevance, rtol=1e-3, atol=1e-6)
+
+
+def test_recommended_for_a_layer_of_another_kind_of_model_is_the_published_method() -> None:
+    model, x = chain(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), batch(3, 6)
+    attributor = LayerAbsLRP.recommended(model, model[0], output=lambda out: out * 2)
+    assert type(attributor) is LayerAbsLRP
+    expected = LayerAbsLRP(model, model[0], output=lambda out: out * 2).attribute(x, 1)
+    same(attributor.attribute(x, 1), expected)
+    with pytest.raises(TypeError, match="`layer`"):
+        LayerAbsLRP.recommended(model, "0")  # type: ignore[arg-type]
 
 
 def test_training_mode_is_warned_about_where_the_caller_is() -> None:

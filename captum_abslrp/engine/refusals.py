@@ -66,6 +66,12 @@ def refuse_unseen(node: Any, frame: Frame) -> NoReturn:
         f"captum_abslrp.rules.TwinRule())`. Split the layer first if it computes more than that."
     )
     name = node.name().removesuffix("Backward")
+    if name == "CheckpointFunction":  # the frame is of the next module, or of none
+        raise UnsupportedCallError(
+            f"{_EVERY_CALL} have a rule, but got the result of `{name}` in {frame}: "
+            f"`torch.utils.checkpoint` hides the calls of a part that it runs with `use_reentrant=True`. "
+            f"Pass `use_reentrant=False`."
+        )
     if isinstance(node, BackwardCFunction):
         raise UnsupportedCallError(
             f"{_EVERY_CALL} have a rule, but got the autograd function `{name}` in {frame}, whose calls "
@@ -73,8 +79,8 @@ def refuse_unseen(node: Any, frame: Frame) -> NoReturn:
         )
     raise UnsupportedCallError(
         f"{_EVERY_CALL} have a rule, but got `{type(node).__name__}` in {frame}, from code whose calls "
-        f"cannot be intercepted: scripted code, `torch.vmap`, checkpointing with `use_reentrant=True` or "
-        f"another thread. Replace it by plain calls, or register its layer as a single call: {remedy}"
+        f"cannot be intercepted: scripted code, `torch.vmap` or another thread. Replace it by plain calls, "
+        f"or register its layer as a single call: {remedy}"
     )
 
 

@@ -53,7 +53,7 @@ function panel(given) {
     "div",
     { class: "scale" },
     least,
-    element("img", { src: data.scale, alt: "Colors from against the class (blue) to for the class (red)" }),
+    element("img", { src: data.scale, alt: "Colors from negative relevance (blue) to positive relevance (red)" }),
     most,
   );
   const missing = element("p", { class: "missing", hidden: true }, "This map is not available.");
