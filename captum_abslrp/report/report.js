@@ -86,6 +86,7 @@ function panel(given) {
       most.textContent = map.limit;
     }
     caption.textContent = name;
+    meaning.textContent = meanings[state.view] ?? "";
     for (const option of against ? against.options : []) {
       option.disabled = option.value !== "" && Number(option.value) === state.class;
     }
@@ -133,6 +134,15 @@ function panel(given) {
     });
   }
   const titles = { target: "the class alone", contrast: "the contrast", difference: given.combined };
+  const meanings = {
+    target: "The relevance for the class, including what it shares with other classes.",
+    contrast: "The relevance for what the class is compared with.",
+    difference:
+      given.combined === "the difference"
+        ? "Red: more relevance for the class than for the contrast. Blue: less."
+        : "What sets the class apart from the contrast.",
+  };
+  const meaning = element("p", { class: "note" });
   const ofViews =
     views.length > 1
       ? choices("Map", `${id}-view`, views.map((view) => [titles[view] ?? view]), (i) => {
@@ -148,6 +158,7 @@ function panel(given) {
     classes,
     against && element("p", {}, element("label", { for: against.id }, "rather than "), against),
     ofViews,
+    ofViews && meaning,
     element("p", {}, element("label", { class: "slider" }, "Opacity of the map ", slider, shown)),
   );
   const article = element(
