@@ -324,7 +324,7 @@ README_SCORES = {"GridPG": "gridpg_half"}
 
 
 def report(folder: Path, patterns: list[str]) -> str:
-    """Tables of all models in a folder: means and 95 % bootstrap intervals."""
+    """Tables of all models in a folder: means and 95% bootstrap intervals."""
     parts = []
     titles = REAL | DEMO
     paths = sorted(folder.glob("*/scores.jsonl"), key=lambda path: path.parent.name not in REAL)

@@ -15,7 +15,7 @@ other one? All scores are means over the two sentences of a pair. Higher is bett
   ``content words``: the same without articles, prepositions, pronouns and the like.
 - ``time``: of an explanation, in forward passes (median).
 
-▲ and ▼ mark methods that are better or worse than the first one: the 95 % bootstrap interval of the mean
+▲ and ▼ mark methods that are better or worse than the first one: the 95% bootstrap interval of the mean
 difference over pairs of sentences does not include 0.
 """
 
@@ -355,7 +355,7 @@ def run(setting: Setting, cases: list[tuple[Case, Case]]) -> dict[str, tuple[Ten
 
 
 def table(found: dict[str, tuple[Tensor, float]]) -> str:
-    """Means and 95 % bootstrap intervals over pairs, and the difference to the default."""
+    """Means and 95% bootstrap intervals over pairs, and the difference to the default."""
     first, _ = next(iter(found.values()))
     rows = []
     for name, (scores, passes) in found.items():

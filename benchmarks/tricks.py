@@ -3,7 +3,7 @@
 ``python -m benchmarks.tricks`` prints the table of ``benchmarks/RESULTS.md``. Within one process,
 the script replaces the code of a function by code without the optimization, and back, for one map each in
 turn. The figure is the median of the ratios. The first row, without any change, shows the precision. An
-optimization stays if one of the models is at least 3 % slower without it, or needs at least 3 % more memory.
+optimization stays if one of the models is at least 3% slower without it, or needs at least 3% more memory.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_explain_writes_a_figure_and_the_raw_relevance(
     captured = capsys.readouterr()
     chosen, found = captured.out.splitlines()
     assert chosen == f"Explained by {method!r}"
-    assert found.startswith(f"{picture}: {shown[1]} {shown[2]} % -> ")
+    assert found.startswith(f"{picture}: {shown[1]} {shown[2]}% -> ")
     assert captured.err == ""
 
 
@@ -275,7 +275,7 @@ def test_top_has_a_row_per_class(
     figure = figures["digit-abslrp.png"]
     assert figure.get_suptitle() == "digit.png"
     labels = row_labels(figure)
-    chances = [float(label.split("\n")[1].removesuffix(" %")) for label in labels]
+    chances = [float(label.split("\n")[1].removesuffix("%")) for label in labels]
     assert len(labels) == 3 and chances == sorted(chances, reverse=True)
     assert len(figure.axes) == 3 * 4
 
@@ -630,7 +630,7 @@ def test_checkpoints_are_loaded(
     path = checkpoint_of(model, tmp_path / name)
     assert explain(picture, "--checkpoint", path, model="test_resnet") == 0
     shown = "class 4" if classes == 5 else "hammerhead (4)"
-    assert figures["digit-abslrp.png"].get_suptitle() == f"digit.png: why {shown}? (100.0 %)"
+    assert figures["digit-abslrp.png"].get_suptitle() == f"digit.png: why {shown}? (100.0%)"
 
 
 class Unsafe:
@@ -750,7 +750,7 @@ def test_demo(tmp_path: Path, figures: dict[str, Figure], capsys: Capture) -> No
         "LRP",
     ]
     lrp = lines[-1]
-    assert lrp[1].endswith(" %")
+    assert lrp[1].endswith("%")
     assert lrp[2].startswith("not supported: ") and lrp[3].startswith("not supported: ")
 
     with (out / "shares.csv").open() as file:

@@ -141,7 +141,7 @@ def test_a_model_in_a_folder_is_explained(
     chosen, found = captured.out.splitlines()
     assert chosen == f"Explained by {method!r}"
     label = f"{NAMES[target].split(',')[0]} ({target})"
-    assert found.startswith(f"{picture}: {label} {100 * best.values.item():.1f} % -> ")
+    assert found.startswith(f"{picture}: {label} {100 * best.values.item():.1f}% -> ")
     assert f"why {label}?" in figures["animal-abslrp.png"].get_suptitle()
 
 

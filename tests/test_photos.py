@@ -111,8 +111,8 @@ def test_explain_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     options = ["--photos", "chelsea", "coffee", "--out", str(tmp_path), "--html", str(report)]
     assert main(["explain", *options]) == 0
     printed = capsys.readouterr().out
-    assert "tiger cat (282) 39.3 %" in printed
-    assert "espresso (967) 95.1 %" in printed
+    assert "tiger cat (282) 39.3%" in printed
+    assert "espresso (967) 95.1%" in printed
     for name in ("chelsea", "coffee"):
         relevance = np.load(tmp_path / f"{name}-abslrp.npy")
         assert relevance.shape == (3, 224, 224)

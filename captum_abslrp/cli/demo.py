@@ -61,7 +61,7 @@ class Shares:
     note: str = ""
 
     def cell(self) -> str:
-        return self.note if self.mean is None else f"{100 * self.mean:.1f} %"
+        return self.note if self.mean is None else f"{100 * self.mean:.1f}%"
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -236,7 +236,7 @@ def _evaluate_model(
         raise SystemExit(130) from None
 
     mosaics = "1 mosaic" if args.n_mosaics == 1 else f"{args.n_mosaics} mosaics"
-    heading = f"{name}, {mosaics}, mean [95 % confidence interval]"
+    heading = f"{name}, {mosaics}, mean [95% confidence interval]"
     skipped = "".join(f"\n- {reason}" for reason in evaluation.skipped.values())
     if skipped:
         skipped = f"\nSkipped images ({len(evaluation.skipped)}):\n{skipped}\n"

@@ -321,7 +321,7 @@ def _explain_image(
     with torch.no_grad():
         probabilities = subject.model(inputs).softmax(dim=-1)[0]
     targets = _targets(question, probabilities)
-    chances = [f"{100 * float(probabilities[t]):.1f} %" for t in targets]
+    chances = [f"{100 * float(probabilities[t]):.1f}%" for t in targets]
 
     classes = [subject.label(target) for target in targets]
     doubts: list[str] = []

@@ -129,7 +129,7 @@ def masked_states(
             (LeRF).
         n_steps: number of states S, including the unmasked one.
         schedule: with ``"published"``, step ``k`` masks a fraction ``k / S`` of all elements, including
-            elements that are already masked, so that MoRF accumulates (10, 30, 60, 100 % with ten states)
+            elements that are already masked, so that MoRF accumulates (10, 30, 60, 100% with ten states)
             and LeRF does not. With ``"cumulative"``, a fraction ``k / S`` is masked after step ``k``.
         baseline: value of a masked element.
         unmasked: output and :func:`gradient_map` of the unmasked images, if already computed.

@@ -141,8 +141,8 @@ def gae(
         inputs: images, (4 M, C, H, W), H and W even.
         n_steps: number of masking states S, including the unmasked one.
         schedule: ``"published"`` masks a growing fraction of all elements at each step, so that masking
-            the most relevant first accumulates (10, 30, 60, 100 %) and masking the least relevant first
-            does not. ``"cumulative"`` masks 10, 20, ... 90 % in both orders.
+            the most relevant first accumulates (10, 30, 60, 100%) and masking the least relevant first
+            does not. ``"cumulative"`` masks 10, 20, ... 90% in both orders.
         baseline: value of a masked element.
         positive_index: position (0 to 3) of the positive image in each mosaic, (M,). By default it is
             drawn with the model's probabilities of the four classes for the mosaic.

@@ -17,7 +17,7 @@ function element(tag, attributes = {}, ...children) {
 /** Split a text at its backticks: every second part is code. */
 const marked = (text) => text.split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
 
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 /** Create a group of radio buttons; `chosen` is called with the selected index. */
 function choices(legend, name, labels, chosen) {
@@ -93,10 +93,10 @@ function panel(given) {
   }
 
   const slider = element("input", { type: "range", min: "0", max: "100", value: "100" });
-  const shown = element("output", {}, "100 %");
+  const shown = element("output", {}, "100%");
   slider.addEventListener("input", () => {
     overlay.style.opacity = String(Number(slider.value) / 100);
-    shown.textContent = `${slider.value} %`;
+    shown.textContent = `${slider.value}%`;
   });
 
   const classes = choices(
