@@ -142,7 +142,7 @@ def test_explain_writes_a_figure_and_the_raw_relevance(
     ]
     figure = figures["digit-abslrp.png"]
     assert titles(figure) == ["input", "overlay", "relevance"]
-    shown = re.fullmatch(r"digit\.png: why (\d)\? \(([\d.]+) %\)", figure.get_suptitle())
+    shown = re.fullmatch(r"digit\.png: why (\d)\? \(([\d.]+)%\)", figure.get_suptitle())
     assert shown is not None
 
     network = demo.load_model(model)
