@@ -298,8 +298,8 @@ def sixteen_bits(path: Path) -> None:
 
 
 unreadable = "x.png could not be read as an image: "
-unfit = "Expected `--checkpoint` to be a file of weights, but got "
-no_state = "Expected `--checkpoint` to hold a state dict, but got "
+unfit = "Expected `--checkpoint` to be a weights file, but got "
+no_state = "Expected `--checkpoint` to contain a state dict, but got "
 DEMO = ("--demo", "--model", "demo:vgg", "--methods", "random", "--n-mosaics", 1)
 
 # Files, options, checkpoints: what was tried, what the one line of error says; None where it is no error.
@@ -356,12 +356,12 @@ COMMANDS: list[tuple[str, Callable[[Path, Any], Any], str | None]] = [
     ("weights are a model", weights(lambda p: torch.save(nn.ReLU(), p)), unfit),
     ("weights run a program", malicious("zip"), unfit + ".*Weights only load failed"),
     ("weights are a program", malicious("pickle"), unfit),
-    ("weights have other keys", weights(wrong_keys()), "do not fit 'test_vit': .*neck"),
-    ("weights have other shapes", weights(wrong_shapes()), "do not fit 'test_vit': .*norm.weight"),
-    ("weights of a few", weights({"a": torch.ones(1)}), "do not fit 'test_vit': .*Missing key"),
+    ("weights have other keys", weights(wrong_keys()), "do not match 'test_vit': .*neck"),
+    ("weights have other shapes", weights(wrong_shapes()), "do not match 'test_vit': .*norm.weight"),
+    ("weights of a few", weights({"a": torch.ones(1)}), "do not match 'test_vit': .*Missing key"),
     ("weights are safe, wrong", weights(lambda p: save_file({"a": torch.ones(1)}, p), "w.safetensors"),
-     "do not fit 'test_vit'"),
-    ("weights of a demo", explained(picture, "--checkpoint", "x"), "to go with a timm model"),
+     "do not match 'test_vit'"),
+    ("weights of a demo", explained(picture, "--checkpoint", "x"), "with a timm model"),
     ("data is missing", evaluated("--model", "demo:vgg", "--data", "DATA"), "to be a folder, but got"),
     ("data is a file", evaluated("--model", "demo:vgg", "--data", "DATA", make=text), "which is not one"),
     ("data is three", evaluated("--model", "demo:vgg", "--data", "DATA", make=pictures(3)),
