@@ -34,8 +34,8 @@ class Program(nn.Module):
     """An explanation as one graph of ATen operators, for inputs of one shape.
 
     :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` creates it. The graph contains no Python code of the
-    model or of this package. It therefore has less overhead and works with CUDA graphs, ``torch.compile``
-    and ``torch.export``. It shares memory with the weights of the model at the time of tracing: in-place
+    model or of this package. It therefore has less overhead, and ``torch.compile`` can compile it. It is
+    built to be captured in a CUDA graph; ``benchmarks/gpu.sh`` tries that. It shares memory with the weights of the model at the time of tracing: in-place
     updates of the weights take effect, but replaced weights (``model.to(...)``, ``assign=True``) do not.
 
     Attributes:
