@@ -35,8 +35,9 @@ class Program(nn.Module):
 
     :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>` creates it. The graph contains no Python code of the
     model or of this package. It therefore has less overhead, and ``torch.compile`` can compile it. It is
-    built to be captured in a CUDA graph; ``benchmarks/gpu.sh`` tries that. It shares memory with the weights of the model at the time of tracing: in-place
-    updates of the weights take effect, but replaced weights (``model.to(...)``, ``assign=True``) do not.
+    built to be captured in a CUDA graph; ``benchmarks/gpu.sh`` tries that. It shares memory with the weights
+    of the model at the time of tracing: in-place updates of the weights take effect, but replaced weights
+    (``model.to(...)``, ``assign=True``) do not.
 
     Attributes:
         graph: a :class:`torch.fx.GraphModule` that maps the flat list of input tensors to the output and the
