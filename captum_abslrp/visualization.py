@@ -535,7 +535,7 @@ def _draw_map(
         interpolation="nearest",
     )
     if not relevance.any():
-        _write_note(axes, "all zero")
+        _write_text(axes, "all zero")
     _without_ticks(axes)
     return drawn
 
@@ -560,7 +560,13 @@ def _draw_overlay(
 
 
 def _write_note(axes: Axes, text: str) -> None:
+    """Fill an empty cell with a text."""
     axes.set_box_aspect(1)
+    _write_text(axes, text)
+    _without_ticks(axes)
+
+
+def _write_text(axes: Axes, text: str) -> None:
     axes.text(
         0.5,
         0.5,
@@ -572,7 +578,6 @@ def _write_note(axes: Axes, text: str) -> None:
         parse_math=False,
         transform=axes.transAxes,
     )
-    _without_ticks(axes)
 
 
 def _note_scales(figure: Figure, maps: int, smoothing: int) -> None:

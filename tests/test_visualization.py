@@ -295,12 +295,15 @@ def test_matplotlib_is_imported_when_needed_and_pyplot_never() -> None:
 
 
 def test_a_zero_map_says_so_and_has_no_invented_scale() -> None:
-    image = torch.rand(3, 8, 8)
-    figure = plot_rows([image, image], [torch.zeros(3, 8, 8), torch.randn(3, 8, 8)])
+    image = torch.rand(3, 8, 16)
+    figure = plot_rows([image, image], [torch.zeros(3, 8, 16), torch.randn(3, 8, 16)])
+    assert all(
+        axes.get_box_aspect() is None for axes in figure.axes[:6]
+    )  # stays as wide as the image
     empty, full = (axes for axes in figure.axes if axes.get_label() == "<colorbar>")
     assert [tick.get_text() for tick in empty.get_yticklabels()] == ["0"]
     assert len(full.get_yticklabels()) == 3
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:6]]
     assert texts == [[], ["all zero"], ["all zero"], [], [], []]
     assert figure.get_supxlabel() == "Each map has its own color scale."
-    assert plot_rows([image], [torch.zeros(3, 8, 8)]).get_supxlabel() == ""
+    assert plot_rows([image], [torch.zeros(3, 8, 16)]).get_supxlabel() == ""

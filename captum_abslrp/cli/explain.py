@@ -324,10 +324,11 @@ def _explain_image(
     chances = [f"{100 * float(probabilities[t]):.1f}%" for t in targets]
 
     classes = [subject.label(target) for target in targets]
-    doubts: list[str] = []
 
-    def explained(contrast: int | str | None, combine: str) -> list[Tensor]:
-        maps = []
+    def explained(contrast: int | str | None, combine: str) -> tuple[list[Tensor], list[str]]:
+        """The map of each class, and warnings with the class that they are about."""
+        maps: list[Tensor] = []
+        doubts: list[str] = []
         for name, target in zip(classes, targets, strict=True):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -335,18 +336,18 @@ def _explain_image(
                     inputs, target=target, contrast=contrast, combine=combine
                 )
             maps.append(relevance[0].detach().cpu())
-            doubts.extend(f"{name}: {warning.message}" for warning in caught)
-        return maps
+            doubts += dict.fromkeys(f"{name}: {warning.message}" for warning in caught)
+        return maps, doubts
 
     try:
-        maps = {"abslrp": explained(question.contrast, method.combine)}
+        ours, doubts = explained(question.contrast, method.combine)
         wanted = args.html is not None and question.contrast is not None
-        found_doubts = list(dict.fromkeys(doubts))
-        alone = explained(None, "difference") if wanted else None
+        alone = explained(None, "difference")[0] if wanted else None
     except (UnsupportedCallError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
-    for doubt in found_doubts:
+    maps = {"abslrp": ours}
+    for doubt in doubts:
         complain(f"{path}: {doubt}", kind="warning")
     trouble: list[str] = []
     for name in dict.fromkeys(args.compare):
@@ -377,7 +378,7 @@ def _explain_image(
             [float(probabilities[t]) for t in targets],
             contrast=_in_words(question.contrast, subject),
             combined=f"the {method.combine}{'' if method.combine == 'difference' else ' map'}",
-            notes=found_doubts,
+            notes=doubts,
             smoothing=smoothing,
         )
     return panel, f"{path}: {'; '.join(trouble)}" if trouble else ""
