@@ -239,6 +239,8 @@ def plot_rows(
 ) -> Figure:
     """Plot one row per attribution: input, overlay and map with color bar.
 
+    Several attributions of one image share one picture of the input.
+
     Args:
         images: R images as in `plot_attribution`.
         attributions: R attributions as in `plot_attribution`; each has its own color scale.
@@ -253,8 +255,8 @@ def plot_rows(
 
     Example:
         >>> import torch
-        >>> image = torch.rand(3, 8, 8)
-        >>> figure = plot_rows([image, image], torch.randn(2, 3, 8, 8), row_labels=["cat", "dog"])
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> figure = plot_rows(images, torch.randn(2, 3, 8, 8), row_labels=["cat", "dog"])
         >>> len(figure.axes)  # 2 x 3 pictures and 2 color bars
         8
     """
@@ -267,14 +269,20 @@ def plot_rows(
     height = rows * _CELL_INCHES * _tallness(pictures)
     figure = _figure(3.25 * _CELL_INCHES + 0.5, height, title)
     axes = figure.subplots(rows, 3, squeeze=False)
+    shared = rows > 1 and all(np.array_equal(picture, pictures[0]) for picture in pictures)
+    if shared:
+        for unused in axes[1:, 0]:
+            unused.remove()
+        axes[0, 0].set_subplotspec(axes[0, 0].get_gridspec()[:, 0])
     for row in range(rows):
         left, middle, right = axes[row]
-        _draw_picture(left, pictures[row])
+        if row == 0 or not shared:
+            _draw_picture(left, pictures[row])
         _draw_overlay(middle, pictures[row], maps[row], clip_percentile)
         drawn = _draw_map(right, maps[row], clip_percentile)
         _add_color_bar(figure, drawn, right, maps[row])
         if row_labels is not None:
-            _label_row(left, row_labels[row], width=22, size=11)
+            _label_row(middle if shared else left, row_labels[row], width=22, size=11)
     for column, name in enumerate(("input", "overlay", "relevance")):
         axes[0, column].set_title(name, fontsize=11)
     _note_scales(figure, rows, smoothing)
@@ -603,11 +611,17 @@ def _add_color_bar(
     bar = figure.colorbar(
         drawn, ax=axes, fraction=0.05, pad=0.03, extend="both" if beyond else "neither"
     )
+    unit = "relevance per pixel"
     if relevance.any():
-        bar.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:.2g}"])
+        digits, power = f"{limit:.1e}".split("e")
+        if -3 < int(power) < 4:
+            digits = f"{limit:.2g}"
+        else:
+            unit += rf" ($\times 10^{{{int(power)}}}$)"
+        bar.set_ticks([-limit, 0, limit], labels=[f"\N{MINUS SIGN}{digits}", "0", digits])
     else:  # the ends of the scale mean nothing
         bar.set_ticks([0], labels=["0"])
-    bar.set_label("relevance per pixel", fontsize=9)
+    bar.set_label(unit, fontsize=9)
     bar.ax.tick_params(labelsize=9)
 
 

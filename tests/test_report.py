@@ -61,9 +61,11 @@ def test_maps_are_what_is_shown() -> None:
     # One class rather than the other: 1, 0, 0 and the opposite.
     assert pixels(shown["pairs"]["0 1"]["src"]).tolist() == [[2 * LEVELS, LEVELS, LEVELS]]
     assert pixels(shown["pairs"]["1 0"]["src"]).tolist() == [[0, LEVELS, LEVELS]]
-    assert "cat rather than dog: 100% of the relevance is positive" in shown["pairs"]["0 1"]["alt"]
+    assert (
+        "cat compared with dog: 100% of the relevance is positive" in shown["pairs"]["0 1"]["alt"]
+    )
     assert shown["pairs"]["1 0"]["alt"] == (
-        "dog rather than cat: 100% of the relevance is negative, the largest part (100%) in the "
+        "dog compared with cat: 100% of the relevance is negative, the largest part (100%) in the "
         "upper left"
     )
 
@@ -219,7 +221,7 @@ def test_maps_that_differ_by_rounding_are_told_of(
     given = panel(maps={"target": alike})
     (shown,) = data_of(page_of(given))["sections"][0]["panels"]
     assert shown["notes"] == [
-        "cat rather than dog: the two maps are so similar that their difference is rounding error."
+        "cat compared with dog: the two maps are so similar that their difference is rounding error."
     ]
     (shown,) = data_of(page_of(panel(maps={"target": alike.double()})))["sections"][0]["panels"]
     assert shown["notes"] == []
@@ -330,22 +332,25 @@ def test_clicks_change_the_map(opened: Any) -> None:
     names = place.locator("fieldset").first.locator(".choice span").all_inner_texts()
     first, second, third = (text.split()[0] for text in names)
     before, beside = shown(opened), shown(opened, 1)
-    assert before[2] == f"{first} rather than the others"
+    assert before[2] == f"{first} compared with the other classes"
     place.locator(".choice").nth(1).click()
     after = shown(opened)
-    assert after[2] == f"{second} rather than the others" and after[0] != before[0]
-    assert after[1].startswith(f"{second}, rather than the others: ")
-    place.get_by_label("rather than").select_option(label=third)
+    assert after[2] == f"{second} compared with the other classes" and after[0] != before[0]
+    assert after[1].startswith(f"{second}, compared with the other classes: ")
+    place.get_by_label("compared with").select_option(label=third)
     against = shown(opened)
-    assert against[2] == f"{second} rather than {third}" and against[0] not in (before[0], after[0])
-    place.get_by_text("the contrast", exact=True).click()
+    assert against[2] == f"{second} compared with {third}" and against[0] not in (
+        before[0],
+        after[0],
+    )
+    place.get_by_text("relevance for the other classes", exact=True).click()
     assert shown(opened)[2] == third
     place.get_by_text("saliency").click()
     assert shown(opened)[2] == f"{second}, saliency"
     # The class that the other is held against takes its place: the others are back.
-    place.get_by_text("the difference").click()
+    place.get_by_text("specific to the class", exact=True).click()
     place.locator(".choice").nth(2).click()
-    assert shown(opened)[2] == f"{third} rather than the others"
+    assert shown(opened)[2] == f"{third} compared with the other classes"
     assert shown(opened, 1) == beside  # another picture has choices of its own
 
 
@@ -355,11 +360,19 @@ def test_a_guided_map_is_called_one_and_pairs_are_differences(browser: Any, tmp_
     (tmp_path / "r.html").write_text(page_text, encoding="utf-8")
     page = browser.new_page()
     page.goto((tmp_path / "r.html").as_uri())
-    assert page.get_by_text("the guided map").is_visible()
-    assert shown(page)[2] == "cat rather than the others"
-    page.get_by_label("rather than").select_option(label="dog")
-    assert shown(page)[2] == "cat rather than dog, the difference of their maps"
+    assert page.get_by_text("(the guided map)").is_visible()
+    assert shown(page)[2] == "cat compared with the other classes"
+    page.get_by_label("compared with").select_option(label="dog")
+    assert shown(page)[2] == "cat compared with dog, the difference of their maps"
+    assert page.get_by_text("Red: more relevance for the class than for dog.").is_visible()
     page.close()
+
+
+def test_small_numbers_have_a_power_of_ten() -> None:
+    content = data_of(
+        page_of(panel(classes=["a", "b"], maps={"target": torch.full((2, 4, 6), 2.5e-6)}))
+    )
+    assert content["sections"][0]["panels"][0]["maps"]["target"][0]["limit"] == "2.5 × 10⁻⁶"
 
 
 def test_two_classes_are_compared_whatever_map_comes_first(browser: Any, tmp_path: Path) -> None:
@@ -368,8 +381,8 @@ def test_two_classes_are_compared_whatever_map_comes_first(browser: Any, tmp_pat
     page = browser.new_page()
     page.goto((tmp_path / "r.html").as_uri())
     assert shown(page)[2] == "cat, saliency"
-    page.get_by_label("rather than").select_option(label="dog")
-    assert shown(page)[2] == "cat rather than dog"
+    page.get_by_label("compared with").select_option(label="dog")
+    assert shown(page)[2] == "cat compared with dog"
     page.close()
 
 

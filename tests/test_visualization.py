@@ -180,8 +180,36 @@ def test_bad_images_are_refused(bad: torch.Tensor, message: str, attribution: to
         plot_attribution(bad, attribution)
 
 
+def test_maps_of_one_image_share_its_picture(
+    image: torch.Tensor, attribution: torch.Tensor
+) -> None:
+    figure = plot_rows(
+        [image, image.clone()], [attribution, -attribution], row_labels=["cat", "dog"]
+    )
+    picture, *maps = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    assert picture.get_title() == "input" and len(maps) == 4
+    rendered(figure)  # computes the layout
+    first, second = maps[0].get_window_extent(), maps[2].get_window_extent()
+    center = (first.y0 + second.y1) / 2
+    assert abs(picture.get_window_extent().y0 + picture.get_window_extent().y1 - 2 * center) < 2
+    assert [axes.get_ylabel() for axes in (picture, *maps)] == ["", "cat", "", "dog", ""]
+
+
+@pytest.mark.parametrize(
+    ("scale", "unit", "end"),
+    [(1.0, "relevance per pixel", "2"), (1e-6, r"relevance per pixel ($\times 10^{-6}$)", "2.0")],
+)
+def test_color_bars_have_short_numbers(
+    image: torch.Tensor, scale: float, unit: str, end: str
+) -> None:
+    figure = plot_attribution(image, torch.full((6, 8), 2 * scale, dtype=torch.float64))
+    bar = next(axes for axes in figure.axes if axes.get_label() == "<colorbar>")
+    assert bar.get_ylabel() == unit
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == [f"\N{MINUS SIGN}{end}", "0", end]
+
+
 def test_plot_rows(image: torch.Tensor, attribution: torch.Tensor) -> None:
-    figure = plot_rows([image] * 3, [attribution, 10 * attribution, 0 * attribution],
+    figure = plot_rows([image, image / 2, image], [attribution, 10 * attribution, 0 * attribution],
                        row_labels=["cat", "dog", "no\none"])  # fmt: skip
     assert len(figure.axes) == 3 * 3 + 3
     assert [figure.axes[i].get_ylabel() for i in (0, 3, 6)] == ["cat", "dog", "no\none"]
@@ -296,7 +324,7 @@ def test_matplotlib_is_imported_when_needed_and_pyplot_never() -> None:
 
 def test_a_zero_map_says_so_and_has_no_invented_scale() -> None:
     image = torch.rand(3, 8, 16)
-    figure = plot_rows([image, image], [torch.zeros(3, 8, 16), torch.randn(3, 8, 16)])
+    figure = plot_rows([image, image / 2], [torch.zeros(3, 8, 16), torch.randn(3, 8, 16)])
     assert all(
         axes.get_box_aspect() is None for axes in figure.axes[:6]
     )  # stays as wide as the image

@@ -430,9 +430,7 @@ def _views(
 
 
 def _in_words(contrast: int | str | None, subject: Subject) -> str:
-    if isinstance(contrast, int):
-        return subject.label(contrast)
-    return {"softmax": "the other classes, by probability"}.get(contrast or "", "the others")
+    return subject.label(contrast) if isinstance(contrast, int) else "the other classes"
 
 
 def _explanation(

@@ -68,7 +68,7 @@ class Panel:
         >>> import torch
         >>> maps = {"target": torch.randn(2, 3, 8, 8)}
         >>> Panel("cat.jpg", torch.rand(3, 8, 8), ["cat", "dog"], maps).contrast
-        'the others'
+        'the other classes'
     """
 
     name: str
@@ -76,7 +76,7 @@ class Panel:
     classes: Sequence[str]
     maps: Mapping[str, Sequence[Array | None]]
     probabilities: Sequence[float] | None = None
-    contrast: str = "the others"
+    contrast: str = "the other classes"
     combined: str = "the difference"
     notes: Sequence[str] = ()
     smoothing: int = 1
@@ -212,7 +212,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
         limit = color_limit(drawn, clip_percentile)
         return {
             "src": _overlay(drawn, limit),
-            "limit": f"{limit:.2g}",
+            "limit": _number(limit),
             "alt": f"{what}: {_in_words(relevance)}",
         }
 
@@ -222,7 +222,7 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
         first, second = maps[TARGET][a], maps[TARGET][b]
         if first is None or second is None:
             continue
-        what = f"{panel.classes[a]} rather than {panel.classes[b]}"
+        what = f"{panel.classes[a]} compared with {panel.classes[b]}"
         pairs[f"{a} {b}"] = shown(first - second, what)
         total = np.abs(first).sum() + np.abs(second).sum()
         if (
@@ -253,6 +253,15 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
     }
 
 
+def _number(value: float) -> str:
+    """Two digits of a number, with a power of ten if it is very small or large."""
+    digits, power = f"{value:.1e}".split("e")
+    if -3 < int(power) < 4:
+        return f"{value:.2g}"
+    superscripts = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"{digits} × 10{str(int(power)).translate(superscripts)}"
+
+
 def _precision(values: Array | None) -> float:
     """The relative precision of the dtype of a map."""
     if isinstance(values, np.ndarray):
@@ -266,7 +275,7 @@ def _name_of_view(view: str, contrast: str) -> str:
     names = {
         TARGET: "relevance of the class",
         CONTRAST: f"relevance of {contrast}",
-        DIFFERENCE: f"rather than {contrast}",
+        DIFFERENCE: f"compared with {contrast}",
     }
     return names.get(view, view)
 

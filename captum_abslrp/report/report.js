@@ -65,12 +65,12 @@ function panel(given) {
     if (state.view === comparable && state.rival !== null) {
       const pair = given.pairs[`${state.class} ${state.rival}`];
       const how = given.combined === "the difference" ? "" : ", the difference of their maps";
-      return [pair, `${name} rather than ${rival()}${how}`];
+      return [pair, `${name} compared with ${rival()}${how}`];
     }
     if (state.view === "contrast") {
       return [state.rival === null ? of("contrast", state.class) : of("target", state.rival), rival()];
     }
-    const names = { target: name, difference: `${name} rather than ${rival()}` };
+    const names = { target: name, difference: `${name} compared with ${rival()}` };
     return [of(state.view, state.class), names[state.view] ?? `${name}, ${state.view}`];
   }
 
@@ -82,11 +82,11 @@ function panel(given) {
     if (map) {
       overlay.src = map.src;
       overlay.alt = map.alt;
-      least.textContent = `-${map.limit}`;
+      least.textContent = `\u2212${map.limit}`;
       most.textContent = map.limit;
     }
     caption.textContent = name;
-    meaning.textContent = meanings[state.view] ?? "";
+    meaning.textContent = meanings()[state.view] ?? "";
     for (const option of against ? against.options : []) {
       option.disabled = option.value !== "" && Number(option.value) === state.class;
     }
@@ -133,15 +133,19 @@ function panel(given) {
       show();
     });
   }
-  const titles = { target: "the class alone", contrast: "the contrast", difference: given.combined };
-  const meanings = {
+  const titles = {
+    target: "all relevance for the class",
+    contrast: `relevance for ${given.contrast}`,
+    difference: "specific to the class",
+  };
+  const meanings = () => ({
     target: "The relevance for the class, including what it shares with other classes.",
     contrast: "The relevance for what the class is compared with.",
     difference:
-      given.combined === "the difference"
-        ? "Red: more relevance for the class than for the contrast. Blue: less."
-        : "What sets the class apart from the contrast.",
-  };
+      given.combined === "the difference" || state.rival !== null
+        ? `Red: more relevance for the class than for ${rival()}. Blue: less.`
+        : `The relevance for the class where the class has more of it than ${rival()} (${given.combined}).`,
+  });
   const meaning = element("p", { class: "note" });
   const ofViews =
     views.length > 1
@@ -156,7 +160,7 @@ function panel(given) {
     "div",
     { class: "controls" },
     classes,
-    against && element("p", {}, element("label", { for: against.id }, "rather than "), against),
+    against && element("p", {}, element("label", { for: against.id }, "compared with "), against),
     ofViews,
     ofViews && meaning,
     element("p", {}, element("label", { class: "slider" }, "Opacity of the map ", slider, shown)),
