@@ -372,7 +372,10 @@ def test_small_numbers_have_a_power_of_ten() -> None:
     content = data_of(
         page_of(panel(classes=["a", "b"], maps={"target": torch.full((2, 4, 6), 2.5e-6)}))
     )
-    assert content["sections"][0]["panels"][0]["maps"]["target"][0]["limit"] == "2.5 × 10⁻⁶"
+    assert (
+        content["sections"][0]["panels"][0]["maps"]["target"][0]["limit"]
+        == "2.5 \N{MULTIPLICATION SIGN} 10⁻⁶"
+    )
 
 
 def test_two_classes_are_compared_whatever_map_comes_first(browser: Any, tmp_path: Path) -> None:

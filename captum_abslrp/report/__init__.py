@@ -254,12 +254,12 @@ def _panel(panel: Panel, clip_percentile: float) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    """Two digits of a number, with a power of ten if it is very small or large."""
+    """Two digits of a number, with a power of ten for tiny and huge values."""
     digits, power = f"{value:.1e}".split("e")
     if -3 < int(power) < 4:
         return f"{value:.2g}"
     superscripts = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    return f"{digits} × 10{str(int(power)).translate(superscripts)}"
+    return f"{digits} \N{MULTIPLICATION SIGN} 10{str(int(power)).translate(superscripts)}"
 
 
 def _precision(values: Array | None) -> float:
