@@ -269,20 +269,12 @@ def plot_rows(
     height = rows * _CELL_INCHES * _tallness(pictures)
     figure = _figure(3.25 * _CELL_INCHES + 0.5, height, title)
     axes = figure.subplots(rows, 3, squeeze=False)
-    shared = rows > 1 and all(np.array_equal(picture, pictures[0]) for picture in pictures)
-    if shared:
-        for unused in axes[1:, 0]:
-            unused.remove()
-        axes[0, 0].set_subplotspec(axes[0, 0].get_gridspec()[:, 0])
+    _draw_inputs(axes, pictures, row_labels, width=22, size=11)
     for row in range(rows):
-        left, middle, right = axes[row]
-        if row == 0 or not shared:
-            _draw_picture(left, pictures[row])
+        _, middle, right = axes[row]
         _draw_overlay(middle, pictures[row], maps[row], clip_percentile)
         drawn = _draw_map(right, maps[row], clip_percentile)
         _add_color_bar(figure, drawn, right, maps[row])
-        if row_labels is not None:
-            _label_row(middle if shared else left, row_labels[row], width=22, size=11)
     for column, name in enumerate(("input", "overlay", "relevance")):
         axes[0, column].set_title(name, fontsize=11)
     _note_scales(figure, rows, smoothing)
@@ -300,6 +292,8 @@ def plot_grid(
     smoothing: int = 1,
 ) -> Figure:
     """Plot a grid with one row per image: the input, then one overlay per method.
+
+    Rows of one image share one picture of the input.
 
     Every overlay has its own symmetric color scale, so the shared color bar is in multiples of the magnitude
     at the end of each scale.
@@ -341,10 +335,8 @@ def plot_grid(
     height = rows * _GRID_CELL_INCHES * _tallness(pictures) + 0.3
     figure = _figure(width, height, title)
     axes = figure.subplots(rows, columns + 1, squeeze=False)
+    _draw_inputs(axes, pictures, row_labels, width=16, size=10)
     for row, picture in enumerate(pictures):
-        _draw_picture(axes[row, 0], picture)
-        if row_labels is not None:
-            _label_row(axes[row, 0], row_labels[row], width=16, size=10)
         for column, cell in enumerate(attributions[row], start=1):
             if isinstance(cell, str):
                 _write_note(axes[row, column], cell)
@@ -421,8 +413,7 @@ def plot_overlays(
             width = max(8, int(16 * min(1.0, tallness)))
             _label_row(axes[row, 0], row_labels[row], width=width, size=10)
     _add_shared_color_bar(figure, axes)
-    if note is not None:
-        _note(figure, note)
+    _note_scales(figure, sum(map(len, pictures)), 1, *([] if note is None else [note]))
     return figure
 
 
@@ -525,6 +516,29 @@ def _draw_picture(axes: Axes, picture: npt.NDArray[np.float64]) -> None:
     _without_ticks(axes)
 
 
+def _draw_inputs(
+    axes: npt.NDArray[Any],
+    pictures: Sequence[npt.NDArray[np.float64]],
+    labels: Sequence[str] | None,
+    *,
+    width: int,
+    size: int,
+) -> None:
+    """Draw the inputs into the first column, and label the rows; rows of one image share one cell."""
+    shared = len(pictures) > 1 and all(np.array_equal(p, pictures[0]) for p in pictures)
+    if shared:
+        first, *unused = axes[:, 0]
+        first.set_subplotspec(first.get_gridspec()[:, 0])
+        for cell in unused:
+            cell.remove()
+        _draw_picture(first, pictures[0])
+    else:
+        for cell, picture in zip(axes[:, 0], pictures, strict=True):
+            _draw_picture(cell, picture)
+    for cell, label in zip(axes[:, int(shared)], labels or ()):
+        _label_row(cell, label, width=width, size=size)
+
+
 def _draw_map(
     axes: Axes,
     relevance: npt.NDArray[np.float64],
@@ -543,7 +557,7 @@ def _draw_map(
         interpolation="nearest",
     )
     if not relevance.any():
-        _write_text(axes, "all zero")
+        _write_text(axes, "all zero", behind="white")
     _without_ticks(axes)
     return drawn
 
@@ -574,7 +588,7 @@ def _write_note(axes: Axes, text: str) -> None:
     _without_ticks(axes)
 
 
-def _write_text(axes: Axes, text: str) -> None:
+def _write_text(axes: Axes, text: str, *, behind: str = "none") -> None:
     axes.text(
         0.5,
         0.5,
@@ -583,14 +597,16 @@ def _write_text(axes: Axes, text: str) -> None:
         va="center",
         fontsize=9,
         color="0.3",
+        bbox={"boxstyle": "round", "facecolor": behind, "edgecolor": "none"},
         parse_math=False,
         transform=axes.transAxes,
     )
 
 
-def _note_scales(figure: Figure, maps: int, smoothing: int) -> None:
+def _note_scales(figure: Figure, maps: int, smoothing: int, *further: str) -> None:
     notes = ["Each map has its own color scale."] * (maps > 1)
     notes += [SMOOTHED.format(smoothing)] * (smoothing > 1)
+    notes += further
     if notes:
         _note(figure, " ".join(notes))
 
@@ -617,7 +633,7 @@ def _add_color_bar(
         if -3 < int(power) < 4:
             digits = f"{limit:.2g}"
         else:
-            unit += rf" ($\times 10^{{{int(power)}}}$)"
+            unit += f"\n($\\times 10^{{{int(power)}}}$)"
         bar.set_ticks([-limit, 0, limit], labels=[f"\N{MINUS SIGN}{digits}", "0", digits])
     else:  # the ends of the scale mean nothing
         bar.set_ticks([0], labels=["0"])
@@ -632,7 +648,13 @@ def _add_shared_color_bar(figure: Figure, axes: npt.NDArray[Any]) -> None:
     scale = ScalarMappable(Normalize(-1, 1), COLOR_MAP)
     # About two pictures high, regardless of the number of rows.
     height = min(0.9, 2 / len(axes))
-    bar = figure.colorbar(scale, ax=axes.ravel().tolist(), fraction=0.03, pad=0.02, shrink=height)
+    bar = figure.colorbar(
+        scale,
+        ax=[cell for cell in axes.flat if cell.figure],
+        fraction=0.03,
+        pad=0.02,
+        shrink=height,
+    )
     bar.set_ticks([-1, 0, 1], labels=["against", "0", "for"])
-    bar.set_label("evidence for or against the target", fontsize=9)
+    bar.set_label("relevance", fontsize=9)
     bar.ax.tick_params(labelsize=9)

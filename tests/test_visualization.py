@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -195,9 +196,25 @@ def test_maps_of_one_image_share_its_picture(
     assert [axes.get_ylabel() for axes in (picture, *maps)] == ["", "cat", "", "dog", ""]
 
 
+def test_rows_of_one_image_share_its_picture_in_a_grid(
+    image: torch.Tensor, attribution: torch.Tensor
+) -> None:
+    figure = plot_grid([image] * 2, [[attribution] * 2] * 2, row_labels=["cat", "dog"])
+    assert len(figure.axes) == 1 + 4 + 1
+    assert [axes.get_ylabel() for axes in figure.axes] == ["", "cat", "", "dog", "", "relevance"]
+
+
+@pytest.mark.parametrize("plot", [plot_attribution, lambda x, r: plot_grid([x], [[r]])])
+def test_labels_of_color_bars_fit_low_figures(plot: Callable[..., Figure]) -> None:
+    figure = plot(torch.rand(3, 40, 128), torch.full((3, 40, 128), 1e-7))
+    rendered(figure)  # computes the layout
+    label = figure.axes[-1].yaxis.label.get_window_extent()
+    assert label.y0 >= 0 and label.y1 <= figure.bbox.y1
+
+
 @pytest.mark.parametrize(
     ("scale", "unit", "end"),
-    [(1.0, "relevance per pixel", "2"), (1e-6, r"relevance per pixel ($\times 10^{-6}$)", "2.0")],
+    [(1.0, "relevance per pixel", "2"), (1e-6, "relevance per pixel\n($\\times 10^{-6}$)", "2.0")],
 )
 def test_color_bars_have_short_numbers(
     image: torch.Tensor, scale: float, unit: str, end: str
@@ -221,7 +238,7 @@ def test_plot_rows(image: torch.Tensor, attribution: torch.Tensor) -> None:
 
 def test_plot_grid(image: torch.Tensor, attribution: torch.Tensor) -> None:
     figure = plot_grid(
-        [image, image],
+        [image, image / 2],
         [[attribution, "not supported: no rule"], [attribution[0], attribution.numpy()]],
         row_labels=["why 3?", "why 8?"],
         column_labels=["AbsLRP", "LRP"],
@@ -246,7 +263,7 @@ def test_plot_overlays(size: tuple[int, int]) -> None:
         note="costs $1 or $2",
     )  # fmt: skip
     assert [len(axes.get_images()) for axes in figure.axes[:6]] == [2, 2, 2, 2, 2, 0]
-    assert figure.get_supxlabel() == "costs $1 or $2"
+    assert figure.get_supxlabel() == "Each map has its own color scale. costs $1 or $2"
     figure.canvas.draw()
     first, second = (figure.axes[i].yaxis.label.get_window_extent() for i in (0, 3))
     assert first.y0 > second.y1  # names of rows, which run upward, do not meet
