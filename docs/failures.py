@@ -27,7 +27,7 @@ def absent_class() -> None:
     with torch.no_grad():
         probabilities = model(x).softmax(1)
     rows = [
-        f"a {here} ({p[here]:.0%}), no {gone} ({p[gone]:.1%})"
+        f"a {here} ({p[here]:.0%}),\nno {gone} ({p[gone]:.1%})"
         for here, gone, p in zip(labels.tolist(), absent.tolist(), probabilities, strict=True)
     ]
     plot_grid(
@@ -58,7 +58,7 @@ def wrong_prediction() -> None:
                     attributor.attribute(x, target=said, contrast=true)[0],
                 ]
             )
-            labels.append(f"{name}: {said}, but it is {true}")
+            labels.append(f"{name}: {said},\nbut it is {true}")
     plot_grid(
         images,
         rows,
@@ -102,7 +102,7 @@ def random_weights() -> None:
             print(
                 f"{name:15} {said:12} {min(shares):.1%} to {max(shares):.1%} on the digit asked for"
             )
-            columns[f"{name}, {said}"] = maps[0]
+            columns[f"{name},\n{said}"] = maps[0]
     plot_grid(
         list(scenes.images[:2]),
         [[maps[i] for maps in columns.values()] for i in range(2)],
