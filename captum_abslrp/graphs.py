@@ -21,7 +21,7 @@ LARGEST = 2**16
 
 
 def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
-    """Remove operators without effect and fold constants, in place.
+    """Remove operators without effect and fold constants, in place; equal constants share memory.
 
     The values that the graph returns stay identical, bit by bit.
 
@@ -42,13 +42,13 @@ def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
         if not found:
             break
         changing |= found
-    count = 0
+    names: dict[Any, str] = {}
     for node, value in values.items():
         if node.op == "get_attr" or not _is_kept(node, value, values):
             continue
-        name = f"constant_{count}"
-        count += 1
-        module.register_buffer(name, value, persistent=True)
+        name = names.setdefault(_content(value), f"constant_{len(names)}")
+        if not hasattr(module, name):
+            module.register_buffer(name, value, persistent=True)
         with graph.inserting_before(node):
             kept = graph.get_attr(name)
         node.replace_all_uses_with(kept)
@@ -112,6 +112,12 @@ def _is_kept(node: Node, value: Any, values: dict[Node, Any]) -> bool:
         and value.numel() <= LARGEST
         and any(user not in values for user in node.users)
     )
+
+
+def _content(value: Tensor) -> tuple[Any, ...]:
+    """What equal constants have in common."""
+    content = value.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
+    return value.shape, value.stride(), value.dtype, value.device, content
 
 
 def _overwritten(graph: Graph, values: dict[Node, Any]) -> set[Node]:

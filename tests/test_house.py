@@ -40,7 +40,7 @@ ORDER = (
     {"attribution", "layer", "lrp", "inspection", "tracing", "words", "__init__"},
     {"visualization", "hookable", "operations", "methods"},
     {"metrics", "report", "demo"},
-    {"concepts"},
+    {"concepts", "export"},
     {"cli", "__main__"},
 )
 """The floors of the house, from the bottom: a file imports from its own floor and those below it."""

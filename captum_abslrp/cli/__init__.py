@@ -1,4 +1,4 @@
-"""The command line: ``captum-abslrp demo``, ``explain``, ``evaluate`` and ``inspect``.
+"""The command line: ``captum-abslrp demo``, ``explain``, ``evaluate``, ``export`` and ``inspect``.
 
 Errors that the user can fix are printed as one line on stderr, with exit code 2. All other errors are bugs
 and raise a traceback.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from captum_abslrp import __version__, processes
-from captum_abslrp.cli import demo, evaluate, explain, inspect
+from captum_abslrp.cli import demo, evaluate, explain, export, inspect
 from captum_abslrp.cli.files import PROGRAM, UserError, complain
 from captum_abslrp.cli.models import of_threads
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for part in (demo, explain, evaluate, inspect):
+    for part in (demo, explain, evaluate, export, inspect):
         part.add_command(commands)
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given)

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from captum_abslrp import __version__, demo, processes
 from captum_abslrp.attribution import AbsLRP
-from captum_abslrp.checks import check_combine
+from captum_abslrp.cli.attributors import (
+    add_attributor,
+    attributor_of,
+    class_index,
+    contrast_of,
+)
 from captum_abslrp.cli.concepts import find_layer, section_of
 from captum_abslrp.cli.files import (
     UserError,
@@ -62,10 +67,6 @@ T = TypeVar("T")
 
 NOTE = "captum-abslrp"
 """Name of the metadata entry of a figure with its settings."""
-NORMALIZATIONS = ("separate", "joint")
-CONTRASTS = ("others", "softmax", "none")
-COMBINATIONS = ("difference", "gated", "guided")
-RECOMMENDED, PUBLISHED = "recommended", "published"
 
 
 def add_command(commands: Any) -> None:
@@ -106,32 +107,7 @@ def add_command(commands: Any) -> None:
         metavar="K",
         help="explain the K most probable classes, one row each",
     )
-    parser.add_argument(
-        "--mapping",
-        default=RECOMMENDED,
-        metavar="NAME",
-        help="mapping or LRP composite, such as generic, epsilon_plus or attnlrp; 'recommended' selects "
-        "the best settings for the kind of model, 'published' the published method (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--contrast",
-        metavar="|".join([*CONTRASTS, "CLASS", "INDEX"]),
-        help="classes to compare with: all others equally, all others by probability, none, or one class "
-        "(default: as recommended, otherwise others)",
-    )
-    parser.add_argument(
-        "--combine",
-        choices=COMBINATIONS,
-        help="how to combine the maps of class and contrast: their difference; gated: the class's map "
-        "where it exceeds the contrast's; guided: the class's map weighted by the difference "
-        "at an inner layer (default: as recommended, otherwise difference)",
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=NORMALIZATIONS,
-        help="scale the relevance of each input of a call separately, or of all inputs jointly (default: as "
-        "recommended, otherwise separate)",
-    )
+    add_attributor(parser)
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -201,7 +177,7 @@ def _explain(args: argparse.Namespace) -> int:
     subject = load_subject(args.model, args.checkpoint, device)
     if args.concepts is not None:
         find_layer(subject.model, args.concepts)
-    method = _method(args, subject)
+    method = attributor_of(args, subject)
     question = _question(args, method, subject)
     say(f"Explained by {method!r}")
     example = torch.zeros(1, *subject.input_size, device=device)
@@ -475,34 +451,9 @@ def _explanation(
     )
 
 
-def _method(args: argparse.Namespace, subject: Subject) -> AbsLRP:
-    """The attributor that is asked for; options that are given win over what is recommended."""
-    try:
-        if args.mapping == RECOMMENDED:
-            method = AbsLRP.recommended(subject.model)
-        else:
-            mapping = None if args.mapping == PUBLISHED else args.mapping
-            method = AbsLRP(subject.model, mapping)
-    except ValueError as error:
-        raise UserError(f"--mapping: {error}") from error
-    method.normalization = args.normalization or method.normalization
-    method.combine = args.combine or method.combine
-    try:
-        check_combine(method.combine, signed=method.signed)
-    except ValueError as error:
-        raise UserError(f"--combine: {error}") from error
-    return method
-
-
 def _question(args: argparse.Namespace, method: AbsLRP, subject: Subject) -> Question:
-    target = None if args.target is None else _class_index(args.target, subject.names, "--target")
-    contrast: int | str | None
-    if args.contrast is None:
-        contrast = method.contrast  # type: ignore[assignment]  # a name, of those recommended
-    elif args.contrast in CONTRASTS:
-        contrast = None if args.contrast == "none" else args.contrast
-    else:
-        contrast = _class_index(args.contrast, subject.names, "--contrast", CONTRASTS)
+    target = None if args.target is None else class_index(args.target, subject.names, "--target")
+    contrast = contrast_of(args, method, subject)
     if target is not None and contrast == target:
         raise UserError(
             "Expected `--contrast` to be another class than `--target`, "
@@ -525,43 +476,3 @@ def _targets(question: Question, probabilities: Tensor) -> list[int]:
         ranked[question.contrast] = -1
     chosen: list[int] = ranked.topk(question.top or 1).indices.tolist()
     return chosen
-
-
-def _class_index(
-    text: str, names: Sequence[str], option: str, other_words: Sequence[str] = ()
-) -> int:
-    """The class that a name (any synonym, any case) or an index stands for.
-
-    `other_words` are what the option takes besides; they are for the message only.
-    """
-    try:
-        index = int(text)
-    except ValueError:
-        pass
-    else:
-        if not 0 <= index < len(names):
-            raise UserError(
-                f"Expected `{option}` to be between 0 and {len(names) - 1}, but got {index}."
-            )
-        return index
-
-    wanted = text.strip().casefold()
-    known: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        parts = [name, *name.split(",")] if "," in name else [name]
-        for synonym in dict.fromkeys(part.strip().casefold() for part in parts):
-            known.setdefault(synonym, []).append(index)
-    found = known.get(wanted, [])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        indices = " or ".join(str(index) for index in found)
-        raise UserError(
-            f"Expected `{option}` to name one class, but got {text!r}, which matches "
-            f"{len(found)} classes. Pass the index {indices}."
-        )
-    expected = f"{', '.join(other_words)} or a class" if other_words else "a class"
-    raise UserError(
-        f"Expected `{option}` to be {expected} of the model, but got {text!r}"
-        f"{did_you_mean(wanted, [*other_words, *known])}. An index is accepted as well."
-    )

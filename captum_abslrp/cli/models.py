@@ -33,7 +33,8 @@ class Subject:
     """A model, the names of its classes and its preprocessing.
 
     `model` returns one score per class. `prepare` turns a picture into model input (C, H, W), `show` turns
-    that into values in [0, 1]; `input_size` is its shape.
+    that into values in [0, 1]; `input_size` is its shape. `transform` is the object behind `prepare`, of timm
+    or transformers.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Subject:
     prepare: Callable[[Image], Tensor]
     show: Callable[[Tensor], Tensor]
     input_size: tuple[int, int, int]
+    transform: Any
 
     @property
     def channels(self) -> int:
@@ -158,7 +160,9 @@ def load_subject(name: str, checkpoint: Path | None, device: torch.device) -> Su
 
 def _huggingface_subject(name: str) -> Subject:
     model, names, pictures = huggingface.load(name)
-    return Subject(model, names, pictures.prepare, pictures.show, pictures.input_size)
+    return Subject(
+        model, names, pictures.prepare, pictures.show, pictures.input_size, pictures.processor
+    )
 
 
 def _timm_subject(name: str, checkpoint: Path | None) -> Subject:
@@ -180,6 +184,7 @@ def _timm_subject(name: str, checkpoint: Path | None) -> Subject:
         prepare=prepare,
         show=lambda image: denormalize(image, config["mean"], config["std"]),
         input_size=config["input_size"],
+        transform=prepare,
     )
 
 

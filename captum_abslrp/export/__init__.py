@@ -1,0 +1,250 @@
+"""Explanations as files that run without this package: ``.pt2`` for PyTorch and ONNX.
+
+A file contains the model, its explanation and the metadata to use both. It needs no Captum and no timm. A
+``.pt2`` file needs PyTorch, an ``.onnx`` file a runtime such as onnxruntime.
+
+Axes: B samples, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from captum_abslrp import __version__
+from captum_abslrp.attribution import AbsLRP
+from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.export.preprocessing import Preprocessing
+from captum_abslrp.inspection import stem_stride
+from captum_abslrp.program import Program
+from captum_abslrp.seeds import DEFAULT, Contrast, Default
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["METADATA", "Preprocessing", "save_explainer"]
+
+METADATA = "captum_abslrp.json"
+"""Name of the metadata in a file: an extra file of a ``.pt2`` file, a metadata property of an ONNX model."""
+
+FORMATS = ("pt2", "onnx")
+TOLERANCE = 1e-2
+
+
+class _Explainer(nn.Module):
+    """A program that takes one class per sample."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.explain = program.graph
+
+    def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        scores, relevance = self.explain(image, target.view(-1, 1))
+        return scores, relevance
+
+
+def save_explainer(
+    attributor: AbsLRP,
+    file: str | os.PathLike[str] | BinaryIO,
+    inputs: Tensor,
+    target: int = 0,
+    *,
+    format: str | None = None,
+    name: str | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Preprocessing | str | None = None,
+    contrast: Contrast | Default = DEFAULT,
+    combine: str | Default = DEFAULT,
+    guide: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Save the explanation of a model as one file that runs without this package.
+
+    The program in the file takes ``image``, a batch with the shape of `inputs`, and ``target``, one class per
+    sample (B,), int64. It returns ``scores``, the output of the model (B, K, ...), and ``relevance``, the map
+    of each class with the shape of `inputs`. The map is NaN where ``attribute`` would raise an error, see
+    :meth:`Program.forward <captum_abslrp.program.Program.forward>`. There are no warnings.
+
+    Args:
+        attributor: explains the model. Model and inputs must be on the CPU.
+        file: path that ends in ``.pt2`` or ``.onnx``, or a binary file object. A file is replaced only when
+            the new one is complete.
+        inputs: an example, (B, C, H, W) or another shape. It fixes the shape, the dtype and the batch size.
+        target: a class for the example.
+        format: ``"pt2"`` or ``"onnx"``; required for a file object.
+        name: name of the model for the metadata; by default the name of its class.
+        class_names: names of the K classes for the metadata.
+        preprocessing: how an image becomes the input, or a text that says so, for the metadata.
+        contrast, combine, guide: as in :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>`; they are fixed.
+
+    Returns:
+        The metadata. They are stored in the file as JSON under the name :data:`METADATA`.
+
+    Raises:
+        TypeError: if `attributor` is not an AbsLRP or LRP, or `inputs` is not a tensor.
+        ValueError: if the format is unknown, the number of names is not K, the model is not on the CPU, its
+            operations depend on values, or ONNX lacks one of its operators.
+        ModuleNotFoundError: if a package that ONNX requires is missing.
+        RuntimeError: if the saved program computes a different map.
+
+    Example:
+        >>> import io
+        >>> model = timm.create_model("test_resnet").eval()
+        >>> file = io.BytesIO()
+        >>> about = save_explainer(AbsLRP(model), file, torch.rand(1, 3, 160, 160), format="pt2")
+        >>> about["outputs"]
+        {'scores': [1, 1000], 'relevance': [1, 3, 160, 160]}
+        >>> program = torch.export.load(io.BytesIO(file.getvalue())).module()
+        >>> scores, relevance = program(torch.rand(1, 3, 160, 160), torch.tensor([7]))
+        >>> relevance.shape
+        torch.Size([1, 3, 160, 160])
+    """
+    format = check_format(file, format)
+    if format == "onnx":
+        from captum_abslrp.export import onnx_file
+
+        onnx_file.check_installed()
+    _check(attributor, inputs)
+    program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
+    targets = torch.full((len(inputs),), target)
+    explainer = _Explainer(program)
+    with torch.no_grad():
+        exported = torch.export.export(explainer, (inputs.detach(), targets))
+        scores, _ = explainer(inputs, targets)
+    _forget_sources(exported)
+    about = _about(attributor, inputs, scores, name, class_names, preprocessing, contrast, combine)
+    if format == "onnx":
+        about["versions"]["opset"] = onnx_file.OPSET
+        content = onnx_file.of(exported, METADATA, json.dumps(about))
+        run = onnx_file.runner(content)
+    else:
+        saved = io.BytesIO()
+        torch.export.save(exported, saved, extra_files={METADATA: json.dumps(about)})
+        content = saved.getvalue()
+        run = torch.export.load(io.BytesIO(content)).module()
+    _check_map(run, explainer, inputs, scores, targets)
+    with _opened(file) as opened:
+        opened.write(content)
+    return about
+
+
+def check_format(file: Any, format: str | None) -> str:
+    """Return the format to write; raise ValueError if it is unknown.
+
+    If `format` is None, the end of the path decides.
+    """
+    if format is None and isinstance(file, (str, os.PathLike)):
+        format = Path(file).suffix.removeprefix(".").lower()
+        if format not in FORMATS:
+            raise ValueError(
+                f"Expected `file` to end in .pt2 or .onnx, but got {str(file)!r}. Rename it, or pass "
+                '`format="pt2"` or `format="onnx"`.'
+            )
+    if format not in FORMATS:
+        raise ValueError(f"Expected `format` to be 'pt2' or 'onnx', but got {format!r}.")
+    return format
+
+
+def _check(attributor: Any, inputs: Any) -> None:
+    if not isinstance(attributor, AbsLRP):
+        raise TypeError(
+            f"Expected `attributor` to be an AbsLRP or LRP, but got {type(attributor).__name__}."
+        )
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"Expected `inputs` to be one tensor, but got {type(inputs).__name__}.")
+    for tensor in (inputs, *attributor.model.parameters(), *attributor.model.buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"Expected the model and `inputs` to be on the CPU, but got a tensor on {tensor.device}. "
+                "Call `model.cpu()` and `inputs.cpu()`."
+            )
+
+
+def _about(
+    attributor: AbsLRP,
+    inputs: Tensor,
+    scores: Tensor,
+    name: str | None,
+    class_names: Sequence[str] | None,
+    preprocessing: Preprocessing | str | None,
+    contrast: Any,
+    combine: Any,
+) -> dict[str, Any]:
+    """The metadata of a file."""
+    if class_names is not None and (scores.dim() < 2 or len(class_names) != scores.shape[1]):
+        raise ValueError(
+            f"Expected `class_names` to have one name per class, but got {len(class_names)} names for scores "
+            f"of shape {tuple(scores.shape)}."
+        )
+    try:
+        smoothing = stem_stride(attributor.model, inputs)
+    except UnsupportedCallError:
+        smoothing = 1
+    contrast = attributor.contrast if isinstance(contrast, Default) else contrast
+    combine = attributor.combine if isinstance(combine, Default) else combine
+    if isinstance(preprocessing, Preprocessing):
+        preprocessing = preprocessing.as_dict()  # type: ignore[assignment]
+    return {
+        "format": 1,
+        "model": name or type(attributor.model).__name__,
+        "method": repr(attributor),
+        "contrast": contrast if contrast is None or isinstance(contrast, str) else str(contrast),
+        "combine": combine,
+        "inputs": {"image": [*inputs.shape], "target": [len(inputs)]},
+        "outputs": {"scores": [*scores.shape], "relevance": [*inputs.shape]},
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "class_names": None if class_names is None else [*class_names],
+        "preprocessing": preprocessing,
+        "smoothing": smoothing,
+        "versions": {"captum-abslrp": __version__, "torch": torch.__version__},
+    }
+
+
+def _forget_sources(exported: ExportedProgram) -> None:
+    """Remove from a graph where its nodes come from, which names files of this machine."""
+    for module in exported.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
+                    node.meta.pop(key, None)
+
+
+def _check_map(
+    run: Any, explainer: nn.Module, inputs: Tensor, scores: Tensor, targets: Tensor
+) -> None:
+    """Compare the saved program with the traced one, also for another input and other classes."""
+    others = scores.flatten(2).mean(2) if scores.dim() > 2 else scores
+    other = others.argmax(1) if others.dim() == 2 else targets
+    for x, target in ((inputs, targets), (inputs.flip(-1), other)):
+        with torch.no_grad():
+            expected, found = explainer(x, target)[1], run(x, target)[1]
+        largest = float(expected.nan_to_num().abs().max())
+        if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest, equal_nan=True):
+            raise RuntimeError(
+                "Expected the saved program to reproduce the map, but got a different map. Save it in the "
+                "other format, and report the model."
+            )
+
+
+@contextmanager
+def _opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
+    """A file to write to; a file with a path is replaced when it is complete."""
+    if not isinstance(file, (str, os.PathLike)):
+        yield file
+        return
+    target = Path(os.path.realpath(file))  # keep symbolic links
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("wb") as opened:
+            yield opened
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,226 @@
+"""Explanations as ONNX models."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+__all__ = ["OPSET", "check_installed", "of", "runner"]
+
+OPSET = 18
+LARGEST = 2**31 - 2**24
+"""Maximum number of bytes of all weights: a file in the format of ONNX has at most 2 GB."""
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LARGEST_FOLDED = 2**14
+"""Maximum number of bytes of a constant that is computed in advance."""
+
+_ATEN = torch.ops.aten
+
+
+def check_installed() -> None:
+    """Raise ModuleNotFoundError if a package that ONNX requires is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Expected {', '.join(PACKAGES)} to be installed for ONNX, but {missing[0]} is not. Run "
+            "`pip install 'captum-abslrp[export]'`."
+        )
+
+
+def of(exported: ExportedProgram, key: str, about: str) -> bytes:
+    """Convert an exported explanation to an ONNX model.
+
+    Args:
+        exported: a program that maps image and target to scores and relevance.
+        key, about: a metadata property of the model.
+
+    Raises:
+        ValueError: if ONNX lacks an operator, or the model is larger than 2 GB.
+    """
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    table = torch.export.default_decompositions()
+    table.update(DECOMPOSITIONS)
+    with warnings.catch_warnings(), _quiet(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                exported.run_decompositions(table),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image", "target"],
+                output_names=["scores", "relevance"],
+                optimize=False,  # it would fold weights, and store them twice
+                verbose=False,
+            )
+        except (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"Expected an explanation of operators that ONNX has, but got {_reason(error)}. Save a .pt2 "
+                "file."
+            ) from error
+        assert program is not None
+        model = program.model
+        # Not `optimize_ir`: its rewriting rules take minutes for thousands of nodes.
+        common.InlinePass()(model)
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=False,
+            input_size_limit=LARGEST_FOLDED,
+            output_size_limit=LARGEST_FOLDED,
+        )
+        for simplify in (
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.ClearMetadataAndDocStringPass(),
+        ):
+            simplify(model)
+    model.metadata_props[key] = about
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    if size > LARGEST:
+        raise ValueError(
+            f"Expected less than 2 GB of weights, the limit of ONNX files, but got {size / 1e9:.1f} GB. "
+            "Save a .pt2 file."
+        )
+    return onnx_ir.to_proto(model).SerializeToString()
+
+
+def runner(content: bytes) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Return a function that runs an ONNX model in onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor, target: Tensor) -> list[Tensor]:
+        given = {"image": image.detach().numpy(), "target": target.numpy()}
+        return [torch.from_numpy(value) for value in session.run(None, given)]
+
+    return run
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error says, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
+class _quiet:
+    """Hide log messages of the exporter."""
+
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+
+    def __enter__(self) -> None:
+        self.levels = [logging.getLogger(name).level for name in self.names]
+        for name in self.names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for name, level in zip(self.names, self.levels, strict=True):
+            logging.getLogger(name).setLevel(level)
+
+
+def _copysign(a: Tensor, b: Tensor) -> Tensor:
+    """The magnitude of `a` with the sign of `b`, also where `b` is a zero with a sign."""
+    return torch.where((b < 0) | (b.reciprocal() < 0), -a.abs(), a.abs())
+
+
+def _convolution_backward(
+    gradient: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    """The gradient of a convolution with respect to its input: the transposed convolution."""
+    if output_mask[1] or output_mask[2]:
+        return NotImplemented
+    if transposed:
+        back = _ATEN.convolution(
+            gradient, weight, None, stride, padding, dilation, False, output_padding, groups
+        )
+        return back, None, None
+    covered = [
+        (size - 1) * step - 2 * pad + spread * (kernel - 1) + 1
+        for size, step, pad, spread, kernel in zip(
+            gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    rest = [size - c for size, c in zip(inputs.shape[2:], covered, strict=True)]
+    back = _ATEN.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups)
+    return back, None, None
+
+
+def _is_view(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> bool:
+    """Whether the elements of a strided view are those of `x`, in order."""
+    expected = 1
+    for length, step in zip(reversed(size), reversed(stride), strict=True):
+        if length != 1 and step != expected:
+            return False
+        expected *= length
+    return not offset and expected == x.numel() and x.is_contiguous()
+
+
+def _as_strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Any:
+    return x.reshape(size) if _is_view(x, size, stride, storage_offset) else NotImplemented
+
+
+def _as_strided_scatter(
+    x: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Any:
+    return src.reshape(x.shape) if _is_view(x, size, stride, storage_offset) else NotImplemented
+
+
+def _zeros(size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def _zeros_like(x: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return torch.zeros(x.shape, dtype=dtype or x.dtype)
+
+
+def _new_zeros(
+    x: Tensor, size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any
+) -> Tensor:
+    return torch.zeros(size, dtype=dtype or x.dtype)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    _ATEN.copysign.Tensor: _copysign,
+    _ATEN.convolution_backward.default: _convolution_backward,
+    _ATEN.as_strided.default: _as_strided,
+    _ATEN.as_strided_scatter.default: _as_strided_scatter,
+    # Memory without values: the graph writes all of it before it reads it.
+    _ATEN.empty.memory_format: _zeros,
+    _ATEN.empty_permuted.default: _zeros,
+    _ATEN.empty_strided.default: _zeros,
+    _ATEN.empty_like.default: _zeros_like,
+    _ATEN.new_empty.default: _new_zeros,
+    _ATEN.new_empty_strided.default: _new_zeros,
+}
+"""Operators that ONNX lacks, as operators that it has."""

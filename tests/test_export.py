@@ -1,0 +1,436 @@
+"""Explanations as files: `.pt2` and ONNX give the maps of `attribute`, also without this package."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor, nn
+
+import captum_abslrp.export
+from captum_abslrp import LRP, AbsLRP, demo
+from captum_abslrp.cli import main
+from captum_abslrp.export import METADATA, Preprocessing, onnx_file, save_explainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The guided map is zero"),
+    pytest.mark.filterwarnings("ignore:The maps of target and contrast differ"),  # random weights
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the exporters of PyTorch
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+ATTRIBUTORS: dict[str, Callable[[nn.Module], AbsLRP]] = {
+    "published": AbsLRP,
+    "recommended": AbsLRP.recommended,
+    "epsilon_plus": lambda model: LRP(model, "epsilon_plus"),
+    "attnlrp": lambda model: LRP(model, "attnlrp"),
+}
+LIMITS = {"pt2": 1e-5, "onnx": 1e-4}
+"""Differences that are allowed, as parts of the largest relevance."""
+CASES = [
+    ("demo:vgg", "recommended"),
+    ("demo:resnet", "recommended"),
+    ("demo:vit", "recommended"),
+    ("demo:vit", "attnlrp"),
+    ("demo:resnet", "epsilon_plus"),
+    ("demo:vgg", "published"),
+]
+LARGE = [
+    (name, way)
+    for name in (
+        "resnet18",
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+        "swin_tiny_patch4_window7_224",
+    )
+    for way in ("recommended", "epsilon_plus")
+]
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = demo.load_model(name[5:]) if ":" in name else timm.create_model(name)
+    return model.eval()
+
+
+def images_of(model: nn.Module) -> Tensor:
+    """An image to export with, and another one."""
+    if not model.default_cfg.get("url", ""):  # type: ignore[union-attr]
+        return demo.load_scenes("single", 2).inputs
+    size = model.default_cfg["input_size"]  # type: ignore[index]
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+def save(name: str, way: str, file: Any, format: str | None = None) -> tuple[Tensor, int, Tensor]:
+    """Save an explanation; return another image, its class and its map."""
+    model = model_of(name)
+    attributor = ATTRIBUTORS[way](model)
+    x, other = images_of(model).split(1)
+    save_explainer(attributor, file, x, format=format)
+    target = int(model(other).argmax())
+    return other, target, attributor.attribute(other, target)
+
+
+def error(found: Any, expected: Tensor) -> float:
+    found = torch.as_tensor(found)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+PROGRAMS = {
+    "pt2": """
+import importlib.util, json, sys
+import numpy as np, torch
+assert not any(map(importlib.util.find_spec, ("captum", "captum_abslrp", "timm")))
+for case in sys.argv[1:]:
+    about = {"captum_abslrp.json": ""}
+    program = torch.export.load(case + ".pt2", extra_files=about).module()
+    given = np.load(case + ".npz")
+    scores, relevance = program(torch.from_numpy(given["image"]), torch.from_numpy(given["target"]))
+    assert json.loads(about["captum_abslrp.json"])["outputs"]["relevance"] == list(relevance.shape)
+    np.savez(case + ".pt2.npz", scores=scores.numpy(), relevance=relevance.numpy())
+""",
+    "onnx": """
+import importlib.util, json, sys
+import numpy as np, onnxruntime
+assert not any(map(importlib.util.find_spec, ("captum", "captum_abslrp", "timm", "torch", "onnx")))
+for case in sys.argv[1:]:
+    session = onnxruntime.InferenceSession(case + ".onnx")
+    about = json.loads(session.get_modelmeta().custom_metadata_map["captum_abslrp.json"])
+    given = np.load(case + ".npz")
+    scores, relevance = session.run(None, {"image": given["image"], "target": given["target"]})
+    assert about["outputs"]["relevance"] == list(relevance.shape)
+    np.savez(case + ".onnx.npz", scores=scores, relevance=relevance)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Python with PyTorch only, and with onnxruntime only."""
+    pythons = {}
+    for format, package in (("pt2", "torch"), ("onnx", "onnxruntime")):
+        place = tmp_path_factory.mktemp(format)
+        venv.create(place, with_pip=False, symlinks=True)
+        pythons[format] = place / "bin" / "python"
+        command = [sys.executable, "-m", "pip", "--python", str(pythons[format]), "install", "-q"]
+        own = __import__(package).__version__.partition("+")[0]
+        wanted = [f"{package}=={own}", "numpy"]
+        if package == "torch":  # 5 GB: take the files of this environment instead
+            packages = Path(torch.__file__).parents[1]
+            target = next((place / "lib").glob("python*")) / "site-packages"
+            for entry in packages.iterdir():
+                if not re.match(r"(captum|timm|__editable__|_virtualenv|distutils)", entry.name):
+                    (target / entry.name).symlink_to(entry)
+            for link in target.glob("*.pth"):
+                link.unlink()
+        else:
+            done = subprocess.run([*command, *wanted], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no {package} from a package index: {done.stderr[-200:]}")
+    return pythons
+
+
+def check_alone(alone: dict[str, Path], cases: list[tuple[str, str]], place: Path) -> None:
+    """Save explanations, run them where only a runtime is installed, and compare."""
+    expected = {}
+    for number, case in enumerate(cases):
+        stem = place / str(number)
+        for format in PROGRAMS:
+            expected[stem, case] = save(*case, f"{stem}.{format}")
+        image, target, _ = expected[stem, case]
+        np.savez(f"{stem}.npz", image=image.numpy(), target=np.array([target]))
+    for format, program in PROGRAMS.items():
+        stems = [str(stem) for stem, _ in expected]
+        done = subprocess.run(
+            [alone[format], "-I", "-c", program, *stems], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        for (stem, (name, way)), (image, target, relevance) in expected.items():
+            found = np.load(f"{stem}.{format}.npz")
+            model = model_of(name)
+            torch.testing.assert_close(
+                torch.from_numpy(found["scores"]), model(image).detach(), rtol=1e-4, atol=1e-4
+            )
+            limit = LIMITS[format]
+            if (name, way, format) == ("convnext_atto", "recommended", "onnx"):
+                # With random weights, target and contrast cancel. Even the map of float32 is as far from
+                # that of float64, so that the map is compared with this distance.
+                exact = AbsLRP.recommended(model.double()).attribute(image.double(), target)
+                limit = max(limit, 10 * error(relevance.double(), exact))
+            assert error(found["relevance"], relevance) <= limit, (name, way, format)
+
+
+def test_files_run_alone(alone: dict[str, Path], tmp_path: Path) -> None:
+    check_alone(alone, CASES, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE, ids="-".join)
+def test_files_of_large_models_run_alone(
+    case: tuple[str, str], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    check_alone(alone, [case], tmp_path)
+
+
+def pt2_of(attributor: AbsLRP, x: Tensor, **options: Any) -> tuple[dict[str, Any], Any]:
+    file = io.BytesIO()
+    about = save_explainer(attributor, file, x, format="pt2", **options)
+    return about, torch.export.load(io.BytesIO(file.getvalue())).module()
+
+
+def test_a_batch_has_a_class_for_each_sample() -> None:
+    model = model_of("demo:vgg")
+    x = images_of(model)
+    _, program = pt2_of(AbsLRP(model), x)
+    targets = torch.tensor([7, 2])
+    assert torch.equal(program(x, targets)[1], AbsLRP(model).attribute(x, targets))
+    assert program(x, torch.tensor([7, 10]))[1].isnan().flatten(1).all(1).tolist() == [False, True]
+
+
+def test_options_are_those_of_trace() -> None:
+    model = model_of("demo:resnet")
+    x = images_of(model)[:1]
+    attributor = AbsLRP.recommended(model)
+    options: dict[str, Any] = {"contrast": 3, "combine": "difference"}
+    about, program = pt2_of(attributor, x, target=1, **options)
+    expected = attributor.attribute(x, 5, **options)
+    assert torch.equal(program(x, torch.tensor([5]))[1], expected)
+    assert (about["contrast"], about["combine"]) == ("3", "difference")
+
+
+@pytest.mark.parametrize("format", LIMITS)
+def test_the_metadata_are_in_the_file(format: str, tmp_path: Path) -> None:
+    model = model_of("demo:vit")
+    file = tmp_path / f"vit.{format}"
+    prepare = Preprocessing("RGB", 64, "bilinear", (64, 64), (0.5,) * 3, (0.25,) * 3)
+    about = save_explainer(
+        AbsLRP(model), file, images_of(model)[:1], name="demo:vit", class_names=demo.CLASS_NAMES,
+        preprocessing=prepare,
+    )  # fmt: skip
+    if format == "pt2":
+        extra: dict[str, Any] = {METADATA: ""}
+        torch.export.load(file, extra_files=extra)
+        stored = json.loads(extra[METADATA])
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file)
+        stored = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+        assert about["versions"]["opset"] == onnx_file.OPSET
+    assert stored == json.loads(json.dumps(about))
+    assert stored["class_names"] == list(demo.CLASS_NAMES) and stored["model"] == "demo:vit"
+    assert stored["preprocessing"]["crop"] == [64, 64] and stored["smoothing"] == 8
+    assert stored["inputs"] == {"image": [1, 3, 64, 64], "target": [1]}
+    assert stored["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("format", LIMITS)
+def test_a_file_has_the_weights_once_and_no_paths(format: str) -> None:
+    model = model_of("resnet18")
+    file = io.BytesIO()
+    save_explainer(LRP(model, "epsilon_plus"), file, images_of(model)[:1], format=format)
+    content = file.getvalue()
+    weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+    assert weights <= len(content) < 1.1 * weights
+    for place in (Path(captum_abslrp.export.__file__).parents[2], Path(timm.__file__).parents[1]):
+        assert str(place).encode() not in content
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) if x.sum() > 0 else self.second(x)
+
+
+def test_bad_arguments_get_one_clear_line(tmp_path: Path) -> None:
+    model = model_of("demo:vgg")
+    x = images_of(model)[:1]
+    attributor = AbsLRP(model)
+
+    def save_to(file: Any, **options: Any) -> None:
+        save_explainer(**({"attributor": attributor, "file": file, "inputs": x} | options))
+
+    file = tmp_path / "a.pt2"
+    for error_class, message, options in [
+        (ValueError, "to end in .pt2 or .onnx, but got", {"file": tmp_path / "a.pt"}),
+        (ValueError, "'pt2' or 'onnx', but got None", {"file": io.BytesIO()}),
+        (ValueError, "'pt2' or 'onnx', but got 'tf'", {"format": "tf"}),
+        (TypeError, "an AbsLRP or LRP, but got VGG", {"attributor": model}),
+        (TypeError, "one tensor, but got tuple", {"inputs": (x,)}),
+        (ValueError, "one name per class, but got 2 names", {"class_names": ["a", "b"]}),
+        (ValueError, "be on the CPU, but got a tensor on meta", {"inputs": x.to("meta")}),
+        (ValueError, "same operators for all values", 
+         {"attributor": AbsLRP(Branches().eval()), "inputs": torch.rand(1, 4)}),
+        (IndexError, "target", {"target": 11}),
+    ]:  # fmt: skip
+        with pytest.raises(error_class, match=message) as caught:
+            save_to(**({"file": file} | options))
+        assert "\n" not in str(caught.value)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_missing_operator_of_onnx_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("demo:vit")
+    monkeypatch.delitem(onnx_file.DECOMPOSITIONS, torch.ops.aten.copysign.Tensor)
+    with pytest.raises(
+        ValueError, match=r"operators that ONNX has, but got .*signbit.*\.pt2"
+    ) as caught:
+        save_explainer(AbsLRP.recommended(model), io.BytesIO(), images_of(model)[:1], format="onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx_file, "PACKAGES", ("onnx", "not_there"))
+    model = model_of("demo:vgg")
+    with pytest.raises(ModuleNotFoundError, match=r"not_there is not\. Run `pip install 'captum"):
+        save_explainer(AbsLRP(model), tmp_path / "a.onnx", images_of(model)[:1])
+
+
+def test_another_map_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = model_of("demo:vgg")
+    file = tmp_path / "a.onnx"
+    file.write_text("mine")
+    monkeypatch.setitem(
+        onnx_file.DECOMPOSITIONS,
+        torch.ops.aten.abs.default,
+        lambda x: torch.where(x > 0, x, -1.1 * x),
+    )
+    with pytest.raises(RuntimeError, match="reproduce the map, but got a different map"):
+        save_explainer(AbsLRP(model), file, images_of(model)[:1])
+    assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = model_of("demo:vgg")
+    before = {
+        name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()
+    }
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    pt2_of(AbsLRP(model), images_of(model)[:1])
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert value is before[name][0] and torch.equal(value, before[name][1])
+    assert hooks == [len(m._forward_hooks) for m in model.modules()]
+
+
+# Preprocessing
+
+
+def transform_of(**options: Any) -> Any:
+    return create_transform(**({"input_size": (3, 96, 96), "is_training": False} | options))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("size", [(96, 96), (500, 333), (71, 203), (640, 97)])
+def test_preprocessing_of_timm(interpolation: str, crop_mode: str, size: tuple[int, int]) -> None:
+    transform = transform_of(interpolation=interpolation, crop_mode=crop_mode, crop_pct=0.9)
+    found = Preprocessing.of(transform)
+    assert found.crop == (96, 96) and found.interpolation == interpolation
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    torch.testing.assert_close(found(picture), transform(picture), rtol=0, atol=1e-5)
+
+
+def test_preprocessing_of_gray_images() -> None:
+    transform = transform_of(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    found = Preprocessing.of(transform, "L")
+    picture = Image.fromarray(np.arange(4800, dtype=np.uint32).reshape(60, 80).astype(np.uint8))
+    assert found.mode == "L" and found(picture).shape == (1, 32, 32)
+    torch.testing.assert_close(found(picture), transform(picture), rtol=0, atol=1e-5)
+
+
+def test_preprocessing_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    for processor, expected in [
+        (transformers.ViTImageProcessor(), ((224, 224), "bilinear", None)),
+        (
+            transformers.ConvNextImageProcessor(size={"shortest_edge": 224}),
+            (256, "bicubic", (224, 224)),
+        ),
+    ]:
+        found = Preprocessing.of(processor)
+        assert (found.resize, found.crop) == (expected[0], expected[2])
+
+
+def test_other_preprocessing_is_refused() -> None:
+    with pytest.raises(ValueError, match="but got .* with ResizeKeepRatio"):
+        Preprocessing.of(transform_of(input_size=(3, 64, 96)))
+
+    class Flip(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(-1)
+
+    transform = transform_of()
+    transform.transforms[-1] = nn.Sequential(transform.transforms[-1], Flip())
+    type(transform.transforms[-1]).__name__ = "Sequential"
+    with pytest.raises(ValueError, match="with Sequential"):
+        Preprocessing.of(transform)
+    transform.transforms[-1] = type("Normalize", (Flip,), {})()
+    with pytest.raises(ValueError, match="more than these steps"):
+        Preprocessing.of(transform)
+
+
+# Command line
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_the_command_writes_the_map_of_explain(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = Path(__file__).parents[1] / "docs" / "scene.png"
+    assert main(["explain", str(scene), "--model", "demo:vgg", "--out", str(tmp_path)]) == 0
+    file = tmp_path / "deep" / f"vgg.{ending}"
+    assert main(["export", "--model", "demo:vgg", "--out", str(file)]) == 0
+    assert f"vgg.{ending}: " in capsys.readouterr().out
+    if ending == "pt2":
+        extra: dict[str, Any] = {METADATA: ""}
+        run = torch.export.load(file, extra_files=extra).module()
+    else:
+        import onnxruntime
+
+        content = file.read_bytes()
+        run = onnx_file.runner(content)
+        extra = onnxruntime.InferenceSession(content).get_modelmeta().custom_metadata_map
+    about = json.loads(extra[METADATA])
+    x = Preprocessing(**about["preprocessing"])(Image.open(scene))[None]
+    target = model_of("demo:vgg")(x).argmax(1)
+    relevance = torch.as_tensor(run(x, target)[1])[0]
+    assert error(relevance, torch.from_numpy(np.load(tmp_path / "scene-abslrp.npy"))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Expected `--out FILE`"),
+        (["--out", "a.pb"], "--out: Expected `file` to end in .pt2 or .onnx, but got 'a.pb'"),
+        (["--out", "a.pt2", "--mapping", "vg"], "--mapping: "),
+        (["--out", "a.pt2", "--contrast", "11"], "Expected `--contrast` to be between 0 and 9"),
+        (["--out", "/dev/null/a.pt2"], "could not be written"),
+    ],
+)  # fmt: skip
+def test_bad_options_of_the_command(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", "demo:vgg", *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert not [*tmp_path.iterdir()]
