@@ -20,6 +20,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import captum_abslrp
 from captum_abslrp import AbsLRP, demo, stem_stride, web
@@ -446,12 +447,13 @@ def opened(browser: Any, served: tuple[Path, str]) -> Iterator[Opened]:
     asked: list[str] = []
     contexts = []
 
-    def open_page(address: str, **options: Any) -> Any:
+    def open_page(address: str, script: str = "", **options: Any) -> Any:
         contexts.append(
             browser.new_context(**({"viewport": {"width": 400, "height": 800}} | options))
         )
         contexts[-1].on("request", lambda request: asked.append(request.url))
         page = contexts[-1].new_page()
+        page.add_init_script(script)
         page.on("console", lambda message: trouble.append(message.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.goto(address)
@@ -550,6 +552,8 @@ def test_pixels_are_those_of_pillow(tiny: str, opened: Opened) -> None:
     rotated = Image.Exif()
     rotated[0x0112] = 6
     turned = np.ascontiguousarray(np.rot90(pixels, 1))
+    gamma = PngInfo()
+    gamma.add(b"gAMA", (100000).to_bytes(4, "big"))  # Pillow does not convert colors, either
     cases = {
         "plain.png": png(pixels),
         "sharp.webp": png(pixels, "WEBP", lossless=True),
@@ -557,6 +561,7 @@ def test_pixels_are_those_of_pillow(tiny: str, opened: Opened) -> None:
         "large.png": png(some_pixels(60, 90)),
         "small.png": png(some_pixels(11, 13)),
         "gray.png": png(pixels[..., 0]),
+        "gamma.png": png(pixels, pnginfo=gamma),
         "photo.jpg": png(pixels, "JPEG", quality=95, subsampling=0),
     }
     for name, file in cases.items():
@@ -718,13 +723,28 @@ def test_any_class_can_be_named(text: str, name: str | None, tiny: str, opened: 
         says(page, f"Expected the name of a class or an index from 0 to 6, but got {given}.")
 
 
-def test_the_newest_image_wins(tiny: str, opened: Opened) -> None:
-    page = opened(tiny)
-    file = list(png(some_pixels()))
-    titles = page.evaluate(
-        """(bytes) => new Promise((done) => {
+LATE_FILE = """
+    const read = File.prototype.arrayBuffer;
+    File.prototype.arrayBuffer = async function () {
+        if (this.name === "a.png") await new Promise((done) => setTimeout(done, 600));
+        return read.call(this);
+    };"""
+LATE_MAP = """
+    const add = Worker.prototype.addEventListener;
+    Worker.prototype.addEventListener = function (type, listener) {
+        const late = (event) => setTimeout(() => listener(event), 600);
+        add.call(this, type, type === "message" ? late : listener);
+    };"""
+
+
+@pytest.mark.parametrize("script", ["", LATE_FILE, LATE_MAP], ids=["", "late file", "late map"])
+def test_the_newest_image_wins(script: str, tiny: str, opened: Opened) -> None:
+    page = opened(tiny, script)
+    pictures = [list(png(pixels)) for pixels in (some_pixels(), 255 - some_pixels())]
+    seen = page.evaluate(
+        """([first, second]) => new Promise((done) => {
             const seen = [];
-            const drop = (...names) => {
+            const drop = (bytes, ...names) => {
                 const dataTransfer = new DataTransfer();
                 for (const name of names) {
                     const type = "image/png";
@@ -734,18 +754,17 @@ def test_the_newest_image_wins(tiny: str, opened: Opened) -> None:
             };
             const shown = document.getElementById("shown");
             new MutationObserver(() => {
-                const title = shown.querySelector("h2").textContent;
-                if (title && seen.at(-1) !== title) seen.push(title);
+                const [title, image] = ["h2", "img"].map((name) => shown.querySelector(name));
+                if (image.src && seen.at(-1)?.[1] !== image.src) seen.push([title.textContent, image.src]);
             }).observe(shown, { childList: true, subtree: true, characterData: true });
-            drop("a.png");
-            drop("b.png");
-            setTimeout(() => drop("c.png"), 5);
-            setTimeout(() => drop("d.png", "e.png"), 10);
-            setTimeout(() => done(seen), 3000);
+            drop(first, "a.png");
+            setTimeout(() => drop(second, "b.png", "c.png"), 300);
+            setTimeout(() => done(seen), 2500);
         })""",
-        file,
+        pictures,
     )
-    assert titles[-1] == "d.png" and "a.png" not in titles
+    titles = [title for title, _ in seen]
+    assert titles == (["b.png"] if script else ["a.png", "b.png"])
     assert (
         page.locator("#status")
         .inner_text()
