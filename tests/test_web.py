@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import http.server
 import io
@@ -765,6 +766,9 @@ def test_the_newest_image_wins(script: str, tiny: str, opened: Opened) -> None:
     )
     titles = [title for title, _ in seen]
     assert titles == (["b.png"] if script else ["a.png", "b.png"])
+    shown = page.locator("#shown img").first.get_attribute("src").partition(",")[2]
+    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown))).convert("RGB"))
+    assert (found == 255 - some_pixels()).all()
     assert (
         page.locator("#status")
         .inner_text()
