@@ -40,6 +40,7 @@ ORDER = (
     {"attribution", "layer", "lrp", "inspection", "tracing", "words", "__init__"},
     {"visualization", "hookable", "operations", "methods"},
     {"metrics", "report", "demo"},
+    {"web"},
     {"concepts", "export"},
     {"cli", "__main__"},
 )

@@ -15,6 +15,7 @@ from captum_abslrp.cli.files import UserError, complain, say, written
 from captum_abslrp.cli.models import Subject, add_checkpoint, load_subject, model_names
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.export import Preprocessing, check_format, save_explainer
+from captum_abslrp.web import RUNTIME_VERSION, find_runtime, write_page
 
 
 def add_command(commands: Any) -> None:
@@ -33,27 +34,72 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write, FILE.pt2 or FILE.onnx"
     )
+    parser.add_argument(
+        "--web",
+        type=Path,
+        metavar="DIR",
+        help="folder for a page that explains images in a browser; serve it with "
+        "`python -m http.server --directory DIR`",
+    )
+    parser.add_argument(
+        "--runtime",
+        type=Path,
+        metavar="DIR",
+        help="with --web: folder of the npm package onnxruntime-web (default: the one in node_modules of this "
+        f"folder or a parent, otherwise version {RUNTIME_VERSION} is fetched with npm)",
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
-    if args.out is None:
-        raise UserError("Expected `--out FILE`, but got none. Add `--out explainer.onnx`.")
-    try:
-        form = check_format(args.out, None)
-    except ValueError as error:
-        raise UserError(f"--out: {error}") from error
+    if args.out is None and args.web is None:
+        raise UserError("Expected `--out FILE` or `--web DIR`, but got neither.")
+    if args.runtime is not None and args.web is None:
+        raise UserError("Expected `--web DIR` with `--runtime`, but got none.")
+    form = "onnx"
+    if args.out is not None:
+        try:
+            form = check_format(args.out, None)
+        except ValueError as error:
+            raise UserError(f"--out: {error}") from error
     subject = load_subject(args.model, args.checkpoint, torch.device("cpu"))
-    with written(args.out) as file:
-        content, about = explainer_of(args, subject, form)
-        file.write(content)
-    say(f"{args.out}: {len(content) / 1e6:.1f} MB, explained by {about['method']}")
+    made = None
+    if args.out is not None:
+        with written(args.out) as file:
+            made = explainer_of(args, subject, form)
+            file.write(made[0])
+        say(f"{args.out}: {len(made[0]) / 1e6:.1f} MB")
+    if args.web is not None:
+        _write_page(args, subject, made if form == "onnx" else None)
     return 0
+
+
+def _write_page(args: argparse.Namespace, subject: Subject, made: tuple[bytes, Any] | None) -> None:
+    """Write the page; `made` is the ONNX model with its metadata, if it was already made."""
+    try:
+        with find_runtime(args.runtime) as runtime:
+            content, about = made or explainer_of(args, subject, "onnx")
+            if not isinstance(about["preprocessing"], dict):
+                raise UserError(
+                    f"Expected a model whose images are resized, cropped and normalized for `--web`, but got "
+                    f"{args.model}, see the warning. Use `--out FILE` instead."
+                )
+            write_page(args.web, content, about, runtime)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--web: {error}") from error
+    except OSError as error:
+        raise UserError(f"{args.web} could not be written: {error.strerror or error}") from error
+    size = sum(file.stat().st_size for file in args.web.iterdir())
+    say(
+        f"{args.web}: a page of {size / 1e6:.1f} MB. Serve it with `python -m http.server --directory "
+        f"{args.web}`, and open http://localhost:8000."
+    )
 
 
 def explainer_of(args: argparse.Namespace, subject: Subject, form: str) -> tuple[bytes, Any]:
     """Return the content of a file and its metadata."""
     method = attributor_of(args, subject)
     contrast = contrast_of(args, method, subject)
+    say(f"Explained by {method!r}")
     preprocessing: Preprocessing | str
     try:
         preprocessing = Preprocessing.of(subject.transform, "L" if subject.channels == 1 else "RGB")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.export import ExportedProgram
 from captum_abslrp import __version__
 from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.engine.errors import UnsupportedCallError
+from captum_abslrp.export import onnx_file
 from captum_abslrp.export.preprocessing import Preprocessing
 from captum_abslrp.inspection import stem_stride
 from captum_abslrp.program import Program
@@ -109,8 +111,6 @@ def save_explainer(
     """
     format = check_format(file, format)
     if format == "onnx":
-        from captum_abslrp.export import onnx_file
-
         onnx_file.check_installed()
     _check(attributor, inputs)
     program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
@@ -127,7 +127,9 @@ def save_explainer(
         run = onnx_file.runner(content)
     else:
         saved = io.BytesIO()
-        torch.export.save(exported, saved, extra_files={METADATA: json.dumps(about)})
+        with warnings.catch_warnings():  # about constants that are parts of others
+            warnings.filterwarnings("ignore", "No complete tensor found")
+            torch.export.save(exported, saved, extra_files={METADATA: json.dumps(about)})
         content = saved.getvalue()
         run = torch.export.load(io.BytesIO(content)).module()
     _check_map(run, explainer, inputs, scores, targets)

@@ -37,7 +37,7 @@ from captum_abslrp.visualization import (
     smooth_map,
 )
 
-__all__ = ["Panel", "Section", "Table", "render"]
+__all__ = ["Panel", "Section", "Table", "drawing", "render"]
 
 TARGET, CONTRAST, DIFFERENCE = "target", "contrast", "difference"
 """Views with a predefined meaning in :class:`Panel`."""
@@ -161,7 +161,7 @@ def render(
     parts = {
         "title": html.escape(title),
         "style": _resource("report.css"),
-        "script": _resource("report.js"),
+        "script": _resource("common.js") + _resource("report.js"),
         # No text of the user's can end the script element.
         "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
@@ -170,6 +170,21 @@ def render(
     return before + "".join(
         parts[name] + after for name, after in (part.split("}}", 1) for part in rest)
     )
+
+
+def drawing() -> dict[str, Any]:
+    """Return what a page needs to draw maps in the colors of a report.
+
+    Returns:
+        ``"palette"``: red, green, blue and opacity of each color level, from the most negative to the most
+        positive relevance. ``"scale"``: the image of the color scale as a data URL.
+
+    Example:
+        >>> palette = drawing()["palette"]
+        >>> len(palette), palette[LEVELS]  # no relevance is transparent
+        (127, [247, 246, 246, 0])
+    """
+    return {"palette": _palette().tolist(), "scale": _color_bar()}
 
 
 def _resource(name: str) -> str:
@@ -257,7 +272,7 @@ def _number(value: float) -> str:
     """Two digits of a number, with a power of ten for tiny and huge values."""
     digits, power = f"{value:.1e}".split("e")
     if -3 < int(power) < 4:
-        return f"{value:.2g}"
+        return f"{float(f'{value:.1e}'):g}"
     superscripts = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
     return f"{digits} \N{MULTIPLICATION SIGN} 10{str(int(power)).translate(superscripts)}"
 

@@ -1,33 +1,8 @@
-"use strict";
-
 const data = JSON.parse(document.getElementById("data").textContent);
 const main = document.querySelector("main");
 
-/** Create an element with attributes (properties if the value is not a string) and children. */
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "string") made.setAttribute(name, value);
-    else made[name] = value;
-  }
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
-
 /** Split a text at its backticks: every second part is code. */
 const marked = (text) => text.split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
-
-const percent = (share) => `${(100 * share).toFixed(1)}%`;
-
-/** Create a group of radio buttons; `chosen` is called with the selected index. */
-function choices(legend, name, labels, chosen) {
-  const buttons = labels.map((label, i) => {
-    const input = element("input", { type: "radio", name, value: String(i), checked: i === 0 });
-    input.addEventListener("change", () => chosen(i));
-    return element("label", { class: "choice" }, input, element("span", {}, ...label));
-  });
-  return element("fieldset", {}, element("legend", {}, legend), ...buttons);
-}
 
 let count = 0;
 
@@ -44,19 +19,8 @@ function panel(given) {
   const [width, height] = given.size;
   const size = { width: String(width), height: String(height) };
   const image = element("img", { src: given.picture, alt: `The picture ${given.name}`, ...size });
-  const below = element("img", { src: given.picture, alt: "", class: "below", ...size });
-  const overlay = element("img", { class: "overlay", ...size });
   const caption = element("figcaption", { "aria-live": "polite" });
-  const least = element("span");
-  const most = element("span");
-  const scale = element(
-    "div",
-    { class: "scale" },
-    least,
-    element("img", { src: data.scale, alt: "Colors from negative relevance (blue) to positive relevance (red)" }),
-    most,
-  );
-  const missing = element("p", { class: "missing", hidden: true }, "This map is not available.");
+  const map = mapOver(given.picture, size, data.scale);
 
   /** The selected map and its name. For two classes, it is the difference of their maps. */
   function current() {
@@ -75,16 +39,8 @@ function panel(given) {
   }
 
   function show() {
-    const [map, name] = current();
-    overlay.hidden = !map;
-    missing.hidden = Boolean(map);
-    scale.hidden = !map;
-    if (map) {
-      overlay.src = map.src;
-      overlay.alt = map.alt;
-      least.textContent = `\u2212${map.limit}`;
-      most.textContent = map.limit;
-    }
+    const [selected, name] = current();
+    map.show(selected, "This map is not available.");
     caption.textContent = name;
     meaning.textContent = meanings()[state.view] ?? "";
     for (const option of against ? against.options : []) {
@@ -92,25 +48,11 @@ function panel(given) {
     }
   }
 
-  const slider = element("input", { type: "range", min: "0", max: "100", value: "100" });
-  const shown = element("output", {}, "100%");
-  slider.addEventListener("input", () => {
-    overlay.style.opacity = String(Number(slider.value) / 100);
-    shown.textContent = `${slider.value}%`;
-  });
-
+  const opacity = opacityOf(map.overlay);
   const classes = choices(
     given.classes.length > 1 ? "Class" : "Explained",
     `${id}-class`,
-    given.classes.map((name, i) => [
-      name,
-      ...(given.probabilities
-        ? [
-            element("small", {}, percent(given.probabilities[i])),
-            element("i", { class: "bar", style: `--share: ${given.probabilities[i]}` }),
-          ]
-        : []),
-    ]),
+    given.classes.map((name, i) => labelOf(name, given.probabilities && given.probabilities[i])),
     (i) => {
       state.class = i;
       if (state.rival === i) {
@@ -155,7 +97,6 @@ function panel(given) {
         })
       : null;
 
-  const stack = element("div", { class: "stack" }, below, overlay, missing);
   const controls = element(
     "div",
     { class: "controls" },
@@ -163,7 +104,7 @@ function panel(given) {
     against && element("p", {}, element("label", { for: against.id }, "compared with "), against),
     ofViews,
     ofViews && meaning,
-    element("p", {}, element("label", { class: "slider" }, "Opacity of the map ", slider, shown)),
+    element("p", {}, opacity.label),
   );
   const article = element(
     "article",
@@ -173,26 +114,13 @@ function panel(given) {
       "div",
       { class: "pictures" },
       element("figure", {}, image, element("figcaption", {}, "input")),
-      element("figure", {}, stack, caption, scale),
+      element("figure", {}, map.stack, caption, map.bar),
       controls,
     ),
     ...given.notes.map((note) => element("p", { class: "note" }, ...marked(note))),
   );
 
-  // While the focus is in the panel, digits select a class, and + and - change the opacity of the map.
-  article.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT") return;
-    const digit = "123456789".indexOf(event.key);
-    const inputs = classes.querySelectorAll("input");
-    if (digit >= 0 && digit < inputs.length) {
-      inputs[digit].click();
-      inputs[digit].focus();
-    } else if (event.key === "+" || event.key === "-") {
-      slider.value = String(Number(slider.value) + (event.key === "+" ? 10 : -10));
-      slider.dispatchEvent(new Event("input"));
-    } else return;
-    event.preventDefault();
-  });
+  listenToKeys(article, () => classes.querySelectorAll("input"), opacity.slider);
   show();
   return article;
 }
