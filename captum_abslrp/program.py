@@ -224,11 +224,14 @@ def _graph(run: Callable[..., Any], tensors: Sequence[Tensor], model: nn.Module)
 
 
 def _flat(inputs: Any, additional_forward_args: Any) -> tuple[list[Tensor], Any]:
-    """Return the tensors among the arguments, and the structure of the arguments without tensors."""
+    """Return the tensors among the arguments, and the structure of the arguments without tensors.
+
+    The tensors are contiguous, because a graph depends on the order of the elements in memory.
+    """
     given = plain(inputs if isinstance(inputs, tuple) else (inputs,))
     extra = _format_additional_forward_args(additional_forward_args) or ()
     leaves, spec = tree_flatten(extra)
-    tensors = [x.detach() for x in (*given, *leaves) if isinstance(x, Tensor)]
+    tensors = [x.detach().contiguous() for x in (*given, *leaves) if isinstance(x, Tensor)]
     others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return tensors, (isinstance(inputs, tuple), len(given), spec, others)
 
@@ -243,7 +246,7 @@ def _rows(target: Target, batch_size: int, device: torch.device) -> Tensor:
             "Expected `target`, because the program was traced with a target, but got None. Pass a target, "
             "or trace a program for the predicted class, `trace(inputs)`."
         )
-    return rows.to(device)
+    return rows.to(device).contiguous()
 
 
 def _own(graph: GraphModule) -> None:

@@ -201,6 +201,15 @@ def test_a_batch_has_a_class_for_each_sample() -> None:
     assert program(x, torch.tensor([7, 10]))[1].isnan().flatten(1).all(1).tolist() == [False, True]
 
 
+def test_the_order_of_memory_is_free() -> None:
+    model = model_of("demo:vgg")
+    x = images_of(model)[:1].to(memory_format=torch.channels_last)
+    _, program = pt2_of(AbsLRP(model), x)
+    expected = AbsLRP(model).attribute(x.contiguous(), 3)
+    for given in (x, x.contiguous(), x.mT.contiguous().mT):
+        assert error(program(given, torch.tensor([3]))[1], expected) < 1e-5
+
+
 def test_options_are_those_of_trace() -> None:
     model = model_of("demo:resnet")
     x = images_of(model)[:1]
@@ -366,7 +375,8 @@ def test_preprocessing_of_transformers() -> None:
         ),
     ]:
         found = Preprocessing.of(processor)
-        assert (found.resize, found.crop) == (expected[0], expected[2])
+        assert (found.resize, found.interpolation, found.crop) == expected
+    assert found.rounding == "down"
 
 
 def test_other_preprocessing_is_refused() -> None:

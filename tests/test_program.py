@@ -108,6 +108,18 @@ def test_a_guide_can_be_given() -> None:
     assert not torch.equal(program(x, 4)[1], attributor.attribute(x, 4))
 
 
+@pytest.mark.parametrize("name", ["demo:vgg", "demo:vit"])
+def test_the_order_of_memory_is_free(name: str) -> None:
+    model = model_of(name)
+    x, attributor = draw(model, 2, seed=1), AbsLRP(model)
+    expected = attributor.attribute(x, 3)
+    flipped = x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    for example in (draw(model, 2), draw(model, 2).to(memory_format=torch.channels_last)):
+        program = attributor.trace(example, target=3)
+        for given in (x, x.to(memory_format=torch.channels_last), flipped):
+            assert torch.equal(program(given, 3)[1], expected)
+
+
 def test_casts_are_part_of_a_program() -> None:
     model = model_of("demo:vgg")
     attributor, x = AbsLRP(model), draw(model, 1, seed=1)

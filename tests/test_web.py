@@ -118,6 +118,23 @@ def test_images_are_prepared_as_by_torchvision(node: Node, interpolation: str, m
         np.testing.assert_array_equal(np.array(values, np.float32).reshape(shape), of_torchvision)
 
 
+@pytest.mark.parametrize("rounding", ["even", "down"])
+def test_parts_start_where_python_starts_them(node: Node, rounding: str) -> None:
+    random = np.random.default_rng(1)
+    settings = {"mode": "L", "resize": None, "interpolation": "bilinear", "mean": [0], "std": [1]}
+    settings |= {"rounding": rounding}
+    for width, height, crop in [(9, 7, (4, 4)), (7, 9, (4, 4)), (9, 9, (8, 6)), (3, 9, (6, 4))]:
+        image = random.integers(0, 256, (height, width), dtype=np.uint8)
+        given = settings | {"crop": list(crop)}
+        found = node(
+            "[...prepare.normalize(prepare.shape({...given[0], channels: 1, data: Uint8Array.from("
+            "given[1])}, given[2]), given[2])]",
+            [{"width": width, "height": height}, image.ravel().tolist(), given],
+        )
+        expected = Preprocessing(**given)(Image.fromarray(image))
+        np.testing.assert_array_equal(np.array(found, np.float32), expected.numpy().ravel())
+
+
 def test_maps_are_drawn_and_described_as_in_reports(node: Node) -> None:
     random = np.random.default_rng(0)
     maps = [random.standard_normal((3, *shape)) * scale

@@ -45,8 +45,8 @@ def add_command(commands: Any) -> None:
         "--runtime",
         type=Path,
         metavar="DIR",
-        help="with --web: folder of the npm package onnxruntime-web (default: the one in node_modules of this "
-        f"folder or a parent, otherwise version {RUNTIME_VERSION} is fetched with npm)",
+        help="with --web: folder of the npm package onnxruntime-web (default: node_modules of this folder or "
+        f"a parent; otherwise version {RUNTIME_VERSION} is fetched with npm)",
     )
 
 

@@ -50,6 +50,8 @@ class _Explainer(nn.Module):
         self.explain = program.graph
 
     def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        # The graph reads memory in the order of the example.
+        image = image.clone(memory_format=torch.contiguous_format)
         scores, relevance = self.explain(image, target.view(-1, 1))
         return scores, relevance
 
@@ -113,11 +115,12 @@ def save_explainer(
     if format == "onnx":
         onnx_file.check_installed()
     _check(attributor, inputs)
+    inputs = inputs.detach().contiguous()
     program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
     targets = torch.full((len(inputs),), target)
     explainer = _Explainer(program)
     with torch.no_grad():
-        exported = torch.export.export(explainer, (inputs.detach(), targets))
+        exported = torch.export.export(explainer, (inputs, targets))
         scores, _ = explainer(inputs, targets)
     _forget_sources(exported)
     about = _about(attributor, inputs, scores, name, class_names, preprocessing, contrast, combine)

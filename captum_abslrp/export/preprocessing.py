@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Preprocessing"]
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-LARGEST_ERROR = 2.5 / 255
+SIZES = ((97, 131), (640, 427), (300, 300))
+"""Widths and heights of the pictures for a comparison."""
+LARGEST_ERROR = 2.5
 """Pillow and PyTorch round resized images differently, to up to two of 255 levels."""
 
 
@@ -36,6 +38,8 @@ class Preprocessing:
         interpolation: name of the filter in Pillow, such as ``"bicubic"``.
         crop: size (H, W) of the part in the center, or None. Smaller images are padded with zeros.
         mean, std: one value per channel.
+        rounding: where the part starts if its border is half a pixel: ``"even"`` (torchvision) or ``"down"``
+            (transformers).
 
     Example:
         >>> from PIL import Image
@@ -50,6 +54,7 @@ class Preprocessing:
     crop: tuple[int, int] | None
     mean: Sequence[float]
     std: Sequence[float]
+    rounding: str = "even"
 
     def __call__(self, image: Image) -> Tensor:
         """Return the input of the model, (C, H, W), for an image."""
@@ -62,14 +67,15 @@ class Preprocessing:
                 image = image.resize(size, Images.Resampling[self.interpolation.upper()])
         if self.crop is not None:
             height, width = self.crop
+            rounded = int if self.rounding == "down" else round
             left, top = (
-                round((have - want) / 2) if have >= want else -((want - have) // 2)
+                rounded((have - want) / 2) if have >= want else -((want - have) // 2)
                 for have, want in zip(image.size, (width, height), strict=True)
             )
             image = image.crop((left, top, left + width, top + height))
-        values = torch.from_numpy(np.array(image).reshape(*image.size[::-1], -1)).permute(2, 0, 1)
+        pixels = np.array(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
         mean, std = (torch.tensor([*v])[:, None, None] for v in (self.mean, self.std))
-        return (values.float() / 255 - mean) / std
+        return (torch.from_numpy(pixels.copy()).float() / 255 - mean) / std
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height after resizing."""
@@ -123,16 +129,20 @@ class Preprocessing:
         black, white = (run(_gray(mode, v))[center].flatten() for v in (0, 255))
         std = 1 / (white - black).double()
         mean = -black.double() * std
-        found = cls(mode, resize, interpolation, crop, _short(mean), _short(std))
-        for size in ((97, 131), (640, 427)):
-            picture = Images.fromarray(_picture(*size)).convert(mode)
-            expected, ours = run(picture), found(picture)
-            levels = torch.tensor([*found.std])[:, None, None]
-            if ours.shape != expected.shape or not bool(
-                ((ours - expected) * levels).abs().max() <= LARGEST_ERROR
-            ):
-                raise _unknown(transform, "more than these steps")
-        return found
+        levels = 255 / (white - black).abs().double()[:, None, None]
+        pictures = [Images.fromarray(_picture(*size)).convert(mode) for size in SIZES]
+        expected = [run(picture) for picture in pictures]
+        for rounding in ("even", "down"):
+            found = cls(mode, resize, interpolation, crop, _short(mean), _short(std), rounding)
+            pairs = zip(map(found, pictures), expected, strict=True)
+            if all(a.shape == b.shape and _equal(a, b, levels) for a, b in pairs):
+                return found
+        raise _unknown(transform, "more than these steps")
+
+
+def _equal(a: Tensor, b: Tensor, levels: Tensor) -> bool:
+    """Whether two inputs are the same but for rounding; `levels` are the levels of 255 per unit."""
+    return bool(((a - b) * levels).abs().max() <= LARGEST_ERROR)
 
 
 def _short(values: Tensor) -> tuple[float, ...]:

@@ -117,10 +117,11 @@ export function sizeOf({ width, height }, to) {
 /** Round as Python does, halves to the even neighbor. */
 const roundHalfEven = (x) => (x % 1 === 0.5 || x % 1 === -0.5 ? 2 * Math.round(x / 2) : Math.round(x));
 
-/** Crop the center; a smaller picture gets black borders. */
-export function cropCenter(picture, width, height) {
+/** Crop the center; a smaller picture gets black borders. `rounding` is for borders of half a pixel: "even" or "down". */
+export function cropCenter(picture, width, height, rounding = "even") {
   const { channels } = picture;
-  const offset = (has, wants) => (wants > has ? -Math.floor((wants - has) / 2) : roundHalfEven((has - wants) / 2));
+  const round = rounding === "down" ? Math.floor : roundHalfEven;
+  const offset = (has, wants) => (wants > has ? -Math.floor((wants - has) / 2) : round((has - wants) / 2));
   const left = offset(picture.width, width);
   const top = offset(picture.height, height);
   if (left === 0 && top === 0 && width === picture.width && height === picture.height) return picture;
@@ -160,9 +161,9 @@ export function fromCanvas(pixels, mode) {
 }
 
 /** Resize and crop a picture. */
-export function shape(picture, { resize: to, interpolation, crop }) {
+export function shape(picture, { resize: to, interpolation, crop, rounding }) {
   const resized = resize(picture, ...sizeOf(picture, to), interpolation);
-  return crop ? cropCenter(resized, crop[1], crop[0]) : resized;
+  return crop ? cropCenter(resized, crop[1], crop[0], rounding) : resized;
 }
 
 /** Normalize a picture with the mean and the standard deviation of each channel, to (C, H, W). */
