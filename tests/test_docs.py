@@ -352,7 +352,7 @@ def test_commands_of_the_pages_are_accepted(
     accepted = []
     words = shlex.split(line, comments=True)
     start = next(i for i, word in enumerate(words) if word.replace("_", "-") == "captum-abslrp")
-    for part in ("demo", "explain", "evaluate", "inspect"):
+    for part in ("demo", "explain", "evaluate", "export", "inspect"):
         monkeypatch.setattr(
             f"captum_abslrp.cli.{part}._{part}", lambda args: accepted.append(args) or 0
         )

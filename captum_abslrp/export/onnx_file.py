@@ -96,12 +96,13 @@ def of(exported: ExportedProgram, key: str, about: str) -> bytes:
     return onnx_ir.to_proto(model).SerializeToString()
 
 
-def runner(content: bytes) -> Callable[[Tensor, Tensor], list[Tensor]]:
-    """Return a function that runs an ONNX model in onnxruntime."""
+def runner(content: bytes, threads: int | None = None) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Return a function that runs an ONNX model in onnxruntime, with the threads of PyTorch by default."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(image: Tensor, target: Tensor) -> list[Tensor]:
