@@ -165,13 +165,17 @@ def check_alone(alone: dict[str, Path], cases: list[tuple[str, str]], place: Pat
             torch.testing.assert_close(
                 torch.from_numpy(found["scores"]), model(image).detach(), rtol=1e-4, atol=1e-4
             )
-            limit = LIMITS[format]
-            if (name, way, format) == ("convnext_atto", "recommended", "onnx"):
-                # With random weights, target and contrast cancel. Even the map of float32 is as far from
-                # that of float64, so that the map is compared with this distance.
-                exact = AbsLRP.recommended(model.double()).attribute(image.double(), target)
-                limit = max(limit, 10 * error(relevance.double(), exact))
-            assert error(found["relevance"], relevance) <= limit, (name, way, format)
+            away, limit = error(found["relevance"], relevance), LIMITS[format]
+            if format == "onnx" and away > limit and case_is_random(name):
+                # Random weights: relevance of both signs cancels, or epsilon rules divide by values near
+                # zero. The map of PyTorch is then as far from that of float64, which is the measure.
+                exact = ATTRIBUTORS[way](model.double()).attribute(image.double(), target)
+                limit = 10 * error(relevance.double(), exact)
+            assert away <= limit, (name, way, format)
+
+
+def case_is_random(name: str) -> bool:
+    return not name.startswith("demo:")
 
 
 def test_files_run_alone(alone: dict[str, Path], tmp_path: Path) -> None:
