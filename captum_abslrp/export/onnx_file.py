@@ -171,6 +171,40 @@ def _convolution_backward(
     return back, None, None
 
 
+def _avg_pool2d_backward(
+    gradient: Tensor,
+    inputs: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Any:
+    """The gradient of average pooling: each output spreads over its window."""
+    kernel = [*kernel_size] * (3 - len(kernel_size))
+    step = [*(stride or kernel)] * (3 - len(stride or kernel))
+    pad = [*padding] * (3 - len(padding))
+    window = gradient.new_ones(1, 1, *kernel)
+    if divisor_override is not None or count_include_pad:
+        scaled = gradient / (divisor_override or kernel[0] * kernel[1])
+    else:
+        inside = gradient.new_ones(1, 1, *inputs.shape[-2:])
+        scaled = gradient / _ATEN.convolution(
+            inside, window, None, step, pad, [1, 1], False, [0, 0], 1
+        )
+    covered = [
+        (size - 1) * s - 2 * p + k
+        for size, s, p, k in zip(gradient.shape[-2:], step, pad, kernel, strict=True)
+    ]
+    rest = [size - c for size, c in zip(inputs.shape[-2:], covered, strict=True)]
+    if ceil_mode and min(rest) < 0:
+        return NotImplemented
+    each = scaled.reshape(-1, 1, *gradient.shape[-2:])
+    back = _ATEN.convolution(each, window, None, step, pad, [1, 1], True, rest, 1)
+    return back.reshape(inputs.shape)
+
+
 def _is_view(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> bool:
     """Whether the elements of a strided view are those of `x`, in order."""
     expected = 1
@@ -214,6 +248,7 @@ def _new_zeros(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.copysign.Tensor: _copysign,
     _ATEN.convolution_backward.default: _convolution_backward,
+    _ATEN.avg_pool2d_backward.default: _avg_pool2d_backward,
     _ATEN.as_strided.default: _as_strided,
     _ATEN.as_strided_scatter.default: _as_strided_scatter,
     # Memory without values: the graph writes all of it before it reads it.
