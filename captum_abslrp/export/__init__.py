@@ -118,6 +118,8 @@ def save_explainer(
     inputs = inputs.detach().contiguous()
     program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
     targets = torch.full((len(inputs),), target)
+    if format == "onnx":
+        onnx_file.prepare(program.graph)
     explainer = _Explainer(program)
     with torch.no_grad():
         exported = torch.export.export(explainer, (inputs, targets))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
-__all__ = ["OPSET", "check_installed", "of", "runner"]
+__all__ = ["OPSET", "check_installed", "of", "prepare", "runner"]
 
 OPSET = 18
 LARGEST = 2**31 - 2**24
@@ -34,6 +35,17 @@ def check_installed() -> None:
             f"Expected {', '.join(PACKAGES)} to be installed for ONNX, but {missing[0]} is not. Run "
             "`pip install 'captum-abslrp[export]'`."
         )
+
+
+def prepare(graph: GraphModule) -> None:
+    """Write operators that the conversion would keep as others, in place."""
+    for node in graph.graph.nodes:
+        if node.target in COMPOSITES:
+            with graph.graph.inserting_before(node):
+                given = [torch.fx.Proxy(argument) for argument in node.args]
+                node.replace_all_uses_with(COMPOSITES[node.target](*given).node)
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def of(exported: ExportedProgram, key: str, about: str) -> bytes:
@@ -205,6 +217,52 @@ def _avg_pool2d_backward(
     return back.reshape(inputs.shape)
 
 
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    gate = x.sigmoid()
+    return gradient * gate * (1 + x * (1 - gate))
+
+
+def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    gate = torch.nn.functional.softplus(x).tanh()
+    return gradient * (gate + x * x.sigmoid() * (1 - gate * gate))
+
+
+def _spread(gradient: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """The gradient of a resizing, from what it makes of unit vectors along each axis: (in, 1, out, 1)."""
+    rows, columns = height.flatten(1), width.flatten(1)
+    return rows @ gradient @ columns.T
+
+
+def _upsample_bilinear2d_backward(
+    gradient: Tensor,
+    output_size: Sequence[int],
+    input_size: Sequence[int],
+    align_corners: bool,
+    scales_h: float | None = None,
+    scales_w: float | None = None,
+) -> Tensor:
+    def along(axis: int, scale: float | None) -> Tensor:
+        unit = torch.eye(input_size[2 + axis], dtype=gradient.dtype)[:, None, :, None]
+        size = [output_size[axis], 1]
+        return _ATEN.upsample_bilinear2d(unit, size, align_corners, scale, None)
+
+    return _spread(gradient, along(0, scales_h), along(1, scales_w))
+
+
+def _upsample_nearest2d_backward(
+    gradient: Tensor,
+    output_size: Sequence[int],
+    input_size: Sequence[int],
+    scales_h: float | None = None,
+    scales_w: float | None = None,
+) -> Tensor:
+    def along(axis: int, scale: float | None) -> Tensor:
+        unit = torch.eye(input_size[2 + axis], dtype=gradient.dtype)[:, None, :, None]
+        return _ATEN.upsample_nearest2d(unit, [output_size[axis], 1], scale, None)
+
+    return _spread(gradient, along(0, scales_h), along(1, scales_w))
+
+
 def _is_view(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> bool:
     """Whether the elements of a strided view are those of `x`, in order."""
     expected = 1
@@ -235,6 +293,12 @@ def _zeros(size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__:
     return torch.zeros(size, dtype=dtype)
 
 
+def _full_like(
+    x: Tensor, value: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any
+) -> Tensor:
+    return torch.full(x.shape, value, dtype=dtype or x.dtype)
+
+
 def _zeros_like(x: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
     return torch.zeros(x.shape, dtype=dtype or x.dtype)
 
@@ -249,6 +313,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.copysign.Tensor: _copysign,
     _ATEN.convolution_backward.default: _convolution_backward,
     _ATEN.avg_pool2d_backward.default: _avg_pool2d_backward,
+    _ATEN.upsample_bilinear2d_backward.default: _upsample_bilinear2d_backward,
+    _ATEN.upsample_nearest2d_backward.default: _upsample_nearest2d_backward,
+    _ATEN.full_like.default: _full_like,
     _ATEN.as_strided.default: _as_strided,
     _ATEN.as_strided_scatter.default: _as_strided_scatter,
     # Memory without values: the graph writes all of it before it reads it.
@@ -260,3 +327,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.new_empty_strided.default: _new_zeros,
 }
 """Operators that ONNX lacks, as operators that it has."""
+
+COMPOSITES: dict[Any, Callable[[Any, Any], Any]] = {
+    _ATEN.silu_backward.default: _silu_backward,
+    _ATEN.mish_backward.default: _mish_backward,
+}
+"""Operators that ONNX lacks and that `run_decompositions` keeps, because PyTorch has a composite kernel."""
