@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["METADATA", "Preprocessing", "save_explainer"]
 
 METADATA = "captum_abslrp.json"
-"""Name of the metadata in a file: an extra file of a ``.pt2`` file, a metadata property of an ONNX model."""
+"""Name of the metadata, as an extra file of a ``.pt2`` file and as a metadata property of an ONNX model."""
 
 FORMATS = ("pt2", "onnx")
 TOLERANCE = 1e-2
@@ -58,7 +58,7 @@ class _Explainer(nn.Module):
 
 def save_explainer(
     attributor: AbsLRP,
-    file: str | os.PathLike[str] | BinaryIO,
+    file: str | Path | BinaryIO,
     inputs: Tensor,
     target: int = 0,
     *,
@@ -148,7 +148,7 @@ def check_format(file: Any, format: str | None) -> str:
 
     If `format` is None, the end of the path decides.
     """
-    if format is None and isinstance(file, (str, os.PathLike)):
+    if format is None and isinstance(file, (str, Path)):
         format = Path(file).suffix.removeprefix(".").lower()
         if format not in FORMATS:
             raise ValueError(
@@ -242,9 +242,9 @@ def _check_map(
 
 
 @contextmanager
-def _opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
+def _opened(file: str | Path | BinaryIO) -> Iterator[BinaryIO]:
     """A file to write to; a file with a path is replaced when it is complete."""
-    if not isinstance(file, (str, os.PathLike)):
+    if not isinstance(file, (str, Path)):
         yield file
         return
     target = Path(os.path.realpath(file))  # keep symbolic links

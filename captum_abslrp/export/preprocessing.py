@@ -37,7 +37,8 @@ class Preprocessing:
         resize: length of the shorter side, a size (H, W), or None.
         interpolation: name of the filter in Pillow, such as ``"bicubic"``.
         crop: size (H, W) of the part in the center, or None. Smaller images are padded with zeros.
-        mean, std: one value per channel.
+        mean: one value per channel.
+        std: one value per channel.
         rounding: where the part starts if its border is half a pixel: ``"even"`` (torchvision) or ``"down"``
             (transformers).
 
