@@ -542,7 +542,7 @@ def test_the_command_writes_the_map_of_explain(
         ([], "Expected `--out FILE` or `--web DIR`, but got neither"),
         (["--out", "a.pt2", "--runtime", "x"], "Expected `--web DIR` with `--runtime`"),
         (["--web", "page", "--runtime", "x"], "--web: Expected"),
-        (["--out", "a.pb"], "--out: Expected `file` to end in .pt2 or .onnx, but got 'a.pb'"),
+        (["--out", "a.pb"], "Expected `--out` to end in .pt2 or .onnx, but got a.pb."),
         (["--out", "a.pt2", "--mapping", "vg"], "--mapping: "),
         (["--out", "a.pt2", "--contrast", "11"], "Expected `--contrast` to be between 0 and 9"),
         (["--out", "/dev/null/a.pt2"], "could not be written"),

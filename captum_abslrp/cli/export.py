@@ -14,7 +14,7 @@ from captum_abslrp.cli.attributors import add_attributor, attributor_of, contras
 from captum_abslrp.cli.files import UserError, complain, say, written
 from captum_abslrp.cli.models import Subject, add_checkpoint, load_subject, model_names
 from captum_abslrp.engine.errors import UnsupportedCallError
-from captum_abslrp.export import Preprocessing, check_format, save_explainer
+from captum_abslrp.export import FORMATS, Preprocessing, save_explainer
 from captum_abslrp.web import RUNTIME_VERSION, find_runtime, write_page
 
 
@@ -57,10 +57,9 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError("Expected `--web DIR` with `--runtime`, but got none.")
     form = "onnx"
     if args.out is not None:
-        try:
-            form = check_format(args.out, None)
-        except ValueError as error:
-            raise UserError(f"--out: {error}") from error
+        form = args.out.suffix.removeprefix(".").lower()
+        if form not in FORMATS:
+            raise UserError(f"Expected `--out` to end in .pt2 or .onnx, but got {args.out}.")
     subject = load_subject(args.model, args.checkpoint, torch.device("cpu"))
     made = None
     if args.out is not None:

@@ -111,7 +111,7 @@ def save_explainer(
         >>> relevance.shape
         torch.Size([1, 3, 160, 160])
     """
-    format = check_format(file, format)
+    format = _format(file, format)
     if format == "onnx":
         onnx_file.check_installed()
     _check(attributor, inputs)
@@ -143,7 +143,7 @@ def save_explainer(
     return about
 
 
-def check_format(file: Any, format: str | None) -> str:
+def _format(file: Any, format: str | None) -> str:
     """Return the format to write; raise ValueError if it is unknown.
 
     If `format` is None, the end of the path decides.
