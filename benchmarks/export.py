@@ -67,7 +67,7 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 def row(name: str, rounds: int) -> list[str]:
     model = build(name)
     attributor = AbsLRP.recommended(model)
-    size = model.default_cfg["input_size"]  # type: ignore[index]
+    size = model.default_cfg["input_size"]  # type: ignore[index]  # an attribute of timm
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     target = torch.tensor([1])
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,24 +281,6 @@ def test_evaluate_writes_a_report(tmp_path: Path) -> None:
     assert section["panels"][0]["views"] == ["abslrp", "saliency"]
     assert data["settings"]["seed"] == "0" and "resume" not in data["settings"]
     assert section["figures"][0]["alt"] == "Scores of the methods on demo:vgg"
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

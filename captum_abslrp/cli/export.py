@@ -105,7 +105,7 @@ def explainer_of(args: argparse.Namespace, subject: Subject, form: str) -> tuple
     except ValueError as error:
         complain(f"{args.model}: {error}", kind="warning")
         preprocessing = " ".join(str(subject.transform).split())
-    # Only the shape of the example matters.
+    # The example fixes shapes; its values only choose which masks and constants are nonnegative.
     example = torch.randn(1, *subject.input_size, generator=torch.Generator().manual_seed(0))
     target = int(contrast == 0)
     content = io.BytesIO()
