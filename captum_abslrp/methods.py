@@ -81,12 +81,11 @@ def register_method(
         ValueError: if the name is already registered and `overwrite` is False.
 
     Example:
-        >>> @register_method("half", overwrite=True)
+        >>> @register_method("half")
         ... def half(model):
         ...     return lambda inputs, target: inputs / 2
         >>> "half" in list_methods()
         True
-        >>> _ = _METHODS.pop("half")
     """
     if name in _METHODS and not overwrite:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,6 @@ from captum_abslrp.engine.propagation import TOTAL, propagate
 from captum_abslrp.engine.recording import Recording
 from captum_abslrp.mappings import Mapping, MappingScope, get_mapping
 from captum_abslrp.rules import AbsLRPRule, ConstantRule, TwinRule
-from captum_abslrp.rules import captum as captum_rules
 from tests.conftest import relative_error
 from tests.test_call_rules import by_mapping, own_rule
 from tests.test_closed_forms import draw_tensor, literal, share
@@ -509,15 +508,6 @@ class Sparsely(nn.Module):
         )
 
 
-@pytest.fixture
-def registered() -> Iterator[Callable[[Any], None]]:
-    """Registers rules of layers as messages tell, until the test ends."""
-    rules = dict(captum_rules._LAYER_RULES)
-    yield lambda layer: register_call_rule(layer, TwinRule())
-    captum_rules._LAYER_RULES.clear()
-    captum_rules._LAYER_RULES.update(rules)
-
-
 @pytest.mark.parametrize(
     "calls",
     [Sparsely(), lambda h: (h * matrix(True)[: len(h)].to_sparse()).to_dense()],
@@ -530,8 +520,8 @@ def test_sparse_tensors_that_depend_on_the_input_are_refused(calls: Calls) -> No
         explain(calls)
 
 
-def test_the_remedy_for_sparse_tensors_works(registered: Callable[[Any], None]) -> None:
-    registered(Sparsely)
+def test_the_remedy_for_sparse_tensors_works() -> None:
+    register_call_rule(Sparsely, TwinRule())
     torch.testing.assert_close(explain(Sparsely()), explain(torch.square), rtol=1e-9, atol=1e-12)
 
 
@@ -823,9 +813,9 @@ class Network(nn.Module):
     [*((step, "tuple") for step in STEPS), *(("both", name) for name in RETURNED)],
 )
 def test_each_output_of_a_layer_is_a_call_of_its_own(
-    step: str, returned: str, normalization: str, registered: Callable[[Any], None]
+    step: str, returned: str, normalization: str
 ) -> None:
-    registered(Neuron)
+    register_call_rule(Neuron, TwinRule())
     x = samples()
     model = Network(STEPS[step], returned)
     attributor = AbsLRP(model, normalization=normalization)
@@ -837,17 +827,15 @@ def test_each_output_of_a_layer_is_a_call_of_its_own(
     assert relative_error(relevance, one_by_one) < 1e-9
 
 
-def test_layers_with_several_outputs_are_inspected(registered: Callable[[Any], None]) -> None:
-    registered(Neuron)
+def test_layers_with_several_outputs_are_inspected() -> None:
+    register_call_rule(Neuron, TwinRule())
     calls = [call.call for call in inspect_rules(Network(STEPS["keywords"]), samples()).calls]
     assert calls.count("Neuron.forward") == 3
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_the_input_of_a_layer_that_is_one_call(
-    step: str, registered: Callable[[Any], None]
-) -> None:
-    registered(Neuron)
+def test_the_input_of_a_layer_that_is_one_call(step: str) -> None:
+    register_call_rule(Neuron, TwinRule())
     maps = []
     for name in ("positions", step):
         model = Network(STEPS[name])
@@ -858,14 +846,12 @@ def test_the_input_of_a_layer_that_is_one_call(
         assert bool(actual.any())
 
 
-def test_a_container_that_a_layer_is_given_is_left_alone(
-    registered: Callable[[Any], None],
-) -> None:
+def test_a_container_that_a_layer_is_given_is_left_alone() -> None:
     class Unpacking(nn.Module):
         def forward(self, given: Fields) -> Tensor:
             return given.spikes * given.state[0].tanh()
 
-    registered(Unpacking)
+    register_call_rule(Unpacking, TwinRule())
 
     def used_again(h: Tensor) -> Tensor:
         given = Fields(h, [h.relu()])
@@ -911,10 +897,8 @@ class Accumulating(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Expected .*whose state is used")
 @pytest.mark.parametrize("kind", [Remembering, Accumulating])
-def test_a_layer_is_run_back_from_the_state_that_it_had(
-    kind: type[nn.Module], registered: Callable[[Any], None]
-) -> None:
-    registered(kind)
+def test_a_layer_is_run_back_from_the_state_that_it_had(kind: type[nn.Module]) -> None:
+    register_call_rule(kind, TwinRule())
     x = samples(1)
     state = torch.full((1, 8), 0.3).double()
 
@@ -939,10 +923,8 @@ def test_a_layer_is_run_back_from_the_state_that_it_had(
 
 
 @pytest.mark.parametrize("kind", [Remembering, Accumulating])
-def test_a_state_that_a_layer_keeps_is_warned_of(
-    kind: type[nn.Module], registered: Callable[[Any], None]
-) -> None:
-    registered(kind)
+def test_a_state_that_a_layer_keeps_is_warned_of(kind: type[nn.Module]) -> None:
+    register_call_rule(kind, TwinRule())
 
     class Repeated(Between):
         def __init__(self) -> None:
@@ -968,9 +950,9 @@ class Overwriting(nn.Module):
         return h.mul_(2).tanh()
 
 
-def test_what_a_registered_layer_must_not_do(registered: Callable[[Any], None]) -> None:
-    registered(Peeking)
-    registered(Overwriting)
+def test_what_a_registered_layer_must_not_do() -> None:
+    register_call_rule(Peeking, TwinRule())
+    register_call_rule(Overwriting, TwinRule())
 
     def peek(h: Tensor) -> Tensor:
         layer = Peeking()
@@ -1075,16 +1057,13 @@ def test_a_call_that_cannot_be_differentiated_is_refused_with_a_remedy() -> None
     step = Step()
     rules = {"round": TwinRule()}
     assert bool(explain(lambda h: h * h.round(), get_mapping().extended(rules)).any())
-    try:
-        register_call_rule(Step, TwinRule())
-        with pytest.raises(
-            UnsupportedCallError, match=r"Step.* to be differentiable.*ConstantRule\(\)"
-        ):
-            explain(lambda h: h * step(h))
-        register_call_rule(Step, ConstantRule(), overwrite=True)
-        assert torch.equal(explain(lambda h: h * step(h)), explain(lambda h: h * (h > 0)))
-    finally:
-        captum_rules._LAYER_RULES.pop(Step)
+    register_call_rule(Step, TwinRule())
+    with pytest.raises(
+        UnsupportedCallError, match=r"Step.* to be differentiable.*ConstantRule\(\)"
+    ):
+        explain(lambda h: h * step(h))
+    register_call_rule(Step, ConstantRule(), overwrite=True)
+    assert torch.equal(explain(lambda h: h * step(h)), explain(lambda h: h * (h > 0)))
 
 
 @pytest.mark.parametrize(

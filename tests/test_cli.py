@@ -7,7 +7,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from captum_abslrp import AbsLRP, UnsupportedCallError, __version__, demo, hookable, methods
+from captum_abslrp import AbsLRP, UnsupportedCallError, __version__, demo, hookable
 from captum_abslrp.cli import demo as demo_command
 from captum_abslrp.cli import explain as explain_command
 from captum_abslrp.cli import files, main
@@ -955,15 +955,7 @@ def test_hooks_go_when_the_model_crashes(small: nn.Module) -> None:
     assert traces(small) == before
 
 
-@pytest.fixture
-def registry() -> Iterator[None]:
-    saved = dict(methods._METHODS)
-    yield
-    methods._METHODS.clear()
-    methods._METHODS.update(saved)
-
-
-def test_registration(registry: None) -> None:
+def test_registration() -> None:
     def twice(model: nn.Module) -> Callable[..., Tensor]:
         return lambda inputs, target: 2 * inputs
 

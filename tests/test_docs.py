@@ -18,7 +18,6 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from captum_abslrp import mappings
 from captum_abslrp.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -292,8 +291,6 @@ def small_model(name: str, *, pretrained: bool = False, num_classes: int = 1000)
 def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What the how-to pages take as given."""
     torch.manual_seed(0)
-    for name in ("_MAPPINGS", "_ARCHITECTURES"):
-        monkeypatch.setattr(mappings.registry, name, dict(getattr(mappings.registry, name)))
     monkeypatch.setattr(timm, "create_model", small_model)
     monkeypatch.setattr(
         torchvision.models.segmentation, "deeplabv3_resnet50", lambda weights: Pixels("out")

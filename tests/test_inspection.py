@@ -24,16 +24,8 @@ from captum_abslrp import (
 from captum_abslrp.cli import main
 from captum_abslrp.mappings import get_mapping, list_mappings, registry
 from captum_abslrp.rules import AbsLRPRule, PassThroughRule, TwinRule
-from captum_abslrp.rules import captum as captum_rules
 from tests.conftest import relative_error
 from tests.test_no_trace import no_trace
-
-
-@pytest.fixture(autouse=True)
-def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers that are forgotten after the test."""
-    monkeypatch.setattr(registry, "_CALL_RULES", {})
-    monkeypatch.setattr(captum_rules, "_LAYER_RULES", {})
 
 
 def batch(*shape: int) -> Tensor:
@@ -361,9 +353,7 @@ def test_every_call_of_the_mapping_is_in_the_table_of_the_docs() -> None:
     assert names <= documented, names - documented
 
 
-def test_examples_of_the_docs_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_MAPPINGS", "_ARCHITECTURES"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+def test_examples_of_the_docs_run() -> None:
     text = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 from captum_abslrp import AbsLRP, LayerAbsLRP, inspect_rules, register_call_rule
 from captum_abslrp.rules import TwinRule
-from captum_abslrp.rules import captum as captum_rules
 from tests.conftest import relative_error
 
 NORMALIZATIONS = ["separate", "joint"]
@@ -341,12 +340,9 @@ def test_autograd_functions_on_weights_are_constants(
     model = nn.Sequential(cls(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).double()
     model.eval().requires_grad_(not frozen)
     x = images()
-    try:
-        if registered:
-            register_call_rule(cls, TwinRule())
-        relevance = AbsLRP(model, normalization="joint").attribute(x, 1, contrast=None)
-    finally:
-        captum_rules._LAYER_RULES.pop(cls, None)
+    if registered:
+        register_call_rule(cls, TwinRule())
+    relevance = AbsLRP(model, normalization="joint").attribute(x, 1, contrast=None)
     total = torch.ones(len(x), dtype=torch.float64)
     torch.testing.assert_close(relevance.flatten(1).abs().sum(1), total, rtol=1e-6, atol=0)
 
@@ -368,11 +364,8 @@ def test_an_autograd_function_inside_a_registered_layer() -> None:
         NotImplementedError, match=r"`Rounded` in `1` \(Activated\).*register_call_rule"
     ):
         AbsLRP(model).attribute(images(), 1)
-    try:
-        register_call_rule(Activated, TwinRule())
-        assert AbsLRP(model).attribute(images(), 1).abs().sum() > 0
-    finally:
-        captum_rules._LAYER_RULES.pop(Activated, None)
+    register_call_rule(Activated, TwinRule())
+    assert AbsLRP(model).attribute(images(), 1).abs().sum() > 0
 
 
 class Branch(nn.Module):

@@ -235,7 +235,6 @@ def register_call_rule(
         ...         return torch.erfinv(super().forward(x).tanh())
         >>> AbsLRP(Inverse(3, 2)).attribute(torch.rand(4, 3), target=0).shape
         torch.Size([4, 3])
-        >>> _ = _CALL_RULES.pop("erfinv")
     """
     if not isinstance(rule, Rule):
         raise TypeError(
