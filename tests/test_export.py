@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from captum_abslrp.cli import main
 from captum_abslrp.export import METADATA, Preprocessing, onnx_file, save_explainer
 from captum_abslrp.graphs import simplify
 from captum_abslrp.web import RUNTIME_VERSION
+from tests.conftest import relative_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The guided map is zero"),
@@ -61,6 +63,11 @@ MORE = [
     ),
 ]
 """Minutes of work."""
+UNSTABLE = {("onnx", "vit_tiny_patch16_224", "epsilon_plus")}
+"""Single pixels differ more: behind layer norm, the epsilon rule divides by sums of random weights near zero.
+
+The float32 map of PyTorch is as far from float64. The error over all pixels has the same limit.
+"""
 
 
 def model_of(name: str) -> nn.Module:
@@ -162,28 +169,15 @@ def check_alone(alone: dict[str, Path], cases: list[tuple[str, str]], place: Pat
             [alone[format], "-I", "-c", program, *stems], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        for (stem, (name, way)), (image, target, relevance) in expected.items():
+        for (stem, (name, way)), (image, _, relevance) in expected.items():
             found = np.load(f"{stem}.{format}.npz")
             model = model_of(name)
             torch.testing.assert_close(
                 torch.from_numpy(found["scores"]), model(image).detach(), rtol=1e-4, atol=1e-4
             )
-            away = error(found["relevance"], relevance)
-            if format == "onnx" and away > LIMITS[format] and not name.startswith("demo:"):
-                # Random weights: relevance of both signs cancels, or epsilon rules divide by values near
-                # zero, which shows in single pixels. Then all pixels are compared, and the measure is the
-                # distance of float32 from float64 in PyTorch.
-                exact = ATTRIBUTORS[way](model.double()).attribute(image.double(), target)
-                own = share(relevance.double(), exact)
-                away = share(torch.from_numpy(found["relevance"]), relevance)
-                assert away <= max(LIMITS[format], 10 * own), (name, way, format)
-            else:
-                assert away <= LIMITS[format], (name, way, format)
-
-
-def share(found: Tensor, expected: Tensor) -> float:
-    """The difference of two maps as a part of all relevance."""
-    return float((found - expected).abs().sum() / expected.abs().sum())
+            measure = relative_error if (format, name, way) in UNSTABLE else error
+            away = measure(torch.from_numpy(found["relevance"]), relevance)
+            assert away <= LIMITS[format], (name, way, format, away)
 
 
 def test_files_run_alone(alone: dict[str, Path], tmp_path: Path) -> None:
@@ -334,6 +328,28 @@ def test_decomposition_of_average_pooling(options: dict[str, Any], size: tuple[i
         gradient, x, *sizes, False, given["count_include_pad"], given["divisor_override"]
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dims", [None, (0,), (-1,), (1, -2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 96, 97, 130), (101, 1, 194, 0)], ids=str)
+@pytest.mark.parametrize("function", [torch.sum, torch.mean])
+def test_decomposition_of_long_sums(
+    function: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    dims: tuple[int, ...] | None,
+    keepdim: bool,
+) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    added = torch.ops.aten.sum.dim_IntList
+    table = {added: onnx_file._sum, torch.ops.aten.mean.dim: onnx_file._mean}
+    graph = make_fx(lambda x: function(x, dims, keepdim), table)(x)
+    torch.testing.assert_close(graph(x), function(x, dims, keepdim), equal_nan=True)
+    for node in graph.graph.nodes:
+        if node.target is added:
+            given = node.args[0].meta["tensor_meta"].shape
+            length = math.prod(given[d] for d in node.args[1] or range(len(given)))
+            assert length <= onnx_file.LONGEST_SUM or length in (97, 101)  # primes
 
 
 @pytest.mark.parametrize("transposed", [False, True])

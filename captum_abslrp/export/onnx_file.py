@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -23,6 +24,8 @@ LARGEST = 2**31 - 2**24
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_FOLDED = 2**14
 """Maximum number of bytes of a constant that is computed in advance."""
+LONGEST_SUM = 64
+"""Maximum number of elements of a sum."""
 
 _ATEN = torch.ops.aten
 
@@ -309,8 +312,41 @@ def _new_zeros(
     return torch.zeros(size, dtype=dtype or x.dtype)
 
 
+def _sum(
+    x: Tensor,
+    dims: Sequence[int] | None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A long sum as sums of short ones: onnxruntime adds all elements in turn, which rounds more."""
+    axes = sorted(d % x.dim() for d in dims or range(x.dim()))
+    if dtype is not None or math.prod(x.shape[d] for d in axes) <= LONGEST_SUM:
+        return NotImplemented
+    last = axes[-1]
+    size = x.shape[last]
+    part = next((n for n in range(LONGEST_SUM, 1, -1) if size % n == 0), 1)
+    if size > LONGEST_SUM and part > 1:
+        parts = x.reshape(*x.shape[:last], size // part, part, *x.shape[last + 1 :])
+        return parts.sum(last + 1).sum(axes, keepdim)
+    return x.sum(last, keepdim).sum(axes[:-1], keepdim) if len(axes) > 1 else NotImplemented
+
+
+def _mean(
+    x: Tensor,
+    dims: Sequence[int] | None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    axes = [*(dims or range(x.dim()))]
+    return x.sum(axes, keepdim, dtype=dtype) / math.prod(x.shape[d] for d in axes)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.copysign.Tensor: _copysign,
+    _ATEN.sum.dim_IntList: _sum,
+    _ATEN.mean.dim: _mean,
     _ATEN.convolution_backward.default: _convolution_backward,
     _ATEN.avg_pool2d_backward.default: _avg_pool2d_backward,
     _ATEN.upsample_bilinear2d_backward.default: _upsample_bilinear2d_backward,
