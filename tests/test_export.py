@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import captum_abslrp.export
 from captum_abslrp import LRP, AbsLRP, demo
 from captum_abslrp.cli import main
-from captum_abslrp.export import METADATA, Preprocessing, onnx_file, save_explainer
+from captum_abslrp.export import METADATA, Preprocessing, onnx_file, operators, save_explainer
 from captum_abslrp.graphs import simplify
 from captum_abslrp.web import RUNTIME_VERSION
 from tests.conftest import relative_error
@@ -63,10 +63,11 @@ MORE = [
     ),
 ]
 """Minutes of work."""
-UNSTABLE = {("onnx", "vit_tiny_patch16_224", "epsilon_plus")}
-"""Single pixels differ more: behind layer norm, the epsilon rule divides by sums of random weights near zero.
+UNSTABLE = {("vit_tiny_patch16_224", "epsilon_plus"), ("convnext_atto", "epsilon_plus")}
+"""Networks whose single pixels differ by up to 2e-4 in ONNX, so the error over all pixels has the limit.
 
-The float32 map of PyTorch is as far from float64. The error over all pixels has the same limit.
+Behind layer norm, the epsilon rule divides by sums, and with random weights some are near zero. The float32
+map of PyTorch is as far from its float64 map.
 """
 
 
@@ -175,7 +176,8 @@ def check_alone(alone: dict[str, Path], cases: list[tuple[str, str]], place: Pat
             torch.testing.assert_close(
                 torch.from_numpy(found["scores"]), model(image).detach(), rtol=1e-4, atol=1e-4
             )
-            measure = relative_error if (format, name, way) in UNSTABLE else error
+            unstable = format == "onnx" and (name, way) in UNSTABLE
+            measure = relative_error if unstable else error
             away = measure(torch.from_numpy(found["relevance"]), relevance)
             assert away <= LIMITS[format], (name, way, format, away)
 
@@ -324,7 +326,7 @@ def test_decomposition_of_average_pooling(options: dict[str, Any], size: tuple[i
         [value] if isinstance(value, int) else [*value]
         for value in (given["kernel_size"], given["stride"], given["padding"])
     ]
-    found = onnx_file._avg_pool2d_backward(
+    found = operators._avg_pool2d_backward(
         gradient, x, *sizes, False, given["count_include_pad"], given["divisor_override"]
     )
     torch.testing.assert_close(found, expected)
@@ -342,14 +344,14 @@ def test_decomposition_of_long_sums(
 ) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     added = torch.ops.aten.sum.dim_IntList
-    table = {added: onnx_file._sum, torch.ops.aten.mean.dim: onnx_file._mean}
+    table = {added: operators._sum, torch.ops.aten.mean.dim: operators._mean}
     graph = make_fx(lambda x: function(x, dims, keepdim), table)(x)
     torch.testing.assert_close(graph(x), function(x, dims, keepdim), equal_nan=True)
     for node in graph.graph.nodes:
         if node.target is added:
             given = node.args[0].meta["tensor_meta"].shape
             length = math.prod(given[d] for d in node.args[1] or range(len(given)))
-            assert length <= onnx_file.LONGEST_SUM or length in (97, 101)  # primes
+            assert length <= operators.LONGEST_SUM or length in (97, 101)  # primes
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -366,7 +368,7 @@ def test_decomposition_of_convolution(
     output = torch.convolution(x, weight, None, *settings)
     gradient = torch.randn_like(output)
     (expected,) = torch.autograd.grad(output, x, gradient)
-    found, *rest = onnx_file._convolution_backward(
+    found, *rest = operators._convolution_backward(
         gradient, x, weight, None, *settings, [True, False, False]
     )
     torch.testing.assert_close(found, expected)
@@ -381,6 +383,14 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
         nn.functional.interpolate, size=(13, 5), mode="bilinear", align_corners=True
     ),
     "nearest": partial(nn.functional.interpolate, size=(13, 20)),
+    "bicubic": partial(nn.functional.interpolate, scale_factor=(2, 1.5), mode="bicubic"),
+    "bicubic, corners": partial(
+        nn.functional.interpolate, size=(5, 17), mode="bicubic", align_corners=True
+    ),
+    "adaptive average": partial(nn.functional.adaptive_avg_pool2d, output_size=(3, 4)),
+    "replicated": partial(nn.functional.pad, pad=(1, 2, 0, 3), mode="replicate"),
+    "reflected": partial(nn.functional.pad, pad=(1, 2, 0, 3), mode="reflect"),
+    "softshrink": partial(nn.functional.softshrink, lambd=0.4),
     "average": partial(nn.functional.avg_pool2d, kernel_size=3, stride=2, padding=1),
 }
 
@@ -418,13 +428,13 @@ def test_gradients_in_onnx(name: str) -> None:
 def test_decomposition_of_copysign() -> None:
     values = torch.tensor([0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf, 1e-45, -1e-45])
     a, b = values[:, None], values[None]
-    found, expected = onnx_file._copysign(a, b), torch.copysign(a, b)
+    found, expected = operators._copysign(a, b), torch.copysign(a, b)
     assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
 
 
 def test_a_missing_operator_of_onnx_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("demo:vit")
-    monkeypatch.delitem(onnx_file.DECOMPOSITIONS, torch.ops.aten.copysign.Tensor)
+    monkeypatch.delitem(operators.DECOMPOSITIONS, torch.ops.aten.copysign.Tensor)
     with pytest.raises(
         ValueError, match=r"operators that ONNX has, but got .*signbit.*\.pt2"
     ) as caught:
@@ -444,7 +454,7 @@ def test_another_map_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     file = tmp_path / "a.onnx"
     file.write_text("mine")
     monkeypatch.setitem(
-        onnx_file.DECOMPOSITIONS,
+        operators.DECOMPOSITIONS,
         torch.ops.aten.abs.default,
         lambda x: torch.where(x > 0, x, -1.1 * x),
     )

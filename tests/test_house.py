@@ -14,7 +14,7 @@ from captum_abslrp.engine.private import PRIVATE_NAMES
 
 ROOT = Path(captum_abslrp.__file__).parent
 ORDER = (
-    {"text", "processes"},
+    {"text", "processes", "files"},
     {"engine"},
     {"rules"},
     {"mappings", "functional"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import platform
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_abslrp import __version__, processes
+from captum_abslrp.files import is_writable, replaced
 from captum_abslrp.report import Section, render
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def html_file(path: Path | None) -> None:
         reason = "Is a directory"
     elif there != path and not there.is_dir():
         reason = f"{there} is not a directory"
-    elif not _is_writable(there):
+    elif not is_writable(there):
         reason = "Permission denied"
     else:
         return
@@ -159,24 +159,12 @@ def html_file(path: Path | None) -> None:
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing, which replaces an existing file only when it is complete."""
-    target = Path(os.path.realpath(path))  # keep symbolic links
-    part = target.with_name(f".{target.name}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not _is_writable(target):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        try:
-            with part.open("wb") as file:
-                yield file
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
-
-
-def _is_writable(path: Path) -> bool:
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def save_figure(figure: Figure, path: Path, notes: dict[str, str] | None = None) -> None:

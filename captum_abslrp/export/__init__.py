@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,10 @@ from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.export import onnx_file
 from captum_abslrp.export.preprocessing import Preprocessing
+from captum_abslrp.files import replaced
 from captum_abslrp.inspection import stem_stride
 from captum_abslrp.program import Program
 from captum_abslrp.seeds import DEFAULT, Contrast, Default
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["METADATA", "Preprocessing", "save_explainer"]
 
@@ -98,6 +95,7 @@ def save_explainer(
             operations depend on values, or ONNX lacks one of its operators.
         ModuleNotFoundError: if a package that ONNX requires is missing.
         RuntimeError: if the saved program computes a different map.
+        OSError: if the file cannot be written.
 
     Example:
         >>> import io
@@ -115,32 +113,42 @@ def save_explainer(
     if format == "onnx":
         onnx_file.check_installed()
     _check(attributor, inputs)
-    inputs = inputs.detach().contiguous()
-    program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
-    targets = torch.full((len(inputs),), target)
-    if format == "onnx":
-        onnx_file.prepare(program.graph)
-    explainer = _Explainer(program)
-    with torch.no_grad():
-        exported = torch.export.export(explainer, (inputs, targets))
-        scores, _ = explainer(inputs, targets)
-    _forget_sources(exported)
-    about = _about(attributor, inputs, scores, name, class_names, preprocessing, contrast, combine)
-    if format == "onnx":
-        about["versions"]["opset"] = onnx_file.OPSET
-        content = onnx_file.of(exported, METADATA, json.dumps(about))
-        run = onnx_file.runner(content)
-    else:
-        saved = io.BytesIO()
-        with warnings.catch_warnings():  # about constants that are parts of others
-            warnings.filterwarnings("ignore", "No complete tensor found")
-            torch.export.save(exported, saved, extra_files={METADATA: json.dumps(about)})
-        content = saved.getvalue()
-        run = torch.export.load(io.BytesIO(content)).module()
-    _check_map(run, explainer, inputs, scores, targets)
-    with _opened(file) as opened:
+    # Opening the file first tells a missing folder before minutes of work.
+    with replaced(Path(file)) if isinstance(file, (str, Path)) else nullcontext(file) as opened:
+        inputs = inputs.detach().contiguous()
+        program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
+        if format == "onnx":
+            onnx_file.prepare(program.graph)
+        explainer = _Explainer(program)
+        targets = torch.full((len(inputs),), target)
+        with torch.no_grad():
+            exported = torch.export.export(explainer, (inputs, targets))
+            scores, _ = explainer(inputs, targets)
+        _forget_sources(exported)
+        about = _about(
+            attributor, inputs, scores, name, class_names, preprocessing, contrast, combine
+        )
+        content, run = _onnx(exported, about) if format == "onnx" else _pt2(exported, about)
+        _check_map(run, explainer, inputs, scores, targets)
         opened.write(content)
     return about
+
+
+def _onnx(exported: ExportedProgram, about: dict[str, Any]) -> tuple[bytes, Any]:
+    """Return the content of a file and a function that runs it; `about` gets the opset."""
+    about["versions"]["opset"] = onnx_file.OPSET
+    content = onnx_file.of(exported, METADATA, json.dumps(about))
+    return content, onnx_file.runner(content)
+
+
+def _pt2(exported: ExportedProgram, about: dict[str, Any]) -> tuple[bytes, Any]:
+    """Return the content of a file and a function that runs it."""
+    saved = io.BytesIO()
+    with warnings.catch_warnings():  # about constants that are parts of others
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(exported, saved, extra_files={METADATA: json.dumps(about)})
+    content = saved.getvalue()
+    return content, torch.export.load(io.BytesIO(content)).module()
 
 
 def _format(file: Any, format: str | None) -> str:
@@ -239,19 +247,3 @@ def _check_map(
                 "Expected the saved program to reproduce the map, but got a different map. Save it in the "
                 "other format, and report the model."
             )
-
-
-@contextmanager
-def _opened(file: str | Path | BinaryIO) -> Iterator[BinaryIO]:
-    """A file to write to; a file with a path is replaced when it is complete."""
-    if not isinstance(file, (str, Path)):
-        yield file
-        return
-    target = Path(os.path.realpath(file))  # keep symbolic links
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with part.open("wb") as opened:
-            yield opened
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from captum_abslrp.files import replaced
 from captum_abslrp.report import drawing
 from captum_abslrp.visualization import SMOOTHED
 
@@ -198,12 +199,8 @@ def write_page(folder: Path, explainer: bytes, about: Mapping[str, Any], runtime
     _require_own(folder, page)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in page.items():
-        partial = folder / f".{name}.partial"
-        try:
-            partial.write_bytes(content)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced(folder / name) as file:
+            file.write(content)
 
 
 def _page(explainer: bytes, about: Mapping[str, Any], runtime: Path) -> dict[str, bytes]:

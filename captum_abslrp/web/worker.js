@@ -46,8 +46,8 @@ async function start() {
 
 /** Explain a black image while the user looks for one: the first run is slow, because the browser compiles. */
 async function warmUp() {
-  const shape = about.inputs.image;
-  const black = new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b)), shape);
+  const size = about.inputs.image;
+  const black = new ort.Tensor("float32", new Float32Array(size.reduce((a, b) => a * b)), size);
   await run({ image: black, scores: null, maps: new Map() }, 0).catch(() => {}); // an image will have the error
 }
 
