@@ -243,7 +243,10 @@ def _check_map(
             expected, found = explainer(x, target)[1], run(x, target)[1]
         largest = float(expected.nan_to_num().abs().max())
         if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest, equal_nan=True):
+            away = float((found - expected).abs().max()) / largest if largest else torch.inf
             raise RuntimeError(
-                "Expected the saved program to reproduce the map, but got a different map. Save it in the "
-                "other format, and report the model."
+                "Expected the saved program to reproduce the map, but got another map: the largest "
+                f"difference is {away:.1%} of the largest relevance. Either rounding changes this map as much, or an "
+                "operator is computed differently. Save it in the other format. If the weights are trained, "
+                "report the model."
             )

@@ -75,7 +75,7 @@ def of(exported: ExportedProgram, key: str, about: str) -> bytes:
                 optimize=False,  # it would fold weights, and store them twice
                 verbose=False,
             )
-        except (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError) as error:
+        except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"Expected an explanation of operators that ONNX has, but got {_reason(error)}. Save a .pt2 "
                 "file."

@@ -152,20 +152,30 @@ def _replication_pad2d_backward(gradient: Tensor, x: Tensor, padding: Sequence[i
     return _separable_backward(gradient, x.shape, along)
 
 
-def _is_view(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> bool:
-    """Whether the elements of a strided view are those of `x`, in order."""
+def _order(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
+) -> list[int] | None:
+    """The dimensions of a strided view by their steps in memory, largest first.
+
+    None if the view does not have each element of `x` once.
+    """
+    order = sorted(range(len(size)), key=lambda d: stride[d], reverse=True)
     expected = 1
-    for length, step in zip(reversed(size), reversed(stride), strict=True):
-        if length != 1 and step != expected:
-            return False
-        expected *= length
-    return not offset and expected == x.numel() and x.is_contiguous()
+    for d in reversed(order):
+        if size[d] != 1 and stride[d] != expected:
+            return None
+        expected *= size[d]
+    return order if not offset and expected == x.numel() and x.is_contiguous() else None
 
 
 def _as_strided(
     x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Any:
-    return x.reshape(size) if _is_view(x, size, stride, storage_offset) else NotImplemented
+    order = _order(x, size, stride, storage_offset)
+    if order is None:
+        return NotImplemented
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return x.reshape([size[d] for d in order]).permute(back)
 
 
 def _as_strided_scatter(
@@ -175,7 +185,13 @@ def _as_strided_scatter(
     stride: Sequence[int],
     storage_offset: int | None = None,
 ) -> Any:
-    return src.reshape(x.shape) if _is_view(x, size, stride, storage_offset) else NotImplemented
+    order = _order(x, size, stride, storage_offset)
+    return NotImplemented if order is None else src.permute(order).reshape(x.shape)
+
+
+def _view(x: Tensor, size: Sequence[int]) -> Any:
+    """A view, also where a decomposition returns another order of memory than its operator."""
+    return NotImplemented if x.is_contiguous() else x.contiguous().view(size)
 
 
 def _zeros(size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
@@ -242,6 +258,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _ATEN._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool2d_backward,
     _ATEN.replication_pad2d_backward.default: _replication_pad2d_backward,
     _ATEN.full_like.default: _full_like,
+    _ATEN.view.default: _view,
     _ATEN.as_strided.default: _as_strided,
     _ATEN.as_strided_scatter.default: _as_strided_scatter,
     # Memory without values: the graph writes all of it before it reads it.
