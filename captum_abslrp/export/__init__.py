@@ -246,7 +246,7 @@ def _check_map(
             away = float((found - expected).abs().max()) / largest if largest else torch.inf
             raise RuntimeError(
                 "Expected the saved program to reproduce the map, but got another map: the largest "
-                f"difference is {away:.1%} of the largest relevance. Either rounding changes this map as much, or an "
-                "operator is computed differently. Save it in the other format. If the weights are trained, "
-                "report the model."
+                f"difference is {away:.1%} of the largest relevance. Either rounding changes this map as "
+                "much, or an operator is computed differently. Save it in the other format. If the weights "
+                "are trained, report the model."
             )
