@@ -204,7 +204,8 @@ class AbsLRP(GradientAttribution):
             >>> attributor = AbsLRP.recommended(model)
             >>> attributor.recommendation.mapping, attributor.contrast, attributor.combine
             ('recommended', 'softmax', 'guided')
-            >>> attributor.attribute(torch.rand(2, 3, 160, 160), target=3).shape
+            >>> x = torch.rand(2, 3, 160, 160)
+            >>> attributor.attribute(x, target=model(x).argmax(1)).shape
             torch.Size([2, 3, 160, 160])
         """
         chosen = recommend(unwrapped(model)) if isinstance(model, nn.Module) else OTHER

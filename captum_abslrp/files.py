@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,13 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         '0.1'
     """
     target = Path(os.path.realpath(path))  # keep symbolic links
-    part = target.with_name(f".{target.name}.part")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if target.exists() and not is_writable(target):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    part = target.with_name(f".{uuid.uuid4().hex}.part")  # another process may write the same file
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             yield file
         part.replace(target)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -46,9 +47,12 @@ def simplify(module: GraphModule, live: Collection[int] = ()) -> None:
     for node, value in values.items():
         if node.op == "get_attr" or not _is_kept(node, value, values):
             continue
-        name = names.setdefault(_content(value), f"constant_{len(names)}")
-        if not hasattr(module, name):
-            module.register_buffer(name, value, persistent=True)
+        content = _content(value)
+        if content not in names:
+            free = (f"constant_{i}" for i in itertools.count(len(names)))
+            names[content] = next(name for name in free if not hasattr(module, name))
+            module.register_buffer(names[content], value, persistent=True)
+        name = names[content]
         with graph.inserting_before(node):
             kept = graph.get_attr(name)
         node.replace_all_uses_with(kept)

@@ -27,6 +27,7 @@ import captum_abslrp.export
 from captum_abslrp import LRP, AbsLRP, demo
 from captum_abslrp.cli import main
 from captum_abslrp.export import METADATA, Preprocessing, onnx_file, operators, save_explainer
+from captum_abslrp.files import replaced
 from captum_abslrp.graphs import simplify
 from captum_abslrp.web import RUNTIME_VERSION
 from tests.conftest import relative_error
@@ -195,7 +196,7 @@ def test_files_of_more_models_run_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", timm.list_models("test_*"))
+@pytest.mark.parametrize("name", [*timm.list_models("test_*"), "mobilevit_xxs"])
 def test_small_models_of_timm_in_onnx(name: str) -> None:
     model = model_of(name)
     attributor = AbsLRP.recommended(model)
@@ -223,6 +224,27 @@ def test_a_batch_has_a_class_for_each_sample() -> None:
     assert program(x, torch.tensor([7, 10]))[1].isnan().flatten(1).all(1).tolist() == [False, True]
 
 
+def test_maps_are_nan_where_attribute_raises() -> None:
+    model = model_of("demo:vgg")
+    x = images_of(model)[:1]
+    attributor = AbsLRP(model)
+    file = io.BytesIO()
+    save_explainer(attributor, file, x, format="onnx")
+    for run in (onnx_file.runner(file.getvalue()), pt2_of(attributor, x)[1]):
+        for image, target in ((x, 10), (x, -11), (x / 0, 3), (x * torch.nan, 3)):
+            assert run(image, torch.tensor([target]))[1].isnan().all(), target
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_inputs_of_another_shape(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval().to(dtype)
+    x = torch.rand(2, 4, dtype=dtype)
+    about, program = pt2_of(AbsLRP(model), x)
+    assert about["smoothing"] == 1 and about["inputs"]["image"] == [2, 4]
+    assert torch.equal(program(x, torch.tensor([2, 1]))[1], AbsLRP(model).attribute(x, [2, 1]))
+
+
 def test_the_order_of_memory_is_free() -> None:
     model = model_of("demo:vgg")
     x = images_of(model)[:1].to(memory_format=torch.channels_last)
@@ -240,7 +262,8 @@ def test_options_are_those_of_trace() -> None:
     about, program = pt2_of(attributor, x, target=1, **options)
     expected = attributor.attribute(x, 5, **options)
     assert torch.equal(program(x, torch.tensor([5]))[1], expected)
-    assert (about["contrast"], about["combine"]) == ("3", "difference")
+    assert (about["contrast"], about["combine"]) == (3, "difference")
+    assert "contrast=3, combine='difference'" in about["method"]
 
 
 @pytest.mark.parametrize("format", LIMITS)
@@ -310,6 +333,9 @@ def test_bad_arguments_get_one_clear_line(tmp_path: Path) -> None:
         (ValueError, "same operators for all values", 
          {"attributor": AbsLRP(Branches().eval()), "inputs": torch.rand(1, 4)}),
         (IndexError, "target", {"target": 11}),
+        (ValueError, "float32 or float16 for ONNX, but got torch.float64",
+         {"inputs": x.double(), "file": tmp_path / "a.onnx"}),
+        (FileNotFoundError, "No such file", {"file": tmp_path / "none" / "a.pt2"}),
     ]:  # fmt: skip
         with pytest.raises(error_class, match=message) as caught:
             save_to(**({"file": file} | options))
@@ -483,7 +509,7 @@ def test_a_missing_operator_of_onnx_is_named(monkeypatch: pytest.MonkeyPatch) ->
     model = model_of("demo:vit")
     monkeypatch.delitem(operators.DECOMPOSITIONS, torch.ops.aten.copysign.Tensor)
     with pytest.raises(
-        ValueError, match=r"operators that ONNX has, but got .*signbit.*\.pt2"
+        ValueError, match=r"can be converted to ONNX, but got .*signbit.*\.pt2"
     ) as caught:
         save_explainer(AbsLRP.recommended(model), io.BytesIO(), images_of(model)[:1], format="onnx")
     assert "\n" not in str(caught.value)
@@ -508,6 +534,48 @@ def test_another_map_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(RuntimeError, match=r"reproduce the map, .* is [\d.]+% of the largest"):
         save_explainer(AbsLRP(model), file, images_of(model)[:1])
     assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
+
+
+def test_other_scores_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("demo:vgg")
+    runner = onnx_file.runner
+
+    def without_scores(content: bytes) -> Callable[..., Any]:
+        run = runner(content)
+        return lambda image, target: (0 * run(image, target)[0], run(image, target)[1])
+
+    monkeypatch.setattr(onnx_file, "runner", without_scores)
+    with pytest.raises(RuntimeError, match=r"the scores, .* is 100.0% of the largest value"):
+        save_explainer(AbsLRP(model), io.BytesIO(), images_of(model)[:1], format="onnx")
+
+
+def test_operators_that_write_to_given_memory() -> None:
+    def run(x: Tensor) -> Tensor:
+        memory = torch.empty_like(x)
+        torch.ops.aten.threshold_backward.grad_input(x, x - 1, 0, grad_input=memory)
+        torch.ops.aten.div.out(memory, x, out=memory)
+        return memory
+
+    x = torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) * 2
+    graph = make_fx(run)(x)
+    onnx_file.prepare(graph)
+    assert torch.equal(graph(x), run(x))
+    assert not [n for n in graph.graph.nodes if str(n.target).endswith(("grad_input", "out"))]
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.onnx"
+    mine = tmp_path / ".a.onnx.part"
+    mine.write_text("mine")
+    with replaced(file) as first:
+        with pytest.raises(ZeroDivisionError), replaced(file) as second:
+            second.write(b"second")
+            raise ZeroDivisionError
+        first.write(b"first")
+    assert file.read_bytes() == b"first" and mine.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [mine, file]
+    with pytest.raises(IsADirectoryError), replaced(tmp_path):
+        pass
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -554,13 +622,25 @@ def test_preprocessing_of_transformers() -> None:
     for processor, expected in [
         (transformers.ViTImageProcessor(), ((224, 224), "bilinear", None)),
         (
-            transformers.ConvNextImageProcessor(size={"shortest_edge": 224}),
+            transformers.ConvNextImageProcessor(size={"shortest_edge": 224}, resample=3),
             (256, "bicubic", (224, 224)),
         ),
     ]:
         found = Preprocessing.of(processor)
         assert (found.resize, found.interpolation, found.crop) == expected
     assert found.rounding == "down"
+
+
+@pytest.mark.parametrize("size", [224, 299, 380, 518])
+def test_rounding_of_borders(size: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    for shortest in (size, size + 32):
+        processor = transformers.CLIPImageProcessor(
+            size={"shortest_edge": shortest}, crop_size={"height": size, "width": size}
+        )
+        assert Preprocessing.of(processor).rounding == "down"
+        compose = create_transform((3, size, size), crop_pct=size / shortest)
+        assert Preprocessing.of(compose).rounding == "even"
 
 
 def test_other_preprocessing_is_refused() -> None:
@@ -616,7 +696,7 @@ def test_the_command_writes_the_map_of_explain(
         (["--out", "a.pt2", "--runtime", "x"], "Expected `--web DIR` with `--runtime`"),
         (["--web", "page", "--runtime", "x"], "--web: Expected"),
         (["--out", "a.pb"], "Expected `--out` to end in .pt2 or .onnx, but got a.pb."),
-        (["--out", "a.pt2", "--mapping", "vg"], "--mapping: "),
+        (["--out", "new/a.pt2", "--mapping", "vg"], "--mapping: "),
         (["--out", "a.pt2", "--contrast", "11"], "Expected `--contrast` to be between 0 and 9"),
         (["--out", "/dev/null/a.pt2"], "could not be written"),
     ],

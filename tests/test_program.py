@@ -411,6 +411,14 @@ def test_large_constants_are_made_in_every_run() -> None:
     assert operators(graph)[0] == "aten.clamp.default"
 
 
+def test_names_of_constants_that_are_taken() -> None:
+    graph = make_fx(lambda x: x + torch.arange(3.0) + torch.arange(3.0).cumsum(0))(torch.zeros(3))
+    graph.register_buffer("constant_0", torch.full((3,), 7.0))
+    simplify(graph)
+    assert graph(torch.zeros(3)).tolist() == [0.0, 2.0, 5.0]
+    assert graph.constant_0.tolist() == [7.0] * 3
+
+
 def test_random_numbers_are_drawn_in_every_run() -> None:
     graph = make_fx(lambda x: x + torch.rand(3))(torch.zeros(3))
     simplify(graph)

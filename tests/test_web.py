@@ -193,7 +193,7 @@ def test_animations_are_found(node: Node, kind: str) -> None:
         list(frames("JPEG", 1)),
     ]
     found = node("given.map((bytes) => files.isAnimated(Uint8Array.from(bytes)))", given)
-    assert found[:2] == [False, True] and found[3:] == [False, False]
+    assert found == [False, True, kind == "WEBP", False, False]
 
 
 # The package of the runtime
@@ -242,7 +242,7 @@ def test_another_folder_is_refused(make: Any, message: str, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=message), find_runtime(folder):
         pass
     with pytest.raises(ValueError, match=message):
-        write_page(tmp_path / "page", b"", {"preprocessing": {"mode": "L"}}, folder)
+        write_page(tmp_path / "page", b"", TINY, folder)
     assert not (tmp_path / "page").exists()
 
 
@@ -322,6 +322,30 @@ def test_a_page_is_complete_and_replaces_only_itself(tmp_path: Path) -> None:
     assert (folder / "index.html").exists()
 
 
+def test_a_page_that_is_replaced_in_part_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = installed(tmp_path / "package")
+    folder = tmp_path / "page"
+    write_page(folder, b"first", TINY, package)
+    replaced = web.replaced
+
+    def full(path: Path) -> Any:
+        if path.name == "ort.js":
+            raise OSError(28, "No space left on device")
+        return replaced(path)
+
+    monkeypatch.setattr(web, "replaced", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_page(folder, b"second", TINY, package)
+    text = (folder / "index.html").read_text()
+    assert "This page is not complete" in text and "main.js" not in text
+    monkeypatch.undo()
+    size = write_page(folder, b"second", TINY, package)
+    assert "main.js" in (folder / "index.html").read_text()
+    assert size == sum(file.stat().st_size for file in folder.iterdir())
+
+
 @pytest.mark.parametrize("name", ["index.html", "main.js", "explainer.onnx"])
 def test_files_of_others_remain(name: str, tmp_path: Path) -> None:
     package = installed(tmp_path / "package")
@@ -336,8 +360,18 @@ def test_files_of_others_remain(name: str, tmp_path: Path) -> None:
 
 def test_a_page_needs_the_preprocessing(tmp_path: Path) -> None:
     package = installed(tmp_path / "package")
-    with pytest.raises(ValueError, match="to have the preprocessing of images, but got none"):
-        write_page(tmp_path / "page", b"", TINY | {"preprocessing": None}, package)
+    for steps in (None, "Resize(24)"):
+        with pytest.raises(
+            ValueError, match=r"the steps of a preprocessing, but got .*Resize|None"
+        ):
+            write_page(tmp_path / "page", b"", TINY | {"preprocessing": steps}, package)
+    for other in (
+        {"dtype": "float16"},
+        {"inputs": {"image": [2, 3, 24, 32], "target": [2]}},
+        {"inputs": {"image": [1, 4], "target": [1]}},
+    ):
+        with pytest.raises(ValueError, match="to take one image"):
+            write_page(tmp_path / "page", b"", TINY | other, package)
     with pytest.raises(OSError, match="page"):
         (tmp_path / "page").write_text("a file")
         write_page(tmp_path / "page", b"", TINY, package)
@@ -625,6 +659,37 @@ def test_bad_files_get_a_line_and_the_map_stays(tiny: str, opened: Opened, tmp_p
     page.locator(".choice").nth(3).click()
     says(page, "good.png: negative, minus, ")
     assert page.locator("#status.trouble").count() == 0
+
+
+def test_an_error_stays_while_another_image_is_explained(tiny: str, opened: Opened) -> None:
+    page = opened(tiny, LATE_MAP)
+    give(page, ("good.png", png(some_pixels())), expect="Computing")
+    refused = "text.txt is not an image. Choose a PNG, JPEG, GIF or WebP file."
+    give(page, ("text.txt", b"no image"), expect=refused)
+    line = says(page, "xplained in")
+    assert line.startswith(f"{refused} good.png: ")
+    assert page.locator("#status.trouble").count() == 1
+    page.locator(".choice").nth(3).click()
+    assert says(page, "negative, minus, ").startswith("good.png: ")
+    assert page.locator("#status.trouble").count() == 0
+
+
+def test_a_map_that_fails_leaves_the_other_image(tiny: str, opened: Opened) -> None:
+    page = opened(
+        tiny,
+        """
+        const post = Worker.prototype.postMessage;
+        Worker.prototype.postMessage = function (message) {
+            if (message.target === 4) message = { ...message, target: 1.5 };
+            post.call(this, message);
+        };""",
+    )
+    give(page, ("good.png", png(some_pixels())))
+    page.locator(".choice").nth(4).click()
+    page.locator("#status.trouble").wait_for()
+    page.locator(".choice").nth(3).click()
+    assert says(page, "negative, minus, ").startswith("good.png: ")
+    assert page.locator("#shown").get_attribute("aria-busy") == "false"
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp"])

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from captum_abslrp.attribution import AbsLRP
 from captum_abslrp.cli.attributors import add_attributor, attributor_of, contrast_of
 from captum_abslrp.cli.files import UserError, complain, say, written
 from captum_abslrp.cli.models import Subject, add_checkpoint, load_subject, model_names
 from captum_abslrp.engine.errors import UnsupportedCallError
 from captum_abslrp.export import FORMATS, Preprocessing, save_explainer
-from captum_abslrp.web import RUNTIME_VERSION, find_runtime, write_page
+from captum_abslrp.web import RUNTIME_VERSION, check_folder, find_runtime, write_page
 
 
 def add_command(commands: Any) -> None:
@@ -61,43 +62,58 @@ def _export(args: argparse.Namespace) -> int:
         if form not in FORMATS:
             raise UserError(f"Expected `--out` to end in .pt2 or .onnx, but got {args.out}.")
     subject = load_subject(args.model, args.checkpoint, torch.device("cpu"))
+    method = attributor_of(args, subject)
+    method.contrast = contrast_of(args, method, subject)
+    if args.web is not None:
+        _check_folder(args.web)
     made = None
     if args.out is not None:
         with written(args.out) as file:
-            made = explainer_of(args, subject, form)
+            made = explainer_of(args, subject, method, form)
             file.write(made[0])
         say(f"{args.out}: {len(made[0]) / 1e6:.1f} MB")
     if args.web is not None:
-        _write_page(args, subject, made if form == "onnx" else None)
+        _write_page(args, subject, method, made if form == "onnx" else None)
     return 0
 
 
-def _write_page(args: argparse.Namespace, subject: Subject, made: tuple[bytes, Any] | None) -> None:
+def _check_folder(folder: Path) -> None:
+    """Raise an error before any computation if the page cannot be written to a folder."""
+    try:
+        check_folder(folder)
+    except ValueError as error:
+        raise UserError(f"--web: {error}") from error
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
+
+
+def _write_page(
+    args: argparse.Namespace, subject: Subject, method: AbsLRP, made: tuple[bytes, Any] | None
+) -> None:
     """Write the page; `made` is the ONNX model with its metadata, if it was already made."""
     try:
         with find_runtime(args.runtime) as runtime:
-            content, about = made or explainer_of(args, subject, "onnx")
+            content, about = made or explainer_of(args, subject, method, "onnx")
             if not isinstance(about["preprocessing"], dict):
                 raise UserError(
                     f"Expected a model whose images are resized, cropped and normalized for `--web`, but got "
                     f"{args.model}, see the warning. Use `--out FILE` instead."
                 )
-            write_page(args.web, content, about, runtime)
+            size = write_page(args.web, content, about, runtime)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--web: {error}") from error
     except OSError as error:
         raise UserError(f"{args.web} could not be written: {error.strerror or error}") from error
-    size = sum(file.stat().st_size for file in args.web.iterdir())
     say(
         f"{args.web}: a page of {size / 1e6:.1f} MB. Serve it with `python -m http.server --directory "
         f"{args.web}`, and open http://localhost:8000."
     )
 
 
-def explainer_of(args: argparse.Namespace, subject: Subject, form: str) -> tuple[bytes, Any]:
+def explainer_of(
+    args: argparse.Namespace, subject: Subject, method: AbsLRP, form: str
+) -> tuple[bytes, Any]:
     """Return the content of a file and its metadata."""
-    method = attributor_of(args, subject)
-    contrast = contrast_of(args, method, subject)
     say(f"Explained by {method!r}")
     preprocessing: Preprocessing | str
     try:
@@ -107,7 +123,7 @@ def explainer_of(args: argparse.Namespace, subject: Subject, form: str) -> tuple
         preprocessing = " ".join(str(subject.transform).split())
     # The example fixes shapes; its values only choose which masks and constants are nonnegative.
     example = torch.randn(1, *subject.input_size, generator=torch.Generator().manual_seed(0))
-    target = int(contrast == 0)
+    target = int(method.contrast == 0)
     content = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -121,10 +137,11 @@ def explainer_of(args: argparse.Namespace, subject: Subject, form: str) -> tuple
                 name=args.model,
                 class_names=subject.names,
                 preprocessing=preprocessing,
-                contrast=contrast,
             )
     except (
         ValueError,
+        TypeError,
+        IndexError,
         RuntimeError,
         FloatingPointError,
         UnsupportedCallError,

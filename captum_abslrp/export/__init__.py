@@ -8,13 +8,14 @@ Axes: B samples, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ METADATA = "captum_abslrp.json"
 
 FORMATS = ("pt2", "onnx")
 TOLERANCE = 1e-2
+"""Differences that a saved program may have, as parts of the largest value."""
 
 
 class _Explainer(nn.Module):
@@ -92,9 +94,11 @@ def save_explainer(
     Raises:
         TypeError: if `attributor` is not an AbsLRP or LRP, or `inputs` is not a tensor.
         ValueError: if the format is unknown, the number of names is not K, the model is not on the CPU, its
-            operations depend on values, or ONNX lacks one of its operators.
+            operations depend on values, or it cannot be converted to ONNX, which needs float32 or float16.
         ModuleNotFoundError: if a package that ONNX requires is missing.
-        RuntimeError: if the saved program computes a different map.
+        RuntimeError: if the saved program computes other scores or another map.
+        IndexError, NotImplementedError, FloatingPointError: as
+            :meth:`AbsLRP.trace <captum_abslrp.AbsLRP.trace>`.
         OSError: if the file cannot be written.
 
     Example:
@@ -112,24 +116,32 @@ def save_explainer(
     format = _format(file, format)
     if format == "onnx":
         onnx_file.check_installed()
-    _check(attributor, inputs)
-    # Opening the file first tells a missing folder before minutes of work.
+    _check_given(attributor, inputs, format)
+    # Opening the file first finds a missing folder before minutes of work.
     with replaced(Path(file)) if isinstance(file, (str, Path)) else nullcontext(file) as opened:
         inputs = inputs.detach().contiguous()
         program = attributor.trace(inputs, target, contrast=contrast, combine=combine, guide=guide)
-        if format == "onnx":
-            onnx_file.prepare(program.graph)
         explainer = _Explainer(program)
         targets = torch.full((len(inputs),), target)
+        references = _references(explainer, inputs, targets)
+        about = _about(
+            attributor,
+            inputs,
+            references[0].scores,
+            name,
+            class_names,
+            preprocessing,
+            contrast,
+            combine,
+        )
+        if format == "onnx":
+            onnx_file.prepare(program.graph)
         with torch.no_grad():
             exported = torch.export.export(explainer, (inputs, targets))
-            scores, _ = explainer(inputs, targets)
         _forget_sources(exported)
-        about = _about(
-            attributor, inputs, scores, name, class_names, preprocessing, contrast, combine
-        )
         content, run = _onnx(exported, about) if format == "onnx" else _pt2(exported, about)
-        _check_map(run, explainer, inputs, scores, targets)
+        for reference in references:
+            _check(run, reference)
         opened.write(content)
     return about
 
@@ -168,13 +180,18 @@ def _format(file: Any, format: str | None) -> str:
     return format
 
 
-def _check(attributor: Any, inputs: Any) -> None:
+def _check_given(attributor: Any, inputs: Any, format: str) -> None:
     if not isinstance(attributor, AbsLRP):
         raise TypeError(
             f"Expected `attributor` to be an AbsLRP or LRP, but got {type(attributor).__name__}."
         )
     if not isinstance(inputs, Tensor):
         raise TypeError(f"Expected `inputs` to be one tensor, but got {type(inputs).__name__}.")
+    if format == "onnx" and inputs.dtype not in (torch.float32, torch.float16):
+        raise ValueError(
+            f"Expected inputs of float32 or float16 for ONNX, but got {inputs.dtype}. Call `model.float()` "
+            "and `inputs.float()`, or save a .pt2 file."
+        )
     for tensor in (inputs, *attributor.model.parameters(), *attributor.model.buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(
@@ -199,20 +216,24 @@ def _about(
             f"Expected `class_names` to have one name per class, but got {len(class_names)} names for scores "
             f"of shape {tuple(scores.shape)}."
         )
-    try:
-        smoothing = stem_stride(attributor.model, inputs)
-    except UnsupportedCallError:
-        smoothing = 1
-    contrast = attributor.contrast if isinstance(contrast, Default) else contrast
-    combine = attributor.combine if isinstance(combine, Default) else combine
+    smoothing = 1
+    if inputs.dim() == 4:
+        with suppress(UnsupportedCallError):
+            smoothing = stem_stride(attributor.model, inputs)
+    attributor = copy.copy(attributor)  # whose settings are those of this file
+    if not isinstance(contrast, Default):
+        attributor.contrast = contrast
+    if not isinstance(combine, Default):
+        attributor.combine = combine
+    contrast = attributor.contrast
     if isinstance(preprocessing, Preprocessing):
         preprocessing = preprocessing.as_dict()  # type: ignore[assignment]
     return {
         "format": 1,
         "model": name or type(attributor.model).__name__,
         "method": repr(attributor),
-        "contrast": contrast if contrast is None or isinstance(contrast, str) else str(contrast),
-        "combine": combine,
+        "contrast": contrast if isinstance(contrast, (int, str, type(None))) else str(contrast),
+        "combine": None if contrast is None else attributor.combine,
         "inputs": {"image": [*inputs.shape], "target": [len(inputs)]},
         "outputs": {"scores": [*scores.shape], "relevance": [*inputs.shape]},
         "dtype": str(inputs.dtype).removeprefix("torch."),
@@ -232,21 +253,41 @@ def _forget_sources(exported: ExportedProgram) -> None:
                     node.meta.pop(key, None)
 
 
-def _check_map(
-    run: Any, explainer: nn.Module, inputs: Tensor, scores: Tensor, targets: Tensor
-) -> None:
-    """Compare the saved program with the traced one, also for another input and other classes."""
-    others = scores.flatten(2).mean(2) if scores.dim() > 2 else scores
-    other = others.argmax(1) if others.dim() == 2 else targets
-    for x, target in ((inputs, targets), (inputs.flip(-1), other)):
-        with torch.no_grad():
-            expected, found = explainer(x, target)[1], run(x, target)[1]
+class _Reference(NamedTuple):
+    """What a saved program has to return."""
+
+    inputs: Tensor
+    targets: Tensor
+    scores: Tensor
+    relevance: Tensor
+
+
+def _references(explainer: nn.Module, inputs: Tensor, targets: Tensor) -> list[_Reference]:
+    """The maps of the example, and of another input for its predicted classes."""
+    other = inputs.flip(-1)
+    with torch.no_grad():
+        scores, relevance = explainer(inputs, targets)
+        predicted = explainer(other, targets)[0]
+        predicted = predicted.flatten(2).mean(2) if predicted.dim() > 2 else predicted
+        others = predicted.argmax(1) if predicted.dim() == 2 else targets
+        found = explainer(other, others)
+        if not found[1].isfinite().all():  # such as the class that is the contrast
+            others, found = targets, explainer(other, targets)
+    return [_Reference(inputs, targets, scores, relevance), _Reference(other, others, *found)]
+
+
+def _check(run: Any, reference: _Reference) -> None:
+    """Compare what a saved program returns with the traced program."""
+    with torch.no_grad():
+        found = run(reference.inputs, reference.targets)
+    pairs = zip(("scores", "map"), found, (reference.scores, reference.relevance), strict=True)
+    for name, value, expected in pairs:
         largest = float(expected.nan_to_num().abs().max())
-        if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest, equal_nan=True):
-            away = float((found - expected).abs().max()) / largest if largest else torch.inf
+        if not torch.allclose(value, expected, rtol=0, atol=TOLERANCE * largest, equal_nan=True):
+            away = float((value - expected).abs().max()) / largest if largest else torch.inf
             raise RuntimeError(
-                "Expected the saved program to reproduce the map, but got another map: the largest "
-                f"difference is {away:.1%} of the largest relevance. Either rounding changes this map as "
-                "much, or an operator is computed differently. Save it in the other format. If the weights "
-                "are trained, report the model."
+                f"Expected the saved program to reproduce the {name}, but the largest difference is "
+                f"{away:.1%} of the largest value. Either rounding changes it as much, or an operator is "
+                "computed differently. Save it in the other format. If the weights are trained, report "
+                "the model."
             )

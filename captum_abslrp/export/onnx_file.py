@@ -8,9 +8,11 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -23,7 +25,7 @@ LARGEST = 2**31 - 2**24
 """Maximum number of bytes of all weights: a file in the format of ONNX has at most 2 GB."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_FOLDED = 2**14
-"""Maximum number of bytes of a constant that is computed in advance."""
+"""Maximum number of elements of a constant that is computed in advance."""
 
 
 def check_installed() -> None:
@@ -37,14 +39,44 @@ def check_installed() -> None:
 
 
 def prepare(graph: GraphModule) -> None:
-    """Write operators that the conversion would keep as others, in place."""
+    """Write operators that the conversion would keep, or not understand, as others, in place."""
     for node in graph.graph.nodes:
-        if node.target in COMPOSITES:
-            with graph.graph.inserting_before(node):
+        if node.op != "call_function":
+            continue
+        with graph.graph.inserting_before(node):
+            if node.target in COMPOSITES:
                 given = [torch.fx.Proxy(argument) for argument in node.args]
-                node.replace_all_uses_with(COMPOSITES[node.target](*given).node)
-            graph.graph.erase_node(node)
+                new = COMPOSITES[node.target](*given).node
+            elif (functional := _functional(node.target)) is not None:
+                others = dict(node.kwargs)
+                memory = others.pop(node.target._schema.arguments[-1].name)
+                value = graph.graph.call_function(functional, node.args, others)
+                new = graph.graph.call_function(torch.ops.aten.copy_.default, (memory, value))
+            else:
+                continue
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _functional(target: Any) -> OpOverload | None:
+    """For an operator that writes its result to its last argument, such as `out`: the one that returns it."""
+    if not isinstance(target, OpOverload):
+        return None
+    arguments = [(a.name, str(a.type)) for a in target._schema.arguments]
+    last = target._schema.arguments[-1] if arguments else None
+    if last is None or not last.kwarg_only or last.alias_info is None:
+        return None
+    packet = target.overloadpacket
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    return next(
+        (
+            o
+            for o in overloads
+            if [(a.name, str(a.type)) for a in o._schema.arguments] == arguments[:-1]
+        ),
+        None,
+    )
 
 
 def of(exported: ExportedProgram, key: str, about: str) -> bytes:
@@ -77,8 +109,8 @@ def of(exported: ExportedProgram, key: str, about: str) -> bytes:
             )
         except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"Expected an explanation of operators that ONNX has, but got {_reason(error)}. Save a .pt2 "
-                "file."
+                f"Expected an explanation that can be converted to ONNX, but got {_reason(error)}. Save a "
+                ".pt2 file."
             ) from error
         assert program is not None
         model = program.model

@@ -58,7 +58,7 @@ class Preprocessing:
     rounding: str = "even"
 
     def __call__(self, image: Image) -> Tensor:
-        """Return the input of the model, (C, H, W), for an image."""
+        """Return the input of the model, (C, H, W), for an upright image with 8 bits per channel."""
         from PIL import Image as Images
 
         image = image.convert(self.mode)
@@ -131,7 +131,10 @@ class Preprocessing:
         std = 1 / (white - black).double()
         mean = -black.double() * std
         levels = 255 / (white - black).abs().double()[:, None, None]
-        pictures = [Images.fromarray(_picture(*size)).convert(mode) for size in SIZES]
+        sizes = [*SIZES]
+        if isinstance(resize, int) and crop is not None:
+            sizes += [(_side(resize, crop[1]), resize), (resize, _side(resize, crop[0]))]
+        pictures = [Images.fromarray(_picture(*size)).convert(mode) for size in sizes]
         expected = [run(picture) for picture in pictures]
         for rounding in ("even", "down"):
             found = cls(mode, resize, interpolation, crop, _short(mean), _short(std), rounding)
@@ -139,6 +142,11 @@ class Preprocessing:
             if all(a.shape == b.shape and _equal(a, b, levels) for a, b in pairs):
                 return found
         raise _unknown(transform, "more than these steps")
+
+
+def _side(resize: int, crop: int) -> int:
+    """A length of the longer side with a border of 1.5 pixels, which shows how borders are rounded."""
+    return next(length for length in range(resize, resize + 4) if (length - crop) % 4 == 3)
 
 
 def _equal(a: Tensor, b: Tensor, levels: Tensor) -> bool:

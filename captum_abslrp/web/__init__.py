@@ -23,8 +23,10 @@ Example:
 
 from __future__ import annotations
 
+import errno
 import html
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -39,7 +41,7 @@ from captum_abslrp.files import replaced
 from captum_abslrp.report import drawing
 from captum_abslrp.visualization import SMOOTHED
 
-__all__ = ["RUNTIME_VERSION", "find_runtime", "write_page"]
+__all__ = ["RUNTIME_VERSION", "check_folder", "find_runtime", "write_page"]
 
 RUNTIME_VERSION = "1.30.0"
 """The version of the npm package onnxruntime-web that the page is tested with."""
@@ -51,6 +53,12 @@ _RUNTIME_FILES = {
     "ort-wasm-simd-threaded.wasm": "dist/ort-wasm-simd-threaded.wasm",
 }
 _GENERATOR = '<meta name="generator" content="captum-abslrp explainer">'
+_WAITING = f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8">{_GENERATOR}<title>Not complete</title></head>
+<body><p>This page is not complete. Wait until all of its files are written, and reload it.</p></body>
+</html>
+"""
 _REMEDY = (
     f"Run `npm install {_PACKAGE}@{RUNTIME_VERSION}`, and pass the folder "
     f"node_modules/{_PACKAGE} of the installed package."
@@ -159,10 +167,27 @@ def _fetch(folder: Path) -> Path:
     return package
 
 
-def write_page(folder: Path, explainer: bytes, about: Mapping[str, Any], runtime: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Check that a page of another origin is not in a folder.
+
+    Raises:
+        ValueError: if the folder has an ``index.html`` that :func:`write_page` did not write.
+        OSError: if it is not a folder, or cannot be read.
+
+    Example:
+        >>> check_folder(Path("a-new-folder"))
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if (folder / "index.html").exists() and not _has_page(folder):
+        raise _another(folder, "index.html")
+
+
+def write_page(folder: Path, explainer: bytes, about: Mapping[str, Any], runtime: Path) -> int:
     """Write the page and all files that it needs into a folder.
 
-    Every file appears complete. A page that was written before is replaced; other files in the folder remain.
+    Every file appears complete. A page that was written before is replaced; until all files are new, the page
+    says that it is being written. Other files in the folder remain.
 
     Args:
         folder: the folder, which is created if it does not exist.
@@ -172,22 +197,33 @@ def write_page(folder: Path, explainer: bytes, about: Mapping[str, Any], runtime
             class_names, preprocessing, smoothing and versions.
         runtime: the folder of the npm package, see :func:`find_runtime`.
 
+    Returns:
+        The number of bytes of the page.
+
     Raises:
-        ValueError: if `about` has no preprocessing, if `runtime` is not the package, or if the folder has
-            another page or another file with the name of a file of the page.
+        ValueError: if `about` has no steps of a preprocessing or does not describe one image of float32, if
+            `runtime` is not the package, or if the folder has another page or another file with the name of
+            a file of the page.
         OSError: if a file cannot be written.
 
     Example:
         >>> write_page(Path("page"), b"", {"preprocessing": None}, Path("runtime"))
         Traceback (most recent call last):
         ...
-        ValueError: Expected `about` to have the preprocessing of images, but got none. Export the
-        explainer with `preprocessing`.
+        ValueError: Expected `about` to have the steps of a preprocessing, but got None. Export the
+        explainer with `preprocessing=Preprocessing(...)`.
     """
-    if not about.get("preprocessing"):
+    steps = about.get("preprocessing")
+    if not isinstance(steps, Mapping):
         raise ValueError(
-            "Expected `about` to have the preprocessing of images, but got none. Export the explainer "
-            "with `preprocessing`."
+            f"Expected `about` to have the steps of a preprocessing, but got {steps!r}. Export the "
+            "explainer with `preprocessing=Preprocessing(...)`."
+        )
+    shape, dtype = about["inputs"]["image"], about.get("dtype", "float32")
+    if len(shape) != 4 or shape[0] != 1 or dtype != "float32":
+        raise ValueError(
+            f"Expected the explainer to take one image, (1, C, H, W), of float32, but got {tuple(shape)} of "
+            f"{dtype}. Export it with another example."
         )
     trouble = _trouble(runtime)
     if trouble is not None:
@@ -198,9 +234,12 @@ def write_page(folder: Path, explainer: bytes, about: Mapping[str, Any], runtime
     page = _page(explainer, about, runtime)
     _require_own(folder, page)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in page.items():
+    # A page that is replaced must not show the new explainer with its old labels.
+    first = {"index.html": _WAITING.encode()} if _has_page(folder) else {}
+    for name, content in (*first.items(), *page.items()):
         with replaced(folder / name) as file:
             file.write(content)
+    return sum(map(len, page.values()))
 
 
 def _page(explainer: bytes, about: Mapping[str, Any], runtime: Path) -> dict[str, bytes]:
@@ -225,14 +264,23 @@ def _page(explainer: bytes, about: Mapping[str, Any], runtime: Path) -> dict[str
 
 def _require_own(folder: Path, page: Mapping[str, bytes]) -> None:
     """Raise an error if writing the page would replace a file of another origin."""
-    index = folder / "index.html"
-    if index.is_file() and _GENERATOR in index.read_text(encoding="utf-8", errors="replace"):
+    if _has_page(folder):
         return
     for name, content in page.items():
         path = folder / name
         # Equal files are those of a page that was not written to its end.
         if path.is_dir() or (path.exists() and path.read_bytes() != content):
-            raise ValueError(
-                f"Expected {folder} to be a new folder or one with a page of this command, but got "
-                f"another {name} in it. Choose another folder."
-            )
+            raise _another(folder, name)
+
+
+def _has_page(folder: Path) -> bool:
+    """Whether a folder has a page of `write_page`."""
+    index = folder / "index.html"
+    return index.is_file() and _GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+
+
+def _another(folder: Path, name: str) -> ValueError:
+    return ValueError(
+        f"Expected {folder} to be a new folder or one with a page of this command, but got another {name} "
+        "in it. Choose another folder."
+    )

@@ -22,6 +22,18 @@ let asked = 0; // images that were given
 let sent = null; // the newest image that the worker has: {id, name, notes}
 let shown = null; // the image with its map that is shown
 let ready = false;
+let refusal = ""; // the error of an image that was not accepted; it stays while another one is explained
+
+/** Report an error of something that was given. */
+function refuse(text) {
+  refusal = text;
+  say(text, true);
+}
+
+/** Report progress, unless an error has to be read. */
+function progress(text) {
+  if (!refusal) say(text);
+}
 
 const worker = new Worker("worker.js", { type: "module" });
 worker.addEventListener("error", () => stop("worker.js could not be loaded or run. Reload the page."));
@@ -29,9 +41,9 @@ worker.addEventListener("message", ({ data: message }) => {
   if (message.kind === "broken") stop(message.text);
   else if (message.kind === "ready") {
     ready = true;
-    if (!sent) say("Ready for an image.");
+    if (!sent) progress("Ready for an image.");
   } else if (message.id !== sent?.id) return;
-  else if (message.kind === "working") say(`Computing the map of ${nameOf(message)}\u2026`);
+  else if (message.kind === "working") progress(`Computing the map of ${nameOf(message)}\u2026`);
   else if (message.kind === "failed") fail(message.text);
   else show(message);
 });
@@ -58,17 +70,21 @@ const busy = (is) => $("shown").setAttribute("aria-busy", String(is));
 async function begin() {
   say("Loading the model\u2026");
   try {
-    const response = await fetch("about.json");
+    const response = await fetch("about.json", { cache: "no-cache" });
     if (!response.ok) throw new Error(`the server answered ${response.status}`);
     about = await response.json();
   } catch (error) {
     return stop(`about.json could not be loaded: ${error.message}. Write the page again, or serve all of its files.`);
   }
+  try {
+    describe();
+  } catch (error) {
+    return stop(`about.json could not be read: ${error.message}. Write the page again.`);
+  }
   const given = about.class_names ?? Array.from({ length: about.outputs.scores[1] }, (_, i) => `class ${i}`);
   const first = new Map(given.map((name, i) => [name, i]).reverse());
   const last = new Map(given.map((name, i) => [name, i]));
   names = given.map((name, i) => (first.get(name) === last.get(name) ? name : `${name} (${i})`));
-  describe();
   worker.postMessage({ kind: "start", about });
 }
 
@@ -85,15 +101,16 @@ function sizeOf(file) {
 
 /** Check what was given, and have it explained. */
 async function take(files) {
-  if (broken || !about) return;
-  if (files.length === 0) return say("Expected an image file, but got something else. Save the image, and drop the file.", true);
+  if (broken) return;
+  if (!about) return refuse("The page is still loading. Choose the image again in a moment.");
+  if (files.length === 0) return refuse("Expected an image file, but got something else. Save the image, and drop the file.");
   const id = ++asked;
   const [file] = files;
   const name = file.name || "image";
   const notes = [];
   if (files.length > 1) notes.push(`${files.length} files were given. The first one is explained.`);
   if (file.size > MOST_BYTES) {
-    return say(`${name} has ${(file.size / 1e6).toFixed(0)} MB. The most is ${MOST_BYTES / 1e6} MB.`, true);
+    return refuse(`${name} has ${(file.size / 1e6).toFixed(0)} MB. The most is ${MOST_BYTES / 1e6} MB.`);
   }
   say(`Reading ${name}\u2026`);
   let bytes = null;
@@ -107,14 +124,15 @@ async function take(files) {
   if (id !== asked) return;
   if (!size) {
     const reason = file.type.startsWith("image/") ? "could not be decoded. The file may be damaged, or of an unknown kind" : "is not an image";
-    return say(`${name} ${reason}. Choose a PNG, JPEG, GIF or WebP file.`, true);
+    return refuse(`${name} ${reason}. Choose a PNG, JPEG, GIF or WebP file.`);
   }
   const [width, height] = size;
   if (width * height > MOST_PIXELS) {
     const pixels = `${width} \u00d7 ${height} pixels`;
-    return say(`${name} has ${pixels}. The most is ${MOST_PIXELS / 1e6} million pixels. Make the image smaller.`, true);
+    return refuse(`${name} has ${pixels}. The most is ${MOST_PIXELS / 1e6} million pixels. Make the image smaller.`);
   }
   if (isAnimated(bytes)) notes.push("The file is an animation. Its first frame is explained.");
+  refusal = "";
   sent = { id, name, notes };
   busy(true);
   say(ready ? `Computing the map of ${name}\u2026` : "Loading the model\u2026");
@@ -124,6 +142,7 @@ async function take(files) {
 /** Have another class of the shown image explained. */
 function explain(target) {
   if (broken || sent?.id !== shown.image.id) return;
+  refusal = "";
   select(target);
   busy(true);
   worker.postMessage({ kind: "class", id: shown.image.id, target });
@@ -249,8 +268,7 @@ function select(target) {
 function reasonOf(relevance) {
   if (!relevance.every(Number.isFinite)) return "No map: the relevance has values that are not finite numbers.";
   if (relevance.some((value) => value !== 0)) return null;
-  const guided = about.method.includes("guided");
-  return guided
+  return about.combine === "guided"
     ? "The map is zero: nothing at the guiding layer sets this class apart."
     : "The map is zero: no pixel has relevance for this class.";
 }
@@ -282,7 +300,7 @@ function show({ id, target, picture, transparent, scores, relevance, seconds }) 
       : {
           src: draw(shown.colored, picture).toDataURL(),
           limit: inDigits(limit),
-          alt: `${name}, relevance of the class: ${inWords(map, width, height)}`,
+          alt: `${name}, ${meaning()}: ${inWords(map, width, height)}`,
         },
     reason,
   );
@@ -297,7 +315,15 @@ function show({ id, target, picture, transparent, scores, relevance, seconds }) 
   select(target);
   busy(false);
   const done = `${shown.image.name}: ${name}${probability}. ${reason ?? `Explained in ${seconds.toFixed(1)} seconds.`}`;
-  say([done, ...shown.image.notes].join(" "));
+  say([refusal, done, ...shown.image.notes].filter(Boolean).join(" "), Boolean(refusal));
+}
+
+/** What a map of a class shows, in words. */
+function meaning() {
+  const contrast = about.contrast ?? null;
+  if (contrast === null) return "relevance of the class";
+  const others = Number.isInteger(contrast) ? (about.class_names?.[contrast] ?? `class ${contrast}`) : "the other classes";
+  return `relevance of the class compared with ${others}`;
 }
 
 /** Describe the explainer at the foot of the page. */
@@ -316,6 +342,7 @@ function describe() {
   const rows = {
     model: about.model,
     method: about.method,
+    maps: meaning(),
     preprocessing: steps.filter(Boolean).join("; "),
     versions: versions.join(", "),
   };

@@ -13,7 +13,7 @@ let current = null; // the image that classes are explained for
 const waiting = { image: null, class: null }; // the newest message of each kind, others are dropped
 
 async function load(file) {
-  const response = await fetch(file);
+  const response = await fetch(file, { cache: "no-cache" });
   if (!response.ok) throw new Error(`the server answered ${response.status} ${response.statusText}`.trim());
   return new Uint8Array(await response.arrayBuffer());
 }
@@ -110,17 +110,18 @@ async function explain({ kind, id, file, target }) {
   postMessage({ kind: "working", id, target });
   try {
     let wanted = target;
+    let image = current;
     if (kind === "image") {
-      const image = await prepared({ id, file });
+      image = await prepared({ id, file });
       await run(image, 0); // the scores, and a map that may be asked for later
       wanted = image.scores.indexOf(image.scores.reduce((a, b) => Math.max(a, b)));
       if (wanted < 0) wanted = 0; // scores that are not finite
       await pause();
       if (waiting.image) return;
-      current = image;
     }
-    const relevance = await run(current, wanted);
-    const { picture, transparent, scores } = current;
+    const relevance = await run(image, wanted);
+    current = image;
+    const { picture, transparent, scores } = image;
     const seconds = (performance.now() - began) / 1000;
     postMessage({ kind: "explained", id, target: wanted, picture, transparent, scores, relevance, seconds });
   } catch (error) {
