@@ -415,6 +415,11 @@ def test_decomposition_of_convolution(
     assert rest == [None, None]
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach()
+    return x.mean((0, 2, 3)), x.square().mean((0, 2, 3)) + 1
+
+
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "mish": nn.functional.mish,
@@ -431,6 +436,8 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "replicated": partial(nn.functional.pad, pad=(1, 2, 0, 3), mode="replicate"),
     "reflected": partial(nn.functional.pad, pad=(1, 2, 0, 3), mode="reflect"),
     "softshrink": partial(nn.functional.softshrink, lambd=0.4),
+    "batch norm": lambda x: nn.functional.batch_norm(x, *statistics(x)),
+    "affine batch norm": lambda x: nn.functional.batch_norm(x, *statistics(x), *statistics(x)),
     "average": partial(nn.functional.avg_pool2d, kernel_size=3, stride=2, padding=1),
 }
 

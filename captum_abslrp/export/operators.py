@@ -245,8 +245,27 @@ def _mean(
     return x.sum(axes, keepdim, dtype=dtype) / math.prod(x.shape[d] for d in axes)
 
 
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm in evaluation mode, which PyTorch 2.6 does not convert to ONNX."""
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    factor = (variance + epsilon).rsqrt()
+    factor = factor if weight is None else factor * weight
+    result = (x - mean.view(shape)) * factor.view(shape)
+    none = x.new_zeros(0)
+    return result if bias is None else result + bias.view(shape), none, none
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.copysign.Tensor: _copysign,
+    _ATEN._native_batch_norm_legit_no_training.default: _batch_norm,
     _ATEN.sum.dim_IntList: _sum,
     _ATEN.mean.dim: _mean,
     _ATEN.convolution_backward.default: _convolution_backward,
