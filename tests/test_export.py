@@ -198,20 +198,27 @@ def test_files_of_more_models_run_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", timm.list_models("test_*"))
 def test_small_models_of_timm_in_onnx(name: str) -> None:
-    """The median of four images: with random weights, rounding can change the map of a single one by 0.2%."""
+    """ONNX is as near to float64 as float32 in PyTorch, which some random weights put far away."""
     model = model_of(name)
     attributor = AbsLRP.recommended(model)
     x, other = images_of(model).split(1)
     file = io.BytesIO()
     save_explainer(attributor, file, x, format="onnx")
     run = onnx_file.runner(file.getvalue())
-    errors = []
-    for image in (x, other, x.flip(-1), other.flip(-1)):
+    images = (x, other, x.flip(-1), other.flip(-1))
+    found = []
+    for image in images:
         target = model(image).argmax(1)
         scores, relevance = run(image, target)
         torch.testing.assert_close(scores, model(image).detach(), rtol=1e-4, atol=1e-4)
-        errors.append(relative_error(relevance, attributor.attribute(image, target)))
-    assert np.median(errors) < 1e-3, errors
+        found.append((image, target, relevance, attributor.attribute(image, target)))
+    exact = AbsLRP.recommended(model.double())
+    errors, own = [], []
+    for image, target, relevance, in_float32 in found:
+        expected = exact.attribute(image.double(), target)
+        errors.append(relative_error(relevance, expected))
+        own.append(relative_error(in_float32, expected))
+    assert np.median(errors) <= max(1e-3, 3 * np.median(own)), (errors, own)
 
 
 def pt2_of(attributor: AbsLRP, x: Tensor, **options: Any) -> tuple[dict[str, Any], Any]:
