@@ -674,19 +674,20 @@ def test_an_error_stays_while_another_image_is_explained(tiny: str, opened: Open
     assert page.locator("#status.trouble").count() == 0
 
 
-def test_a_map_that_fails_leaves_the_other_image(tiny: str, opened: Opened) -> None:
-    page = opened(
-        tiny,
-        """
-        const post = Worker.prototype.postMessage;
-        Worker.prototype.postMessage = function (message) {
-            if (message.target === 4) message = { ...message, target: 1.5 };
-            post.call(this, message);
-        };""",
-    )
+def test_an_image_that_fails_late_leaves_the_other_one(
+    tiny: str, served: tuple[Path, str], opened: Opened
+) -> None:
+    folder = served[0] / "late"
+    shutil.copytree(served[0] / "tiny", folder)
+    worker = folder / "worker.js"
+    start = "async function run(image, target) {"
+    text = worker.read_text()
+    assert start in text
+    fails = 'if (image.id === 2 && image.scores) throw new Error("no memory");'
+    worker.write_text(text.replace(start, f"{start} {fails}"))
+    page = opened(tiny.replace("/tiny", "/late"))
     give(page, ("good.png", png(some_pixels())))
-    page.locator(".choice").nth(4).click()
-    page.locator("#status.trouble").wait_for()
+    give(page, ("late.png", png(some_pixels())), expect="no memory")
     page.locator(".choice").nth(3).click()
     assert says(page, "negative, minus, ").startswith("good.png: ")
     assert page.locator("#shown").get_attribute("aria-busy") == "false"
